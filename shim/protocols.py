@@ -1,0 +1,139 @@
+"""The seams inside the shim: what the task service, a container and a sandbox know of each other.
+
+Why: each layer knows the one below by its protocol, so a test can stand a model in for a whole VM,
+and nothing imports upwards.
+Invariants: all methods are coroutines that either do their work or raise a `KataError`; none of
+them hangs: each has a deadline of its own underneath.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from proto import agent_pb2, oci_pb2
+
+__all__ = ["AgentClient", "Deadlines", "EventSink", "GuestContainer", "RootfsMount", "Sandbox"]
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds for each kind of guest call; from [agent.kata] and [runtime]."""
+
+    boot: float = 60.0
+    request: float = 30.0
+    stop: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RootfsMount:
+    """One mount of CreateTaskRequest.rootfs (containerd.types.Mount)."""
+
+    type: str
+    source: str
+    target: str
+    options: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class GuestContainer:
+    """What CreateContainer needs besides the ids: all of it in guest terms."""
+
+    spec: oci_pb2.Spec
+    storages: Sequence[agent_pb2.Storage] = ()
+    devices: Sequence[agent_pb2.Device] = ()
+    sandbox_pidns: bool = False
+
+
+class AgentClient(Protocol):
+    """Kata's agent, one coroutine per RPC that the shim sends.
+
+    Each call raises GuestError (or CallerError with the agent's code NOT_FOUND, ...) and never
+    outlives its deadline, except those that wait for the guest by nature: wait_process,
+    read_stdout, read_stderr, write_stdin. When the VM dies every call ends with GuestError.
+    """
+
+    async def create_container(
+        self, container_id: str, guest: GuestContainer, *, ports: tuple[int, int, int] = (0, 0, 0)
+    ) -> None: ...
+    async def start_container(self, container_id: str) -> None: ...
+    async def remove_container(self, container_id: str) -> None: ...
+    async def exec_process(
+        self,
+        container_id: str,
+        exec_id: str,
+        process: oci_pb2.Process,
+        *,
+        ports: tuple[int, int, int] = (0, 0, 0),
+    ) -> None: ...
+    async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None: ...
+    async def wait_process(self, container_id: str, exec_id: str) -> int: ...
+    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> int: ...
+    async def close_stdin(self, container_id: str, exec_id: str) -> None: ...
+    async def read_stdout(self, container_id: str, exec_id: str, size: int) -> bytes: ...
+    async def read_stderr(self, container_id: str, exec_id: str, size: int) -> bytes: ...
+    async def tty_win_resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None: ...
+    async def pause_container(self, container_id: str) -> None: ...
+    async def resume_container(self, container_id: str) -> None: ...
+    async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse: ...
+    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None: ...
+
+
+class Sandbox(Protocol):
+    """One VM with its agent, shared directory and host resources."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def agent(self) -> AgentClient:
+        """Only after `start`."""
+        ...
+
+    @property
+    def vmm_pid(self) -> int:
+        """The VMM's pid on the host; what containerd shows as the task's pid."""
+        ...
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        """Resolves to the reason when the VM is gone without our asking."""
+        ...
+
+    @property
+    def direct_stdio(self) -> bool:
+        """Whether the agent takes stdio on vsock connections of its own (design D7)."""
+        ...
+
+    async def start(self) -> None:
+        """Boot the VM to a ready agent and CreateSandbox. Idempotent; concurrent callers wait."""
+        ...
+
+    async def prepare_container(
+        self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
+    ) -> GuestContainer:
+        """Mount the root file system and volumes into the share; translate the spec for the guest."""
+        ...
+
+    async def release_container(self, container_id: str) -> None:
+        """Undo `prepare_container`. Idempotent; unknown ids are fine; works with a dead VM."""
+        ...
+
+    async def open_stream(self) -> tuple[socket.socket, int]:
+        """A new stdio connection to the agent: a connected non-blocking socket and its host port."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop the VM and release everything that the sandbox acquired. Idempotent."""
+        ...
+
+
+class EventSink(Protocol):
+    """Where task events go, in order. `publish` queues and never blocks."""
+
+    def publish(self, topic: str, event: Any) -> None:
+        """`topic` such as "/tasks/create"; `event` a message of proto.events_pb2."""
+        ...
