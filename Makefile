@@ -1,0 +1,55 @@
+# kata-shim: every task of the project. `make help` lists them.
+SHELL := /bin/bash
+PY := .venv/bin/python
+PREFIX ?= /opt/kata-shim
+DESTDIR ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-e2e lint format proto guest bench install uninstall clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the guest (as root)
+	@scripts/setup.sh
+
+demo: setup ## run containers in VMs under a containerd of its own, with the time of each phase
+	@$(PY) -m scripts.demo
+
+test: setup ## all tests: unit, end-to-end, fault, security
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+test-unit: setup ## the tests that need no containerd and no VM
+	@$(PY) -m pytest -m "not e2e" $(PYTEST_ARGS)
+
+test-e2e: setup ## the tests through containerd; KATA_E2E_RUNTIME=io.containerd.runc.v2 checks them against runc
+	@$(PY) -m pytest -m e2e $(PYTEST_ARGS)
+
+lint: ## ruff, ruff format and mypy --strict
+	@scripts/setup.sh venv
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: ## let ruff format the code
+	@.venv/bin/ruff format .
+
+proto: ## generate the modules of proto/ from its .proto files
+	@scripts/setup.sh venv
+	@$(PY) -m proto.build
+
+guest: ## build the guest's kernel and image into build/guest
+	@scripts/setup.sh packages venv guest
+
+bench: setup ## measure against runc, a bare QEMU and Go's ttrpc: table, JSON and docs/bench.svg
+	@$(PY) -m tests.bench
+
+install: setup ## install for the system's containerd (PREFIX=/opt/kata-shim, DESTDIR=)
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh install
+
+uninstall: ## take away what `make install` put there
+	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
+
+clean: ## remove what was built here (not .venv)
+	rm -rf build

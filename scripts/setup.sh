@@ -1,0 +1,137 @@
+#!/bin/bash
+# Set up everything that `make demo` and `make test` need, on a plain Debian 12, as root.
+#
+# What: Debian packages (scripts/packages.txt), a virtual environment (.venv) with the locked
+# dependencies, the vsock device daemon (Debian sid's, one package, unpacked beside the project), and
+# the guest's kernel and image.
+# Why in shell: before it has run there may be no Python.
+# Invariants: idempotent; each step is skipped when its stamp (a hash of all that the step depends on)
+# matches what is there; nothing outside the project is changed but installed Debian packages, and no
+# installed package is ever upgraded.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-/usr/bin/python3}
+STAMPS=build/stamps
+mkdir -p "$STAMPS"
+export DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+
+say() { printf '[setup] %s\n' "$*"; }
+die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
+
+# run NAME COMMAND...: run quietly, tell how long it takes, every ten seconds; show the log when it fails.
+run() {
+    local name=$1 log=build/log/$1.log start=$SECONDS pid rc=0 shown=0
+    shift
+    mkdir -p build/log
+    say "$name ..."
+    "$@" >"$log" 2>&1 </dev/null &
+    pid=$!
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 0.2
+        if ((SECONDS - start >= shown + 10)); then
+            shown=$((SECONDS - start))
+            say "$name ... ${shown} s: $(tail -n 1 "$log" | tr -d '\r' | cut -c1-90)"
+        fi
+    done
+    wait "$pid" || rc=$?
+    if ((rc != 0)); then
+        tail -n 40 "$log" >&2
+        die "$name failed (exit $rc) after $((SECONDS - start)) s; the whole log is in $log"
+    fi
+    say "$name: done in $((SECONDS - start)) s"
+}
+
+fresh() { [[ -f $STAMPS/$1 && $(<"$STAMPS/$1") == "$2" ]]; }
+stamp() { printf '%s\n' "$2" >"$STAMPS/$1"; }
+
+# --- 1. Debian packages -----------------------------------------------------------------------------
+apt_update() { apt-get -q -o Acquire::Retries=3 update; }
+apt_install() {
+    # Debian's containerd would be started by its package; the project runs its own.
+    apt-get -q -y -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 install --no-install-recommends --no-upgrade "$@"
+}
+
+step_packages() {
+    local wanted missing
+    wanted=$(sed -e 's/#.*//' -e '/^ *$/d' scripts/packages.txt)
+    # shellcheck disable=SC2086
+    missing=$(comm -23 <(sort <<<"$wanted") \
+        <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $wanted 2>/dev/null |
+            awk '$1 == "installed" {print $2}' | sort))
+    [[ -z $missing ]] && return
+    ((EUID == 0)) || die "these Debian packages are missing, and only root can install them:" $missing
+    say "missing:" $missing
+    run apt-update apt_update
+    # shellcheck disable=SC2086
+    run apt-install apt_install $missing
+}
+
+# --- 2. The virtual environment ---------------------------------------------------------------------
+make_venv() {
+    [[ -x .venv/bin/python ]] || "$PYTHON" -m venv .venv
+    .venv/bin/python -m pip install --require-hashes -r scripts/requirements-dev.lock
+    .venv/bin/python -m pip install --no-deps --no-build-isolation --no-index --editable .
+}
+
+step_venv() {
+    local key
+    key=$("$PYTHON" -V | cat - scripts/requirements-dev.lock pyproject.toml | sha256sum | cut -c1-64)
+    fresh venv "$key" && [[ -x .venv/bin/python ]] && return
+    rm -f "$STAMPS/venv"
+    run venv make_venv
+    stamp venv "$key"
+}
+
+# --- 3. vhost-device-vsock --------------------------------------------------------------------------
+# Hosts without /dev/vhost-vsock need it, and Debian has it only in sid. A private apt configuration
+# (own sources, own lists, own cache) fetches that one package, signature checked; it is unpacked under
+# build/, never installed, so that nothing else can be drawn from sid.
+VSOCK=build/vsock/usr/bin/vhost-device-vsock
+
+fetch_vsock() {
+    local dir=$PWD/build/apt mirror
+    rm -rf "$dir" build/vsock
+    mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial" "$dir/parts" "$dir/deb"
+    mirror=$(apt-get indextargets --no-release-info --format '$(REPO_URI)' 'Identifier: Packages' |
+        grep -m1 '/debian/$') || { echo "no Debian mirror among apt's sources"; return 1; }
+    printf 'deb [signed-by=%s] %s sid main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" \
+        >"$dir/sources.list"
+    local options=(
+        -o Acquire::Retries=3 -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
+        -o Dir::Etc::SourceList="$dir/sources.list" -o Dir::Etc::SourceParts="$dir/parts"
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$dir/parts"
+        -o Dir::State::Lists="$dir/lists" -o Dir::Cache="$dir/cache" -o APT::Sandbox::User=root
+        -o APT::Default-Release=
+    )
+    apt-get -q "${options[@]}" update
+    (cd "$dir/deb" && apt-get -q "${options[@]}" download vhost-device-vsock)
+    dpkg-deb -x "$dir"/deb/vhost-device-vsock_*.deb build/vsock
+    ls "$dir/deb"
+    rm -rf "$dir"
+    "$VSOCK" --version
+}
+
+step_vsock() {
+    [[ -e /dev/vhost-vsock && -z ${KATA_WANT_VSOCK_DAEMON:-} ]] && return
+    [[ -x $VSOCK ]] && return
+    run vsock-daemon fetch_vsock
+}
+
+# --- 4. The guest -----------------------------------------------------------------------------------
+step_guest() {
+    [[ -f guest/build.py ]] || { say "guest: no builder yet"; return; }
+    local key
+    key=$(find guest agent ttrpc proto -type f -not -name '*.pyc' -not -path '*/__pycache__/*' -print0 | sort -z |
+        xargs -0 sha256sum | sha256sum | cut -c1-64)
+    fresh guest "$key" && [[ -s build/guest/vmlinux && -s build/guest/initrd.img ]] && return
+    rm -f "$STAMPS/guest"
+    run guest .venv/bin/python -m guest.build
+    stamp guest "$key"
+}
+
+[[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "this needs Debian on amd64"
+steps=("$@")
+((${#steps[@]})) || steps=(packages venv vsock guest)
+for step in "${steps[@]}"; do "step_$step"; done
+say "ready (${SECONDS} s)"
