@@ -1,0 +1,334 @@
+"""A supervised child process: VMM, virtiofsd, vsock daemon.
+
+What: `Child.spawn` starts a program in a network namespace of choice, keeps the last 64 KiB of what
+it says, notices its death by pidfd, and records it in the undo log.
+Why: each VMM and its helpers need exactly this, and none of them may outlive the sandbox.
+Invariants:
+- The event loop's thread never forks and never changes namespace: one spawner thread does, and goes
+  back to its own namespace before it takes the next order.
+- That thread lives as long as the process, so PR_SET_PDEATHSIG (which is tied to the *thread* that
+  forked) kills the children exactly when the shim is gone. The undo log covers what it cannot.
+- The undo log knows pid and start time as soon as they exist and forgets them when the child is reaped.
+- `exited` resolves after the last bytes of stderr were read, once, with subprocess's convention:
+  the exit code, or minus the signal.
+- Create the first child only after the process has unshared its mount namespace: threads made
+  before would keep the old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from devices.errors import HostError
+from devices.tail import TailBuffer
+from devices.undo import Entry, UndoLog
+
+__all__ = ["Child", "describe_exit", "process_start_time"]
+
+_CLONE_NEWNET = 0x40000000
+_READ_SIZE = 64 << 10
+_SPAWN_DEADLINE = 10.0  # seconds; a fork and an exec take about two milliseconds
+_REAP_DEADLINE = 10.0  # seconds after SIGKILL; more means a task stuck in the kernel
+
+
+class _Spawner:
+    """The one thread that forks. A forked copy of this process gets a new one."""
+
+    _executor: ThreadPoolExecutor | None = None
+    _pid = 0
+
+    @classmethod
+    def executor(cls) -> ThreadPoolExecutor:
+        if cls._executor is None or cls._pid != os.getpid():
+            cls._executor = ThreadPoolExecutor(1, thread_name_prefix="spawner")
+            cls._pid = os.getpid()
+        return cls._executor
+
+
+def process_start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat, in clock ticks since boot: with the pid it names a process for good.
+
+    Raises ProcessLookupError when there is no such process.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            text = stat.read()
+    except FileNotFoundError as error:
+        raise ProcessLookupError(pid) from error
+    return int(text[text.rindex(")") + 2 :].split()[19])  # the name may hold blanks and parentheses
+
+
+def describe_exit(status: int) -> str:
+    """`status` as in `Child.exited`, in words."""
+    if status >= 0:
+        return f"exited with code {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def _setns(fd: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(fd, _CLONE_NEWNET) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _popen(
+    argv: Sequence[str],
+    netns: str | None,
+    stderr: int,
+    stdin: int,
+    cwd: str | None,
+    env: Mapping[str, str] | None,
+    pass_fds: Sequence[int],
+) -> subprocess.Popen[bytes]:
+    """Runs in the spawner thread. vfork and exec, in `netns` if given."""
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            argv,
+            stdin=stdin,
+            stdout=stderr,
+            stderr=stderr,
+            cwd=cwd,
+            env=env,
+            pass_fds=pass_fds,
+            start_new_session=True,
+        )
+
+    if netns is None:
+        return start()
+    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(target)
+        finally:
+            os.close(target)
+        try:
+            return start()
+        finally:
+            _setns(own)
+    finally:
+        os.close(own)
+
+
+class Child:
+    """One child process. Made by `spawn` only."""
+
+    def __init__(
+        self,
+        name: str,
+        process: subprocess.Popen[bytes],
+        stderr: int,
+        undo: UndoLog,
+        entry: Entry,
+        on_output: Callable[[bytes], None] | None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        self.name = name
+        self.pid = process.pid
+        self.exited: asyncio.Future[int] = loop.create_future()
+        self.output = TailBuffer()
+        self._process = process
+        self._stderr = stderr
+        self._undo = undo
+        self._entry = entry
+        self._on_output = on_output
+        self._pidfd = os.pidfd_open(process.pid)
+        loop.add_reader(self._pidfd, self._on_exit)
+        loop.add_reader(stderr, self._on_stderr)
+
+    @classmethod
+    async def spawn(
+        cls,
+        argv: Sequence[str],
+        *,
+        name: str,
+        undo: UndoLog,
+        netns: str | None = None,
+        cwd: str | None = None,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        stdin: int = subprocess.DEVNULL,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> Child:
+        """Start `argv` (argv[0] an absolute path) in the network namespace at path `netns`.
+
+        stdout and stderr go to the same ring; `on_output` sees each piece too. Raises HostError when
+        the program cannot be started or the namespace cannot be entered.
+        """
+        if not os.access(argv[0], os.X_OK):
+            what = "is not executable" if os.path.exists(argv[0]) else "does not exist"
+            raise HostError(
+                f"cannot start {name}: {argv[0]} {what}",
+                phase="spawn",
+                hint=f"install {name} or correct its path in the configuration",
+            )
+        wrapper = _death_signal_wrapper()
+        entry = undo.record("process", name=name)
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Only our end is non-blocking: O_NONBLOCK belongs to each end's open file, and a child that
+        # gets EAGAIN on stderr loses messages.
+        os.set_blocking(writer, True)
+        loop = asyncio.get_running_loop()
+        try:
+            started = loop.run_in_executor(
+                _Spawner.executor(),
+                _popen,
+                [*wrapper, *argv],
+                netns,
+                writer,
+                stdin,
+                cwd,
+                env,
+                tuple(pass_fds),
+            )
+            process = await _finish(started)
+        except OSError as error:
+            os.close(reader)
+            undo.forget(entry)
+            raise HostError(
+                f"cannot start {name} ({argv[0]}): {error}"
+                if netns is None
+                else f"cannot start {name} ({argv[0]}) in network namespace {netns}: {error}",
+                phase="spawn",
+            ) from error
+        except BaseException:
+            os.close(reader)
+            undo.forget(entry)
+            raise
+        finally:
+            os.close(writer)
+        child = cls(name, process, reader, undo, entry, on_output)
+        entry.release = child.kill
+        with contextlib.suppress(ProcessLookupError):
+            undo.update(entry, pid=process.pid, start=process_start_time(process.pid))
+        return child
+
+    @property
+    def alive(self) -> bool:
+        """Not yet seen to have exited."""
+        return not self.exited.done()
+
+    def stderr_tail(self, lines: int = 10) -> str:
+        """The last lines it wrote, cleaned of control characters."""
+        return self.output.tail(lines)
+
+    def describe(self) -> str:
+        """What became of it, in words: for error messages."""
+        return describe_exit(self.exited.result()) if self.exited.done() else "is running"
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """Its exit status as in `exited`. Raises TimeoutError. Cancelling a waiter harms nobody else."""
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(self.exited)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; a child already gone is fine."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    async def kill(self) -> None:
+        """SIGKILL and reap. Idempotent. Raises HostError if the kernel cannot end it in ten seconds."""
+        self.send_signal(signal.SIGKILL)
+        try:
+            await self.wait(_REAP_DEADLINE)
+        except TimeoutError:
+            raise HostError(
+                f"{self.name} (pid {self.pid}) did not end {_REAP_DEADLINE:.0f} s after SIGKILL",
+                hint=f"see /proc/{self.pid}/stack for where the kernel holds it",
+            ) from None
+
+    async def terminate(self, timeout: float) -> None:
+        """SIGTERM, then after `timeout` seconds SIGKILL."""
+        self.send_signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await self.wait(timeout)
+        await self.kill()
+
+    def _on_stderr(self) -> None:
+        self._read_stderr(pieces=1)
+
+    def _read_stderr(self, pieces: int) -> None:
+        """Read at most `pieces` times, so that a chatty child does not starve the loop."""
+        while self._stderr >= 0 and pieces > 0:
+            pieces -= 1
+            try:
+                data = os.read(self._stderr, _READ_SIZE)
+            except BlockingIOError:
+                return
+            if not data:
+                self._close_stderr()
+                return
+            self.output.write(data)
+            if self._on_output is not None:
+                self._on_output(data)
+
+    def _close_stderr(self) -> None:
+        if self._stderr >= 0:
+            asyncio.get_running_loop().remove_reader(self._stderr)
+            os.close(self._stderr)
+            self._stderr = -1
+
+    def _on_exit(self) -> None:
+        try:
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:  # a bug elsewhere; death itself is certain, its reason is lost
+            self.output.write(f"\n(somebody else reaped {self.name}, pid {self.pid})\n".encode())
+            status = 255
+        else:
+            if info is None:
+                return
+            exited = info.si_code == os.CLD_EXITED
+            status = info.si_status if exited else -info.si_status
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.returncode = status  # Popen must not look for it again
+        self._read_stderr(pieces=16)  # a pipe holds 64 KiB; a grandchild may hold it open
+        self._close_stderr()
+        self._undo.forget(self._entry)
+        if not self.exited.done():
+            self.exited.set_result(status)
+
+
+def _death_signal_wrapper() -> list[str]:
+    """util-linux's setpriv sets PR_SET_PDEATHSIG and execs: no Python runs between fork and exec."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
+async def _finish(started: asyncio.Future[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """Wait for the spawner.
+
+    If we are cancelled meanwhile we still wait (the descriptors it passes on are in use), then kill
+    and reap what it made. Raises TimeoutError when a program takes ten seconds to be exec'ed.
+    """
+    try:
+        await asyncio.wait([started], timeout=_SPAWN_DEADLINE)
+    except asyncio.CancelledError:
+        await asyncio.wait([started], timeout=_SPAWN_DEADLINE)
+        started.add_done_callback(_discard)
+        raise
+    if not started.done():
+        started.add_done_callback(_discard)
+        raise TimeoutError(f"not started within {_SPAWN_DEADLINE:.0f} s")
+    return started.result()
+
+
+def _discard(started: asyncio.Future[subprocess.Popen[bytes]]) -> None:
+    if not started.cancelled() and started.exception() is None:
+        process = started.result()
+        process.kill()
+        process.wait()

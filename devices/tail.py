@@ -1,0 +1,50 @@
+"""The last bytes of a stream that nobody trusts: a child's stderr, a guest's console.
+
+What: `TailBuffer` keeps the newest `limit` bytes and gives the last lines as printable text.
+Why: a failed start is explained by these lines; they come from a VMM or a guest, may be endless,
+and end up in logs and on terminals.
+Invariants: never more than `limit` bytes are kept; `tail` returns no control characters other
+than newlines, so no escape sequence of a guest reaches an operator's terminal.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["TailBuffer"]
+
+_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
+_CONTROLS = {code: None for code in range(32) if code != ord("\n")} | {0x7F: None}
+_CONTROLS |= dict.fromkeys(range(128, 160))
+_LINE_LIMIT = 400  # characters of one line in an error message
+
+
+class TailBuffer:
+    """A byte ring: `write` never fails and never grows beyond `limit` bytes."""
+
+    def __init__(self, limit: int = 64 << 10) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        self.total = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def write(self, data: bytes) -> None:
+        """Append, dropping the oldest bytes."""
+        self.total += len(data)
+        self._data += data[-self._limit :]
+        if len(self._data) > self._limit:
+            del self._data[: len(self._data) - self._limit]
+
+    def raw(self) -> bytes:
+        """The bytes as they came, escape sequences included."""
+        return bytes(self._data)
+
+    def tail(self, lines: int = 10) -> str:
+        """The last non-empty lines, cleaned, joined by newlines; long lines are cut."""
+        text = _ESCAPES.sub(b"", self._data).decode("utf-8", "replace").translate(_CONTROLS)
+        kept = [line.rstrip() for line in text.split("\n") if line.strip()]
+        return "\n".join(
+            line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + "..." for line in kept[-lines:]
+        )
