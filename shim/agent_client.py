@@ -1,0 +1,236 @@
+"""Kata's agent as coroutines: one method per RPC the shim sends, each with its deadline.
+
+What: `GuestAgent` wraps a ttrpc client that is connected to port 1024 of the guest.
+Why: everything above speaks of containers and processes, not of frames; and what the agent answers
+is the guest's word: its error texts are cut, its codes are mapped to the few a caller may see.
+Invariants: a call ends at its deadline at the latest, except the four that wait for the guest by
+nature (wait_process, write_stdin, read_stdout, read_stderr), which end when the connection does.
+Source: Kata's agent.proto; deadlines from [agent.kata].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import ttrpc
+from devices.errors import CallerError, GuestError, KataError
+from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
+from shim.protocols import Deadlines, GuestContainer
+
+__all__ = ["GuestAgent"]
+
+_AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+
+#: Codes of the agent that speak about the request and may reach containerd as they are.
+_CALLER_CODES = frozenset(
+    {"NOT_FOUND", "ALREADY_EXISTS", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
+)
+_MAX_TEXT = 2048
+
+
+def _bounded(text: str) -> str:
+    """The guest's text, printable and short: it ends in logs and in a user's terminal."""
+    shown = "".join(char if char.isprintable() else " " for char in text[: 2 * _MAX_TEXT])
+    return shown if len(shown) <= _MAX_TEXT else shown[: _MAX_TEXT - 3] + "..."
+
+
+class GuestAgent:
+    """The agent of one guest. Implements `shim.protocols.AgentClient`."""
+
+    def __init__(self, client: ttrpc.Client, deadlines: Deadlines) -> None:
+        self._client = client
+        self._deadlines = deadlines
+
+    async def close(self) -> None:
+        """Drop the connection; calls under way end with GuestError."""
+        await self._client.close()
+
+    async def _call(
+        self, name: str, request: Any, *, timeout: float | None = 0.0, service: Any = _AGENT
+    ) -> Any:
+        deadline = self._deadlines.request if timeout == 0.0 else timeout
+        try:
+            return await self._client.call(service.methods_by_name[name], request, timeout=deadline)
+        except ttrpc.RpcError as error:
+            raise self._translated(name, error, deadline) from error
+        except (ttrpc.ConnectionClosed, ConnectionError, ttrpc.RemoteProtocolError) as error:
+            raise GuestError(
+                f"the connection to the agent ended during {name}",
+                phase="agent",
+                code="UNAVAILABLE",
+                hint="see the guest console in the shim's log",
+            ) from error
+
+    @staticmethod
+    def _translated(name: str, error: ttrpc.RpcError, deadline: float | None) -> KataError:
+        code = error.code.name
+        if code == "DEADLINE_EXCEEDED":
+            return GuestError(
+                f"the agent did not answer {name} within {deadline:g} s",
+                phase="agent",
+                code=code,
+                hint="raise create_container_timeout in [agent.kata] if the host is slow",
+            )
+        text = _bounded(error.message)
+        if code in _CALLER_CODES:
+            return CallerError(text, phase=name, code=code)
+        return GuestError(text, phase=name, code=code)
+
+    async def check(self, timeout: float) -> None:
+        """Health.Check; raises GuestError unless the agent says SERVING."""
+        answer = await self._call("Check", health_pb2.CheckRequest(), timeout=timeout, service=_HEALTH)
+        if answer.status != health_pb2.HealthCheckResponse.SERVING:
+            raise GuestError("the agent says it does not serve", phase="agent", code="UNAVAILABLE")
+
+    async def create_sandbox(
+        self,
+        *,
+        sandbox_id: str,
+        hostname: str,
+        dns: Sequence[str],
+        storages: Sequence[agent_pb2.Storage],
+        guest_hook_path: str = "",
+        kernel_modules: Sequence[agent_pb2.KernelModule] = (),
+    ) -> None:
+        """CreateSandbox: the guest's side of the pod; the agent wipes /run/kata-containers here."""
+        request = agent_pb2.CreateSandboxRequest(
+            hostname=hostname,
+            dns=dns,
+            storages=storages,
+            sandbox_id=sandbox_id,
+            guest_hook_path=guest_hook_path,
+            kernel_modules=kernel_modules,
+        )
+        await self._call("CreateSandbox", request)
+
+    async def create_container(
+        self, container_id: str, guest: GuestContainer, *, ports: tuple[int, int, int] = (0, 0, 0)
+    ) -> None:
+        """CreateContainer: the process exists afterwards, stopped. `ports`: stdin, stdout, stderr."""
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container_id,
+            storages=guest.storages,
+            devices=guest.devices,
+            OCI=guest.spec,
+            sandbox_pidns=guest.sandbox_pidns,
+        )
+        _set_ports(request, ports)
+        await self._call("CreateContainer", request)
+
+    async def start_container(self, container_id: str) -> None:
+        """StartContainer."""
+        await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id))
+
+    async def remove_container(self, container_id: str) -> None:
+        """RemoveContainer; the guest must be done within the stop deadline."""
+        request = agent_pb2.RemoveContainerRequest(container_id=container_id)
+        await self._call("RemoveContainer", request, timeout=self._deadlines.stop)
+
+    async def exec_process(
+        self,
+        container_id: str,
+        exec_id: str,
+        process: oci_pb2.Process,
+        *,
+        ports: tuple[int, int, int] = (0, 0, 0),
+    ) -> None:
+        """ExecProcess: the process runs afterwards."""
+        request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
+        _set_ports(request, ports)
+        await self._call("ExecProcess", request)
+
+    async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
+        """SignalProcess; an empty exec id with SIGKILL means every process of the container."""
+        request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=signal)
+        await self._call("SignalProcess", request)
+
+    async def wait_process(self, container_id: str, exec_id: str) -> int:
+        """WaitProcess: 0..255, signals as 128+n. No deadline: it ends with the process or the VM."""
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        answer = await self._call("WaitProcess", request, timeout=None)
+        return int(answer.status) & 0xFF
+
+    async def write_stdin(self, container_id: str, exec_id: str, data: bytes) -> int:
+        """WriteStdin: how many bytes the guest took. No deadline: the reader in the guest decides."""
+        request = agent_pb2.WriteStreamRequest(container_id=container_id, exec_id=exec_id, data=data)
+        answer = await self._call("WriteStdin", request, timeout=None)
+        return min(int(answer.len), len(data))
+
+    async def close_stdin(self, container_id: str, exec_id: str) -> None:
+        """CloseStdin."""
+        await self._call(
+            "CloseStdin", agent_pb2.CloseStdinRequest(container_id=container_id, exec_id=exec_id)
+        )
+
+    async def read_stdout(self, container_id: str, exec_id: str, size: int) -> bytes:
+        """ReadStdout: at most `size` bytes; empty means the end. No deadline."""
+        return await self._read("ReadStdout", container_id, exec_id, size)
+
+    async def read_stderr(self, container_id: str, exec_id: str, size: int) -> bytes:
+        """ReadStderr: at most `size` bytes; empty means the end. No deadline."""
+        return await self._read("ReadStderr", container_id, exec_id, size)
+
+    async def _read(self, name: str, container_id: str, exec_id: str, size: int) -> bytes:
+        request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=size)
+        answer = await self._call(name, request, timeout=None)
+        data: bytes = answer.data
+        if len(data) > size:
+            raise GuestError(
+                f"the agent answered {name} with {len(data)} bytes where {size} were asked", phase="stdio"
+            )
+        return data
+
+    async def tty_win_resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
+        """TtyWinResize."""
+        request = agent_pb2.TtyWinResizeRequest(
+            container_id=container_id, exec_id=exec_id, row=rows, column=columns
+        )
+        await self._call("TtyWinResize", request)
+
+    async def pause_container(self, container_id: str) -> None:
+        """PauseContainer: the guest's freezer; the VM goes on."""
+        await self._call("PauseContainer", agent_pb2.PauseContainerRequest(container_id=container_id))
+
+    async def resume_container(self, container_id: str) -> None:
+        """ResumeContainer."""
+        await self._call("ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=container_id))
+
+    async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
+        """StatsContainer: the cgroup's figures in the guest."""
+        request = agent_pb2.StatsContainerRequest(container_id=container_id)
+        answer: agent_pb2.StatsContainerResponse = await self._call("StatsContainer", request)
+        return answer
+
+    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """UpdateContainer: new cgroup limits in the guest."""
+        request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
+        await self._call("UpdateContainer", request)
+
+    async def get_oom_event(self) -> str:
+        """GetOOMEvent: the container in which the guest's kernel killed for memory. No deadline."""
+        answer = await self._call("GetOOMEvent", agent_pb2.GetOOMEventRequest(), timeout=None)
+        return str(answer.container_id)
+
+    async def update_interface(self, interface: types_pb2.Interface) -> None:
+        """UpdateInterface: found by its hardware address in the guest."""
+        await self._call("UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface))
+
+    async def update_routes(self, routes: Sequence[types_pb2.Route]) -> None:
+        """UpdateRoutes."""
+        request = agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=routes))
+        await self._call("UpdateRoutes", request)
+
+    async def set_guest_date_time(self, seconds: int, microseconds: int) -> None:
+        """SetGuestDateTime: after a pause or a restore the guest's clock is late."""
+        await self._call(
+            "SetGuestDateTime", agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=microseconds)
+        )
+
+
+def _set_ports(request: Any, ports: tuple[int, int, int]) -> None:
+    """Port 0 means that the stream goes by calls; stock agents know the fields as optional."""
+    for name, port in zip(("stdin_port", "stdout_port", "stderr_port"), ports, strict=True):
+        if port:
+            setattr(request, name, port)

@@ -1,0 +1,119 @@
+"""The guest gets the container's spec without the host's paths, hooks, devices and namespaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from devices.errors import CallerError
+from shim.guest_spec import guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+
+
+def amended(spec: dict[str, Any], **changes: Any) -> tuple[dict[str, Any], list[str]]:
+    arguments: dict[str, Any] = {
+        "container_id": "c1",
+        "bundle": "/b",
+        "container_type": "single_container",
+        "volumes": plan_volumes(spec, "c1"),
+    }
+    return guest_spec(spec, **{**arguments, **changes})
+
+
+def test_root_is_the_share_and_annotations_say_whence() -> None:
+    spec = {"root": {"path": "/host/rootfs", "readonly": True}}
+    guest, left_out = amended(spec)
+
+    assert guest["root"] == {"path": guest_rootfs("c1"), "readonly": True}
+    assert guest["annotations"]["io.katacontainers.pkg.oci.container_type"] == "single_container"
+    assert left_out == []
+    assert spec["root"]["path"] == "/host/rootfs", "the caller's document is not changed"
+
+
+def test_namespaces_of_the_host_do_not_reach_the_guest() -> None:
+    spaces = [
+        {"type": "pid"},
+        {"type": "network", "path": "/run/netns/x"},
+        {"type": "ipc", "path": "/proc/7/ns/ipc"},
+        {"type": "mount"},
+    ]
+    guest, _ = amended({"linux": {"namespaces": spaces}})
+
+    assert guest["linux"]["namespaces"] == [{"type": "ipc"}, {"type": "mount"}]
+    assert not wants_sandbox_pidns({"linux": {"namespaces": spaces}})
+    assert wants_sandbox_pidns({"linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}})
+
+
+def test_only_start_container_hooks_go_along() -> None:
+    hooks = {"prestart": [{"path": "/evil"}], "startContainer": [{"path": "/ok"}]}
+    guest, _ = amended({"hooks": hooks})
+
+    assert guest["hooks"] == {"startContainer": [{"path": "/ok"}]}
+    assert "hooks" not in amended({"hooks": {"prestart": [{"path": "/evil"}]}})[0]
+
+
+def test_what_names_host_devices_is_left_out_and_listed() -> None:
+    spec = {
+        "process": {"apparmorProfile": "p", "selinuxLabel": ""},
+        "linux": {
+            "devices": [{"path": "/dev/sda"}],
+            "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"},
+            "resources": {
+                "devices": [{"allow": False}],
+                "pids": {"limit": 3},
+                "cpu": {"cpus": "0-3", "quota": 5},
+            },
+        },
+    }
+    guest, left_out = amended(spec, disable_seccomp=True)
+
+    assert guest["linux"]["resources"] == {"pids": {"limit": 3}, "cpu": {"quota": 5}}
+    assert left_out == [
+        "process.apparmorProfile",
+        "linux.resources.devices",
+        "linux.resources.cpu.cpus",
+        "linux.devices",
+        "linux.seccomp",
+    ]
+
+
+def test_bind_mounts_become_shares() -> None:
+    spec = {
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/data", "type": "bind", "source": "/srv/da ta", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/x/shm", "options": ["rbind"]},
+            {"destination": "/sys/fs/bpf", "source": "/sys/fs/bpf", "options": ["bind"]},
+        ]
+    }
+    volumes = plan_volumes(spec, "c1")
+    guest, _ = amended(spec)
+
+    assert [(v.index, v.source, v.readonly) for v in volumes] == [(1, "/srv/da ta", True)]
+    assert guest["mounts"][1]["source"] == volumes[0].guest_path
+    assert "/srv" not in str(guest["mounts"])
+    assert guest["mounts"][2]["source"] == "/run/kata-containers/sandbox/shm"
+    assert guest["mounts"][3]["source"] == "/sys/fs/bpf", "the guest's own sysfs"
+
+
+@pytest.mark.parametrize(
+    "mounts",
+    [
+        "x",
+        [{"destination": 1}],
+        [{"destination": "/a", "type": "bind", "source": "../etc"}],
+        [{"destination": "/a", "type": "tmpfs"}] * 2000,
+    ],
+)
+def test_malformed_mounts_are_refused(mounts: Any) -> None:
+    with pytest.raises(CallerError) as caught:
+        plan_volumes({"mounts": mounts}, "c1")
+
+    assert caught.value.code == "INVALID_ARGUMENT"
+
+
+def test_share_names_stay_inside_the_share() -> None:
+    spec = {"mounts": [{"destination": "/a/..", "type": "bind", "source": "/x"}]}
+
+    assert "/" not in plan_volumes(spec, "c1")[0].share_name
+    assert plan_volumes(spec, "c1")[0].share_name.startswith("c1-")
