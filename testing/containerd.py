@@ -1,0 +1,284 @@
+"""A containerd of one's own: started, driven by `ctr`, and taken away without a trace.
+
+What: `Containerd.start()` runs Debian's containerd with its own root, state, socket and plugins, and
+with our shim in front of its PATH; `ctr()` drives it as a user would; `stop()` ends everything that it
+started and removes its files.
+Why: the demo, the tests and the bench must never touch a system containerd, nor depend on its settings.
+Invariants: everything lives below one private directory, but for the two places that containerd and
+Kata fix: /run/containerd/s (shim sockets) and /run/kata, /run/kata-containers (sandboxes). Processes
+that descend from it carry the variable KATA_TEST_TAG=<tag> in their environment, and container names
+made by `new_id` carry the tag, so that what a run leaves behind can be told from other people's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from testing import leaks
+from testing.guest import PROJECT, Value, write_configuration
+
+__all__ = ["KATA", "RUNC", "Containerd", "CtrError", "Result", "install_shim"]
+
+KATA = "io.containerd.kata.v2"
+RUNC = "io.containerd.runc.v2"
+TAG_VARIABLE = "KATA_TEST_TAG"
+
+# Snapshotters and services that are neither needed nor present everywhere; `cri` wants CNI and a pull.
+_DISABLED = (
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.internal.v1.restart",
+    "io.containerd.internal.v1.tracing",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.tracing.processor.v1.otlp",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The end of one `ctr` call."""
+
+    argv: tuple[str, ...]
+    code: int
+    out: bytes
+    err: bytes
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """stdout as text, without the white space at its ends."""
+        return self.out.decode(errors="replace").strip()
+
+    @property
+    def error(self) -> str:
+        """stderr as text, without the white space at its ends."""
+        return self.err.decode(errors="replace").strip()
+
+
+class CtrError(Exception):
+    """A `ctr` call that had to succeed failed."""
+
+    def __init__(self, result: Result, log_tail: str) -> None:
+        super().__init__(
+            f"{' '.join(result.argv)}: exit {result.code} after {result.seconds:.1f} s\n"
+            f"stdout: {result.text[-2000:]}\nstderr: {result.error[-4000:]}\ncontainerd's log:\n{log_tail}"
+        )
+        self.result = result
+
+
+def install_shim(directory: Path) -> Path:
+    """Put `containerd-shim-kata-v2` of this checkout into `directory`; answers its path.
+
+    The launcher script is the one that `make install` writes; until it exists, the console script.
+    """
+    target = directory / "containerd-shim-kata-v2"
+    directory.mkdir(parents=True, exist_ok=True)
+    if (PROJECT / "shim" / "launcher_script.py").exists():
+        subprocess.run(
+            [sys.executable, "-m", "shim.launcher_script", str(target)],
+            check=True,
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            timeout=30,
+        )
+    else:
+        target.symlink_to(PROJECT / ".venv/bin/containerd-shim-kata-v2")
+    return target
+
+
+class Containerd:
+    """One private containerd. Use it as a context manager, or call `start` and `stop`.
+
+    Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
+    ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
+    containerd, and so the shims, log at debug level; `binary` runs another containerd.
+    """
+
+    def __init__(
+        self,
+        *,
+        overrides: Mapping[str, Mapping[str, Value | None]] | None = None,
+        env: Mapping[str, str] | None = None,
+        debug: bool = False,
+        binary: str = "containerd",
+        namespace: str = "default",
+    ) -> None:
+        self.tag = "k" + secrets.token_hex(3)
+        self.root = Path(tempfile.mkdtemp(prefix=f"kata-{self.tag}-", dir="/tmp"))
+        self.namespace = namespace
+        self.address = str(self.root / "c.sock")
+        self.log = self.root / "containerd.log"
+        self.configuration = self.root / "configuration.toml"
+        self.state = self.root / "state"
+        self.ids: list[str] = []
+        self._numbers = itertools.count(1)
+        self._binary = binary
+        self._debug = debug
+        self._env = dict(env or {})
+        self._overrides = overrides
+        self._process: subprocess.Popen[bytes] | None = None
+
+    # -- life ------------------------------------------------------------------------------------
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of this containerd and all that it starts."""
+        return {
+            **os.environ,
+            **self._env,
+            TAG_VARIABLE: self.tag,
+            "KATA_CONF_FILE": str(self.configuration),
+            "PATH": f"{self.root / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        }
+
+    def start(self) -> Self:
+        """Write the configuration, start the daemon and wait until it answers (20 s at most)."""
+        os.chmod(self.root, 0o711)  # noqa: S103  containers of other users reach their root file system through it
+        install_shim(self.root / "bin")
+        write_configuration(self.configuration, self._overrides)
+        config = self.root / "config.toml"
+        disabled = ", ".join(f'"{name}"' for name in _DISABLED)
+        config.write_text(
+            f'version = 2\nroot = "{self.root}/root"\nstate = "{self.state}"\n'
+            f"disabled_plugins = [{disabled}]\n"
+            f'[grpc]\n  address = "{self.address}"\n'
+            f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'
+        )
+        self.boot()
+        return self
+
+    def boot(self) -> None:
+        """Start the daemon, also again after `halt`: its state is kept."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [self._binary, "--config", str(self.root / "config.toml")],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self.environment,
+                cwd=self.root,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 20
+        while self.ctr("version", check=False, timeout=10).code:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"containerd did not come up:\n{self.log_tail()}")
+            time.sleep(0.05)
+
+    def halt(self, sig: int = signal.SIGTERM) -> None:
+        """End the daemon alone; its shims go on."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(sig)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+
+    def stop(self) -> None:
+        """End all containers, the daemon, its shims and their children, and remove its files."""
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+                for line in self.ctr("task", "ls", check=False, timeout=10).text.splitlines()[1:]:
+                    self.remove(line.split()[0])
+        self.halt()
+        for process in leaks.own_processes(self.tag, str(self.root)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        for path in leaks.mounts_below(str(self.root)):
+            subprocess.run(["umount", "-l", path], check=False, timeout=10, stderr=subprocess.DEVNULL)
+        if leaks.mounts_below(str(self.root)):
+            raise RuntimeError(f"mounts below {self.root} remain; it is not removed")
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- use -------------------------------------------------------------------------------------
+
+    def new_id(self, hint: str = "c") -> str:
+        """A container name that nobody else has."""
+        name = f"{self.tag}-{hint}-{next(self._numbers)}"
+        self.ids.append(name)
+        return name
+
+    def ctr_argv(self, *args: str) -> list[str]:
+        """The argv of `ctr` with this daemon's address and namespace."""
+        return ["ctr", "--address", self.address, "--namespace", self.namespace, *args]
+
+    def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 60, check: bool = True) -> Result:
+        """Run `ctr args...` to its end, `timeout` seconds at most.
+
+        `stdin` is written to its stdin, and closed; without it stdin is empty. Raises CtrError when
+        `check` and the exit code is not 0, subprocess.TimeoutExpired after the deadline.
+        """
+        argv = self.ctr_argv(*args)
+        begin = time.monotonic()
+        done = subprocess.run(
+            argv,
+            check=False,
+            capture_output=True,
+            timeout=timeout,
+            env=self.environment,
+            input=stdin or b"",
+        )
+        result = Result(tuple(argv), done.returncode, done.stdout, done.stderr, time.monotonic() - begin)
+        if check and result.code:
+            raise CtrError(result, self.log_tail())
+        return result
+
+    def run(
+        self,
+        image: str,
+        *command: str,
+        runtime: str = KATA,
+        options: Sequence[str] = (),
+        stdin: bytes | None = None,
+        timeout: float = 60,
+        check: bool = True,
+        name: str | None = None,
+    ) -> Result:
+        """`ctr run --rm --runtime RUNTIME OPTIONS IMAGE NAME COMMAND`."""
+        name = name or self.new_id()
+        return self.ctr(
+            "run", "--rm", "--runtime", runtime, *options, image, name, *command,
+            stdin=stdin, timeout=timeout, check=check,
+        )  # fmt: skip
+
+    def remove(self, name: str, timeout: float = 30) -> None:
+        """Kill a container's task if it runs, and remove task and container. Never fails."""
+        self.ctr("task", "kill", "-s", "SIGKILL", name, check=False, timeout=timeout)
+        self.ctr("task", "rm", "-f", name, check=False, timeout=timeout)
+        self.ctr("container", "rm", name, check=False, timeout=timeout)
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines of the daemon's log, which is also its shims'."""
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(self.log.stat().st_mode):
+                return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        return ""
