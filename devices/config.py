@@ -1,0 +1,123 @@
+"""What can be plugged into a VM, as data: one frozen class per kind of device.
+
+What: the argument of `Hypervisor.add_device` and of `DeviceManager.try_add_device`.
+Why: a VMM driver turns these into its own words (QEMU arguments, an HTTP body); the sandbox that
+asks for a device knows none of those words.
+Invariants: no field names a VMM; paths are host paths; sizes name their unit. `id` is unique in a
+sandbox and safe in every VMM's syntax (`[A-Za-z][A-Za-z0-9_-]*`, at most 31 characters).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+
+from devices.errors import BugError
+
+__all__ = [
+    "BalloonConfig",
+    "BlockConfig",
+    "BlockFormat",
+    "CacheMode",
+    "ConsoleConfig",
+    "DeviceConfig",
+    "NetworkConfig",
+    "RngConfig",
+    "ShareFsConfig",
+    "VsockConfig",
+]
+
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+
+
+class CacheMode(Enum):
+    """How much of the shared directory the guest may cache: virtiofsd's `cache=`, in Kata's words."""
+
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+class BlockFormat(Enum):
+    """Formats of a disk image. Never probed: a guest that writes a header must not choose it."""
+
+    RAW = "raw"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Device:
+    id: str
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise BugError(f"{self.id!r} is no device id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockConfig(_Device):
+    """A disk from an image file or a block device of the host."""
+
+    path: str
+    read_only: bool = False
+    format: BlockFormat = BlockFormat.RAW
+    serial: str = ""  # at most 20 bytes; what /sys/block/*/serial shows in the guest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareFsConfig(_Device):
+    """A host directory shared by virtio-fs; mounts made below it later appear in the guest."""
+
+    id: str = "share-fs"
+    source: str  # an existing directory
+    tag: str = "kataShared"  # what the guest mounts; at most 36 bytes
+    daemon: str = ""  # path of virtiofsd; "" looks in the distributions' places
+    cache: CacheMode = CacheMode.AUTO
+    queue_size: int = 1024  # a power of two, at most 1024
+    xattr: bool = True
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VsockConfig(_Device):
+    """The agent's channel. `home_call`: the guest says when its agent listens (Kata's agent does not)."""
+
+    id: str = "vsock"
+    home_call: bool = True
+    daemon: str = ""  # path of vhost-device-vsock, used where there is no /dev/vhost-vsock; "" looks on PATH
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RngConfig(_Device):
+    """Entropy from a host device."""
+
+    id: str = "rng"
+    source: str = "/dev/urandom"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BalloonConfig(_Device):
+    """A memory balloon that reports free pages back to the host."""
+
+    id: str = "balloon"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsoleConfig(_Device):
+    """The guest's first serial port; its last 64 KiB are kept for error messages."""
+
+    id: str = "console"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkConfig(_Device):
+    """A virtio network card; the caller opened the tap (one descriptor per queue) in the pod's netns."""
+
+    mac: str
+    tap_fds: tuple[int, ...] = field(default=())
+    vhost_fds: tuple[int, ...] = field(default=())
+
+
+DeviceConfig = (
+    BlockConfig | ShareFsConfig | VsockConfig | RngConfig | BalloonConfig | ConsoleConfig | NetworkConfig
+)

@@ -1,0 +1,230 @@
+"""What a hypervisor is to the rest of the shim: the mission's traits as Python protocols.
+
+What: `Hypervisor` (one VM of one VMM), `HypervisorPlugin` (a kind of VMM), and the small types
+that they exchange.
+Why: the sandbox speaks to these, so a VMM can be added by a package of its own (design D3, D4).
+Invariants:
+- Life: `prepare_vm` -> `add_device` ... -> `start_vm` -> ... -> `stop_vm` -> `cleanup`. `stop_vm` and
+  `cleanup` are idempotent and work at any point, after a failed `prepare_vm` or `start_vm` too.
+- What a VMM cannot do is False in its `capabilities` and raises UnsupportedByHypervisor.
+- Every call ends: each has a deadline, and ends early when the VMM dies.
+- As in the mission's trait all methods are coroutines, except `diagnostics`, which error paths use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from devices.config import DeviceConfig
+from devices.undo import UndoLog
+from devices.vsock import AgentChannel
+
+__all__ = [
+    "Capabilities",
+    "CheckResult",
+    "Hypervisor",
+    "HypervisorPlugin",
+    "HypervisorState",
+    "VcpuThreadIds",
+    "VmExit",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What this VMM can do, as this VM is configured."""
+
+    block_device: bool = False
+    block_hotplug: bool = False
+    block_hot_unplug: bool = False
+    network_device: bool = False
+    network_hotplug: bool = False
+    fs_sharing: bool = False
+    hybrid_vsock: bool = False
+    vcpu_hotplug: bool = False
+    vcpu_hot_unplug: bool = False
+    memory_hotplug: bool = False
+    memory_hot_unplug: bool = False
+    pause: bool = False
+    snapshot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuThreadIds:
+    """Host thread id of each vCPU, by vCPU index."""
+
+    vcpus: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class VmExit:
+    """How a VM ended.
+
+    `code`: the VMM's exit code, or minus the signal that killed it. `reason`: one sentence.
+    `expected`: it ended because of `stop_vm`.
+    """
+
+    code: int
+    reason: str
+    stderr_tail: str = ""
+    console_tail: str = ""
+    expected: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HypervisorState:
+    """Enough to find and judge the VM again: JSON-able, written to the sandbox's state file."""
+
+    hypervisor: str
+    sandbox_id: str
+    pid: int = 0
+    start: int = 0  # the process's start time in clock ticks
+    accelerator: str = ""
+    netns: str = ""
+    sockets: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """One line of `kata-ctl check`."""
+
+    name: str
+    ok: bool
+    text: str
+    hint: str = ""
+
+
+class Hypervisor(Protocol):
+    """One VM. Its phases and invariants are in the module's docstring."""
+
+    # --- the VM's life
+    async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
+        """Check and remember; `netns` is the path of the network namespace the VMM shall live in."""
+        ...
+
+    async def start_vm(self, timeout: float) -> None:
+        """Start the VMM; return when it answers and its vCPUs run. The agent is waited for by the
+        AgentChannel. Raises HypervisorError, HostError with the VMM's last words; then nothing runs."""
+        ...
+
+    async def stop_vm(self) -> None:
+        """End the VM, the guest unasked, within a second. Idempotent."""
+        ...
+
+    async def wait_vm(self) -> VmExit:
+        """Return when the VMM is gone. Any number of callers, any time after `start_vm`."""
+        ...
+
+    async def pause_vm(self) -> None: ...
+
+    async def save_vm(self, path: str) -> None:
+        """Write device state and memory to the directory `path` (VM templates)."""
+        ...
+
+    async def resume_vm(self) -> None: ...
+
+    # --- sizing
+    async def resize_vcpu(self, count: int) -> int:
+        """Have `count` vCPUs; returns how many there are afterwards."""
+        ...
+
+    async def resize_memory(self, mib: int) -> int:
+        """Have `mib` MiB of memory; returns how much there is afterwards."""
+        ...
+
+    # --- devices
+    async def add_device(self, device: DeviceConfig) -> str:
+        """Plug it: before `start_vm` cold, later hot. Returns its guest PCI path ("03" or "02/00",
+        slots in hexadecimal from the root), "" where the device has none."""
+        ...
+
+    async def remove_device(self, device_id: str) -> None: ...
+
+    async def update_device(self, device: DeviceConfig) -> None: ...
+
+    # --- knowledge
+    async def get_agent_socket(self) -> AgentChannel:
+        """The channel made for the VsockConfig that was added."""
+        ...
+
+    async def disconnect(self) -> None:
+        """Let go of the VMM's control connection without ending the VM."""
+        ...
+
+    async def hypervisor_config(self) -> Any:
+        """The section it was created from."""
+        ...
+
+    async def get_thread_ids(self) -> VcpuThreadIds: ...
+
+    async def get_pids(self) -> list[int]:
+        """All processes that belong to the VM: VMM first, then its daemons."""
+        ...
+
+    async def get_vmm_master_tid(self) -> int:
+        """The VMM's pid."""
+        ...
+
+    async def get_ns_path(self) -> str:
+        """The VMM's network namespace: /proc/PID/ns/net."""
+        ...
+
+    async def cleanup(self) -> None:
+        """Release all that `prepare_vm`, `add_device` and `start_vm` acquired. Idempotent."""
+        ...
+
+    async def check(self) -> None:
+        """Raise HypervisorError if the VMM does not answer now."""
+        ...
+
+    async def get_jailer_root(self) -> str:
+        """The directory that the VMM sees as /; "" for the host's."""
+        ...
+
+    async def save_state(self) -> HypervisorState: ...
+
+    async def capabilities(self) -> Capabilities: ...
+
+    async def get_hypervisor_metrics(self) -> dict[str, float]:
+        """Numbers by name (Prometheus style) of the VMM's processes."""
+        ...
+
+    def diagnostics(self) -> dict[str, str]:
+        """Evidence for an error's `details`: {"vmm stderr": tail, "guest console": tail, ...}; never
+        fails, empty texts left out."""
+        ...
+
+
+SectionT = TypeVar("SectionT")
+
+
+class HypervisorPlugin(Protocol[SectionT]):
+    """A kind of VMM. Found by entry point `kata_shim.hypervisors`; see hypervisors.registry."""
+
+    @property
+    def name(self) -> str:
+        """The name of its section: [hypervisor.NAME]."""
+        ...
+
+    @property
+    def section(self) -> type[SectionT]:
+        """A frozen dataclass: the schema of the section, defaults included."""
+        ...
+
+    def adjust_config(self, section: SectionT) -> SectionT:
+        """Fill in what was left to default and bring values into range. No I/O beyond this host's facts."""
+        ...
+
+    def validate_config(self, section: SectionT) -> None:
+        """Raise ConfigError for a section (already adjusted) that cannot work."""
+        ...
+
+    def check(self) -> list[CheckResult]:
+        """Can this host run it, and if not, why not. May take a second; never raises."""
+        ...
+
+    def create(self, section: SectionT, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> Hypervisor:
+        """A VM that does not run yet. `state_dir` exists, is 0700 and belongs to this sandbox."""
+        ...

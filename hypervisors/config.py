@@ -1,0 +1,65 @@
+"""The [hypervisor.NAME] section: Kata's keys, Kata's defaults, and the few keys of our own.
+
+What: `HypervisorConfig`, the schema that QEMU uses; other VMMs may use it or bring their own.
+Why: an existing configuration.toml must mean the same here (design D5).
+Invariants: the defaults are what an absent key means before `adjust_config`: 0 and "" mean
+"choose for me". Sizes are MiB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["HypervisorConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HypervisorConfig:
+    """One VMM's section. Keys marked "ours" do not exist in Kata."""
+
+    # --- programs
+    path: str = ""
+    valid_hypervisor_paths: tuple[str, ...] = ()
+
+    # --- boot
+    kernel: str = ""
+    kernel_params: str = ""
+    initrd: str = ""  # with `image` too: an initrd that mounts the image (Kata: one of them only)
+    image: str = ""
+    rootfs_type: str = "ext4"
+
+    # --- machine and CPU
+    machine_type: str = "q35"
+    machine_accelerators: str = ""
+    accelerator: str = "auto"  # ours: "auto" | "kvm" | "tcg"
+    cpu_features: str = ""
+    default_vcpus: float = 1.0
+    default_maxvcpus: int = 0
+
+    # --- memory
+    default_memory: int = 2048
+    default_maxmemory: int = 0
+    memory_slots: int = 10
+
+    # --- shared file system
+    shared_fs: str = "virtio-fs"  # or "none"
+    virtio_fs_daemon: str = ""
+    valid_virtio_fs_daemon_paths: tuple[str, ...] = ()
+    virtio_fs_extra_args: tuple[str, ...] = ()
+    virtio_fs_cache: str = "auto"  # never | auto | always
+    virtio_fs_queue_size: int = 1024
+
+    # --- devices
+    vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
+    entropy_source: str = "/dev/urandom"
+    valid_entropy_sources: tuple[str, ...] = ()
+    pcie_root_port: int = 0
+    reclaim_guest_freed_memory: bool = False
+
+    # --- security
+    disable_seccomp: bool = False
+    seccomp_sandbox: str = ""
+    enable_annotations: tuple[str, ...] = ()
+
+    # --- debugging
+    enable_debug: bool = False

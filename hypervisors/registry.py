@@ -1,0 +1,75 @@
+"""Which hypervisors exist: plugins by name.
+
+What: `register_hypervisor_plugin`, `get_plugin`, and `load_plugins`, which finds installed plugins by
+the entry point group `kata_shim.hypervisors` (design D4).
+Why: a package of somebody else's adds a VMM by naming its plugin object in its metadata.
+Invariants: reading the metadata of all installed packages costs tens of milliseconds, so a built-in
+plugin that is asked for by name is imported directly; entry points are read only for other names
+and for listings. A plugin that cannot be imported is reported by name when asked for, and does
+not hide the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+from devices.errors import BugError, ConfigError
+from hypervisors.base import HypervisorPlugin
+
+__all__ = ["get_plugin", "load_plugins", "register_hypervisor_plugin"]
+
+GROUP = "kata_shim.hypervisors"
+_BUILT_IN = {"qemu": "hypervisors.qemu.plugin:plugin"}
+
+_plugins: dict[str, HypervisorPlugin[Any]] = {}
+_broken: dict[str, Exception] = {}
+
+
+def register_hypervisor_plugin(name: str, plugin: HypervisorPlugin[Any]) -> None:
+    """Make `plugin` known as `name`. The same again is fine; a second one of that name is a BugError."""
+    known = _plugins.setdefault(name, plugin)
+    if known is not plugin:
+        raise BugError(f"two hypervisor plugins are called {name!r}: {known!r} and {plugin!r}")
+
+
+def get_plugin(name: str) -> HypervisorPlugin[Any]:
+    """The plugin called `name`. Raises ConfigError that lists what there is."""
+    if name in _plugins:
+        return _plugins[name]
+    if name in _BUILT_IN:
+        _load(name, _BUILT_IN[name])
+    else:
+        load_plugins()
+    if name in _plugins:
+        return _plugins[name]
+    if name in _broken:
+        raise ConfigError(
+            f"the hypervisor plugin {name!r} cannot be loaded: {_broken[name]}", phase="config"
+        ) from _broken[name]
+    raise ConfigError(
+        f"there is no hypervisor {name!r}; known: {', '.join(sorted(load_plugins()))}",
+        phase="config",
+        hint="correct [runtime] hypervisor_name, or install the package that provides it",
+    )
+
+
+def load_plugins() -> dict[str, HypervisorPlugin[Any]]:
+    """All plugins that can be loaded, by name."""
+    found = dict(_BUILT_IN)
+    for point in metadata.entry_points(group=GROUP):
+        found.setdefault(point.name, point.value)
+    for name, value in found.items():
+        _load(name, value)
+    return dict(_plugins)
+
+
+def _load(name: str, value: str) -> None:
+    if name in _plugins:
+        return
+    module, _, attribute = value.partition(":")
+    try:
+        register_hypervisor_plugin(name, getattr(importlib.import_module(module), attribute))
+    except Exception as error:  # noqa: BLE001  (somebody else's code at import time may raise anything)
+        _broken[name] = error
