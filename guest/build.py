@@ -1,0 +1,304 @@
+"""`python -m guest.build`: kernel, initramfs and root image from Debian packages, cached by their inputs.
+
+What: five stages, each a directory below OUT/cache named by the hash of all that goes into it: unpacked
+packages, kernel, compiled Python, compiled agent; then the image. OUT gets vmlinux, initrd.img,
+rootfs.img and manifest.json.
+Why stages: a change of the agent alone rebuilds in seconds; nothing changed is noticed in half a second.
+Invariants: equal inputs give equal files, byte for byte, wherever and whenever they are built; OUT never
+holds a mixture of two builds that the manifest calls complete; only the building of one OUT at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from devices.errors import KataError
+
+from . import contents, cpio, debian
+from .image import write_ext4
+from .kernel import ModuleTree, extract_vmlinux, strip_module
+
+__all__ = ["OUTPUTS", "build", "main"]
+
+OUTPUTS = ("vmlinux", "initrd.img", "rootfs.img")
+FORMAT = 1  # of the manifest
+# The time of every file in the guest: like SOURCE_DATE_EPOCH, but nothing here depends on its value.
+EPOCH = 1_767_225_600  # 2026-01-01
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_CFLAGS = ("-static", "-Os", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none", "-s")
+
+
+class Progress:
+    """One line for each step: what, and how long it took."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Show the step while it runs and its time when it is done."""
+        begin = time.monotonic()
+        if not self.quiet:
+            print(f"guest: {what} ... ", end="", flush=True)
+        yield
+        if not self.quiet:
+            print(f"{time.monotonic() - begin:.1f} s", flush=True)
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        if not self.quiet:
+            print(f"guest: {text}", flush=True)
+
+
+def _digest(*parts: object) -> str:
+    """A short hash of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_hash(path: str) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hashes(files: Mapping[str, str]) -> dict[str, str]:
+    return {name: _file_hash(path) for name, path in sorted(files.items())}
+
+
+def _tool_version(*argv: str) -> str:
+    """The first line of what a tool says of its version: tools are inputs too."""
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+
+class Builder:
+    """One build into one directory. Stages are methods that return the directory of their result."""
+
+    def __init__(self, out: str, repository: str, progress: Progress) -> None:
+        self.out = out
+        self.cache = os.path.join(out, "cache")
+        self.repository = repository
+        self.progress = progress
+        self.kernel_package = debian.kernel_package(contents.KERNEL_META)
+        self.versions = debian.candidates([self.kernel_package, *contents.PACKAGES])
+        own = os.path.dirname(os.path.abspath(__file__))
+        self.own = _hashes(
+            {
+                name: os.path.join(own, name)
+                for name in os.listdir(own)
+                if name.endswith((".py", ".c")) and name != "boot.py"
+            }
+        )
+        self.agent_files = contents.agent_sources(repository)
+        self.protobuf_files = contents.protobuf_files()
+        self.tools = {
+            "gcc": _tool_version("gcc", "--version"),
+            "strip": _tool_version("strip", "--version"),
+            "mkfs.ext4": _tool_version("mkfs.ext4", "-V"),
+        }
+        self.keys = {
+            "packages": _digest(self.versions),
+            "kernel": _digest(self.versions[self.kernel_package], self.own, self.tools),
+            "python": _digest(self.versions, self.own, metadata_of(self.protobuf_files)),
+            "agent": _digest(self.versions, self.own, _hashes(self.agent_files)),
+        }
+        self.key = _digest(FORMAT, self.keys, EPOCH)
+
+    # ---- what is there already ---------------------------------------------------------------
+
+    def up_to_date(self) -> bool:
+        """True if OUT holds the complete result of exactly these inputs."""
+        try:
+            with open(os.path.join(self.out, "manifest.json"), encoding="utf-8") as stream:
+                manifest = json.load(stream)
+            if manifest["inputs"] != self.key:
+                return False
+            return all(
+                os.stat(os.path.join(self.out, name)).st_size == manifest["files"][name]["bytes"]
+                for name in OUTPUTS
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def _stage(self, name: str, what: str, make: Callable[[str], None]) -> str:
+        """The stage's directory, made by `make(directory)` unless it is there."""
+        final = os.path.join(self.cache, f"{name}-{self.keys[name]}")
+        if not os.path.isdir(final):
+            with self.progress.step(what):
+                scratch = f"{final}.new"
+                shutil.rmtree(scratch, ignore_errors=True)
+                os.makedirs(scratch)
+                make(scratch)
+                os.replace(scratch, final)
+            for other in os.listdir(self.cache):
+                if other.startswith(f"{name}-") and os.path.join(self.cache, other) != final:
+                    shutil.rmtree(os.path.join(self.cache, other), ignore_errors=True)
+        return final
+
+    # ---- stages ------------------------------------------------------------------------------
+
+    def packages(self) -> str:
+        """Debian's packages, unpacked: the directory is a root."""
+        store = os.path.join(self.out, "debs")
+        with self.progress.step(f"download {len(self.versions)} packages"):
+            debian.download(self.versions, store)
+        return self._stage("packages", "unpack", lambda root: debian.unpack(self.versions, store, root))
+
+    def kernel(self, root: str) -> str:
+        """vmlinux, and the initramfs with init and its modules."""
+        release = self.kernel_package.removeprefix("linux-image-")
+
+        def make(directory: str) -> None:
+            with open(f"{root}/boot/vmlinuz-{release}", "rb") as stream:
+                _write(f"{directory}/vmlinux", extract_vmlinux(stream.read()))
+            init = f"{directory}/init"
+            source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "init.c")
+            subprocess.run(["gcc", *_CFLAGS, "-o", init, source], check=True)
+            modules = ModuleTree(f"{root}/lib/modules/{release}")
+            names = modules.order(contents.EARLY_MODULES)
+            entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]
+            entries += [cpio.file(f"modules/{name}.ko", strip_module(modules.paths[name])) for name in names]
+            entries.append(
+                cpio.file("modules/early", "".join(f"/modules/{name}.ko\n" for name in names).encode())
+            )
+            with open(init, "rb") as stream:
+                entries.append(cpio.file("init", stream.read(), 0o755))
+            _write(f"{directory}/initrd.img", cpio.archive(entries, time=EPOCH))
+
+        return self._stage("kernel", "kernel and initramfs", make)
+
+    def python(self, root: str) -> str:
+        """The standard library and protobuf, compiled by the guest's Python."""
+
+        def make(directory: str) -> None:
+            base = f"{root}/usr/lib/python3.11"
+            stdlib = {name: os.path.join(base, name) for name in contents.stdlib_files(root)}
+            for part, files in (("stdlib", stdlib), ("protobuf", self.protobuf_files)):
+                _compile_and_copy(root, files, os.path.join(directory, part), optimize=2)
+
+        return self._stage("python", "compile the standard library and protobuf", make)
+
+    def agent(self, root: str) -> str:
+        """Our agent and what it imports of this repository, compiled."""
+        return self._stage(
+            "agent",
+            "compile the agent",
+            lambda directory: _compile_and_copy(root, self.agent_files, directory, optimize=0),
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Build all; return the manifest."""
+        os.makedirs(self.cache, exist_ok=True)
+        root = self.packages()
+        kernel = self.kernel(root)
+        compiled = self.python(root)
+        agent = self.agent(root)
+        release = self.kernel_package.removeprefix("linux-image-")
+        work = os.path.join(self.cache, "out.new")
+        shutil.rmtree(work, ignore_errors=True)
+        os.makedirs(work)
+        with self.progress.step("root image"):
+            modules = ModuleTree(f"{root}/lib/modules/{release}")
+            tree = contents.assemble(root, modules, compiled, agent)
+            write_ext4(tree, f"{work}/rootfs.img", time=EPOCH)
+        for name in ("vmlinux", "initrd.img"):
+            shutil.copyfile(f"{kernel}/{name}", f"{work}/{name}")
+        manifest = {
+            "format": FORMAT,
+            "inputs": self.key,
+            "kernel": release,
+            "packages": self.versions,
+            "tools": self.tools,
+            "files": {
+                name: {"sha256": _file_hash(f"{work}/{name}"), "bytes": os.path.getsize(f"{work}/{name}")}
+                for name in OUTPUTS
+            },
+        }
+        # While files are replaced there is no manifest, so a build that is cut short is not complete.
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self.out, "manifest.json"))
+        for name in OUTPUTS:
+            os.replace(f"{work}/{name}", os.path.join(self.out, name))
+        _write(f"{work}/manifest.json", json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n")
+        os.replace(f"{work}/manifest.json", os.path.join(self.out, "manifest.json"))
+        shutil.rmtree(work)
+        return manifest
+
+
+def metadata_of(files: Mapping[str, str]) -> dict[str, str]:
+    """The hashes of protobuf's files: its version alone would miss a local change."""
+    return _hashes(files)
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb") as stream:
+        stream.write(data)
+
+
+def _compile_and_copy(root: str, files: Mapping[str, str], target: str, *, optimize: int) -> None:
+    """Sources become bytecode, extension modules stay as they are."""
+    sources = {name: path for name, path in files.items() if name.endswith(".py")}
+    contents.compile_python(root, sources, target, optimize=optimize)
+    for name in files.keys() - sources.keys():
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        shutil.copyfile(files[name], os.path.join(target, name))
+
+
+def build(
+    out: str, *, force: bool = False, repository: str = _REPOSITORY, quiet: bool = False
+) -> dict[str, Any]:
+    """Bring `out` up to date; return the manifest. `repository` is where agent/, ttrpc/, proto/ lie.
+
+    `force` forgets the cache (but not downloaded packages). Raises `devices.errors.HostError`.
+    """
+    progress = Progress(quiet)
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, ".lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        builder = Builder(os.path.abspath(out), os.path.abspath(repository), progress)
+        if force:
+            shutil.rmtree(builder.cache, ignore_errors=True)
+        elif builder.up_to_date():
+            progress.say(f"{out} is up to date")
+            with open(os.path.join(out, "manifest.json"), encoding="utf-8") as stream:
+                return dict(json.load(stream))
+        begin = time.monotonic()
+        manifest = builder.run()
+        sizes = ", ".join(f"{name} {manifest['files'][name]['bytes'] / 2**20:.1f} MiB" for name in OUTPUTS)
+        progress.say(f"{out}: {sizes}; {time.monotonic() - begin:.1f} s")
+        return manifest
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """The command line. Exit code 1 and one paragraph on stderr if the guest cannot be built."""
+    parser = argparse.ArgumentParser(
+        prog="python -m guest.build", description="Build the guest's kernel and image."
+    )
+    parser.add_argument("--out", default="build/guest", help="where the files go (default: %(default)s)")
+    parser.add_argument(
+        "--force", action="store_true", help="build everything anew, from downloaded packages"
+    )
+    parser.add_argument(
+        "--repository", default=_REPOSITORY, help="where agent/, ttrpc/ and proto/ are taken from"
+    )
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    try:
+        build(options.out, force=options.force, repository=options.repository)
+    except KataError as error:
+        print(f"\nguest: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""What is in the guest: the packages, the modules, the parts of Python, the skeleton of /etc.
+
+What: the tables that decide, and `assemble`, which turns unpacked packages and our sources into the
+image's tree.
+Why: one place to read for "is X in the guest, and why"; docs/guest.md explains the choices.
+Invariants: each library that any program in the image is linked to is in the image (checked, not
+hoped); nothing of the building machine enters except through packages, protobuf and our sources.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+
+from devices.errors import HostError
+
+from .elf import MAGIC, Elf
+from .image import Tree
+from .kernel import ModuleTree, strip_module
+
+__all__ = [
+    "EARLY_MODULES",
+    "KERNEL_META",
+    "LATE_MODULES",
+    "PACKAGES",
+    "assemble",
+    "compile_python",
+    "protobuf_files",
+]
+
+KERNEL_META = "linux-image-cloud-amd64"
+
+PACKAGES = (
+    "python3.11-minimal",
+    "libpython3.11-minimal",
+    "libpython3.11-stdlib",
+    "crun",
+    "busybox-static",
+    # What those three and protobuf's extension module are linked to:
+    "libc6",
+    "libgcc-s1",
+    "libstdc++6",
+    "libexpat1",
+    "zlib1g",
+    "libffi8",
+    "libsystemd0",
+    "libseccomp2",
+    "libcap2",
+    "libyajl2",
+    "libgcrypt20",
+    "libgpg-error0",
+    "liblzma5",
+    "libzstd1",
+    "liblz4-1",
+)
+
+# In the initramfs: without these there is no root disk, no agent channel and no shared directory.
+EARLY_MODULES = ("virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport", "virtiofs")
+# In the image, loaded while the agent starts.
+LATE_MODULES = ("overlay", "virtio_net", "virtio_console", "virtio_balloon", "virtio_rng", "virtio_mem")
+# In the image, loaded by the kernel or the agent when something asks for them.
+OTHER_MODULES = (
+    "erofs",
+    "squashfs",
+    "loop",
+    "veth",
+    "bridge",
+    "virtio_scsi",
+    "virtio_pmem",
+    "nd_pmem",
+    "nfit",
+)
+
+# Not in the image: tools, tests, GUIs, and what needs libraries that are not worth their size.
+_NO_STDLIB = re.compile(
+    r"^(test|idlelib|tkinter|ensurepip|distutils|lib2to3|pydoc_data|turtledemo|unittest|venv|sqlite3|curses|dbm"
+    r"|xmlrpc|wsgiref|msilib|__phello__|config-3\.11.*)/"
+    r"|^(pydoc|turtle|antigravity|this|__hello__|idle|ssl|cgi|cgitb|smtpd|smtplib|nntplib|ftplib|poplib|imaplib"
+    r"|telnetlib|mailbox|mailcap|webbrowser|doctest|pdb|bdb|asynchat|asyncore|pickletools|sitecustomize"
+    r"|_pydecimal|_osx_support|_aix_support|_distutils_system_mod|sndhdr|sunau|wave|aifc|chunk|crypt|nturl2path)\.py$"
+    r"|^lib-dynload/(_ssl|_hashlib|_sqlite3|_curses|_curses_panel|_dbm|readline|nis|ossaudiodev|audioop|_crypt|_bz2"
+    r"|_codecs_\w+|_multibytecodec|_uuid|_lsprof|_test\w*|_ctypes_test|_xx\w*|xx\w*)\.cpython"
+)
+
+_AGENT_PACKAGES = ("agent", "ttrpc")
+_AGENT_PROTO = ("__init__", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "health_pb2")
+
+_PYTHON = "/usr/lib/python3.11"
+_PROTOBUF = "/usr/lib/kata-agent"
+_LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+_NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
+
+_INIT = """\
+#!/usr/bin/python3.11 -ISB
+import sys
+
+sys.path.append("/usr/lib/kata-agent")
+
+from agent.main import main
+
+sys.exit(main())
+"""
+
+_ETC = {
+    "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+    "group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+    "hostname": "kata-guest\n",
+    "hosts": "127.0.0.1 localhost\n::1 localhost\n",
+    "os-release": 'NAME="kata-shim guest"\nID=kata-shim\nID_LIKE=debian\nVERSION_ID=12\n',
+    "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    "profile": "export PS1='guest# '\n",
+}
+
+
+def protobuf_files() -> dict[str, str]:
+    """The files of the installed protobuf that the guest needs: path below sys.path -> path here.
+
+    The installed one, because its version matches the modules that protoc generated here; its
+    extension module speaks Python's stable ABI and so runs under the guest's Python too.
+    """
+    found = {}
+    for item in metadata.distribution("protobuf").files or ():
+        name = str(item)
+        if name.endswith((".py", ".so")) and not name.startswith(("google/protobuf/compiler/", "..")):
+            found[name] = str(item.locate())
+    if not any(name.endswith(".abi3.so") for name in found):
+        raise HostError(
+            "the installed protobuf has no upb extension module for the stable ABI",
+            phase="guest build",
+            hint="install the wheel: pip install --force-reinstall --only-binary :all: protobuf",
+        )
+    return found
+
+
+def stdlib_files(root: str) -> list[str]:
+    """The files of Python's standard library that the image has, below `usr/lib/python3.11`."""
+    base, kept = root + _PYTHON, []
+    for folder, _, names in os.walk(base):
+        for name in names:
+            path = os.path.relpath(os.path.join(folder, name), base)
+            if path.endswith((".py", ".so")) and not _NO_STDLIB.search(path):
+                kept.append(path)
+    return sorted(kept)
+
+
+def compile_python(root: str, sources: dict[str, str], target: str, *, optimize: int) -> None:
+    """Compile files (name -> source path) with the guest's own Python into `target`, as `name` + "c".
+
+    Hash-based and unchecked: no time enters the file, and the guest never looks for the source.
+    Raises `HostError` with the compiler's message.
+    """
+    program = (
+        "import json, os, py_compile, sys\n"
+        "target, optimize, sources = json.load(sys.stdin)\n"
+        "for name, source in sorted(sources.items()):\n"
+        "    out = os.path.join(target, name + 'c')\n"
+        "    os.makedirs(os.path.dirname(out), exist_ok=True)\n"
+        "    py_compile.compile(source, out, '/' + name, True, optimize,\n"
+        "                       py_compile.PycInvalidationMode.UNCHECKED_HASH, quiet=1)\n"
+    )
+    import json
+
+    done = subprocess.run(
+        [*guest_python(root), "-S", "-c", program],
+        input=json.dumps([target, optimize, sources]),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={
+            "PYTHONHOME": root + "/usr",
+            "PYTHONHASHSEED": "0",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "LC_ALL": "C.UTF-8",
+        },
+    )
+    if done.returncode != 0:
+        raise HostError(
+            f"the guest's Python cannot compile: {done.stderr.strip()[-300:]}", phase="guest build"
+        )
+
+
+def guest_python(root: str) -> list[str]:
+    """How to run the unpacked Python here: by its own loader and libraries, whatever the host has."""
+    libraries = f"{root}/lib/x86_64-linux-gnu:{root}{_LIBRARIES}"
+    return [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{root}/usr/bin/python3.11"]
+
+
+def agent_sources(repository: str) -> dict[str, str]:
+    """Our own modules in the image: path below sys.path -> path here."""
+    found = {}
+    for package in _AGENT_PACKAGES:
+        base = os.path.join(repository, package)
+        for folder, _, names in os.walk(base):
+            for name in names:
+                if name.endswith(".py"):
+                    path = os.path.join(folder, name)
+                    found[os.path.relpath(path, repository)] = path
+    for module in _AGENT_PROTO:
+        found[f"proto/{module}.py"] = os.path.join(repository, "proto", f"{module}.py")
+    missing = [
+        name for name in ("agent/main.py", *found) if not os.path.exists(os.path.join(repository, name))
+    ]
+    if missing:
+        raise HostError(
+            f"{repository} lacks {missing[0]}, which is part of the guest's agent", phase="guest build"
+        )
+    return found
+
+
+def assemble(root: str, modules: ModuleTree, compiled: str, agent: str) -> Tree:
+    """The image's tree.
+
+    `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
+    directory with the compiled agent. Raises `HostError` if a library is missing.
+    """
+    tree = Tree()
+    for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
+        tree.directory(path)
+    tree.directory("/tmp", 0o1777)
+    tree.directory("/root", 0o700)
+    for path, target in (
+        ("/bin", "usr/bin"),
+        ("/sbin", "usr/bin"),
+        ("/lib", "usr/lib"),
+        ("/lib64", "usr/lib64"),
+    ):
+        tree.link(path, target)
+    tree.link("/usr/sbin", "bin")
+    tree.link("/var/run", "/run")
+    tree.link("/var/tmp", "/tmp")
+    for name, text in _ETC.items():
+        tree.file(f"/etc/{name}", text)
+    tree.link("/etc/resolv.conf", "/run/resolv.conf")
+    tree.link("/etc/mtab", "/proc/self/mounts")
+
+    busybox = f"{root}/bin/busybox"
+    tree.copy(busybox, "/usr/bin/busybox", 0o755)
+    applets = subprocess.run([busybox, "--list"], capture_output=True, text=True, check=True).stdout.split()
+    for applet in sorted(set(applets) - _NOT_APPLETS):
+        tree.link(f"/usr/bin/{applet}", "busybox")
+    tree.copy(f"{root}/usr/bin/crun", "/usr/bin/crun", 0o755)
+    tree.copy(f"{root}/usr/bin/python3.11", "/usr/bin/python3.11", 0o755)
+    tree.link("/usr/bin/python3", "python3.11")
+    for folder, prefix in (
+        (f"{compiled}/stdlib", _PYTHON),
+        (f"{compiled}/protobuf", _PROTOBUF),
+        (agent, _PROTOBUF),
+    ):
+        tree.copy_tree(folder, prefix)
+    tree.file("/usr/bin/init", _INIT, 0o755)
+    _add_modules(tree, modules)
+    _add_libraries(tree, root)
+    return tree
+
+
+def _add_modules(tree: Tree, modules: ModuleTree) -> None:
+    base = f"/lib/modules/{os.path.basename(modules.directory)}".replace("/lib", "/usr/lib", 1)
+    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES])
+    for name in names:
+        tree.file(f"{base}/{modules.relative(name)}", strip_module(modules.paths[name]))
+    for name, data in modules.index(names).items():
+        tree.file(f"{base}/{name}", data)
+    early = set(modules.order(EARLY_MODULES))
+    late = [name for name in modules.order(LATE_MODULES) if name not in early]
+    lines = [f"{base}/{modules.relative(name)}\n" for name in late]
+    tree.file("/usr/lib/modules/late", "".join(lines))
+
+
+def _add_libraries(tree: Tree, root: str) -> None:
+    """Add what the programs in the tree are linked to, and what that is linked to, and so on."""
+    folders = (f"{root}/lib/x86_64-linux-gnu", root + _LIBRARIES, f"{root}/lib64")
+    loader = "ld-linux-x86-64.so.2"
+    tree.copy(f"{root}/lib64/{loader}", f"/usr/lib64/{loader}", 0o755)
+    present = {loader}
+    pending: list[tuple[str, bytes]] = [(path, node.data) for path, node in tree.nodes.items()]
+    while pending:
+        user, data = pending.pop()
+        for name in _needed(data):
+            if name in present:
+                continue
+            source = next(
+                (f"{folder}/{name}" for folder in folders if os.path.exists(f"{folder}/{name}")), None
+            )
+            if source is None:
+                raise HostError(
+                    f"{user} needs the library {name}, which no package of the guest has",
+                    phase="guest build",
+                    hint="add its package to PACKAGES in guest/contents.py",
+                )
+            present.add(name)
+            tree.copy(source, f"{_LIBRARIES}/{name}", 0o644)
+            pending.append((name, tree.nodes[f"{_LIBRARIES}/{name}"].data))
+
+
+def _needed(data: bytes) -> Iterable[str]:
+    return Elf(data).needed() if data.startswith(MAGIC) else ()
