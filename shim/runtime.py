@@ -1,0 +1,266 @@
+"""The runtime handler: from the configuration and a container's spec to a sandbox that can be started.
+
+What: `VirtContainer` decides, once per shim, which configuration holds and what the sandbox is made
+of, and builds hypervisor, devices and sandbox from it (`new_instance`). `build_service` is what the
+daemon calls to get the Task service on top of it.
+Why here: this is the one place that knows all parts by name; everything else meets through protocols.
+Invariants: everything that can be refused (configuration, spec) is refused before anything is
+acquired; one shim has one sandbox, and a new one only after the last was stopped.
+Source: the mission's "VirtContainer::init" and "new_instance" (shared/mission/multi-vmm-support.md).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from devices.config import (
+    BalloonConfig,
+    BlockConfig,
+    CacheMode,
+    ConsoleConfig,
+    DeviceConfig,
+    RngConfig,
+    ShareFsConfig,
+    VsockConfig,
+)
+from devices.errors import CallerError
+from devices.vsock import STREAM_PORT
+from hypervisors.registry import get_plugin
+from proto import runtimeoptions_pb2
+from shim.bundle import share_dir
+from shim.config import Config, load_config
+from shim.container_manager import ContainerManager
+from shim.context import DaemonContext
+from shim.protocols import Deadlines
+from shim.sandbox import SandboxSettings, VirtSandbox
+from shim.task_service import TaskService
+from shim.trace import Trace
+
+__all__ = ["Service", "VirtContainer", "build_service"]
+
+_log = structlog.get_logger("runtime")
+
+DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
+MAX_RESOLV_CONF = 64 << 10  # bytes
+_SANDBOX_TYPES = frozenset({"sandbox", "podsandbox", "pod_sandbox"})
+_TYPE_KEYS = (
+    "io.kubernetes.cri-o.ContainerType",
+    "io.kubernetes.cri.container-type",
+    "io.kubernetes.docker.type",
+)
+_OPTIONS_TYPES = frozenset({"runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"})
+
+
+class VirtContainer:
+    """The handler of one shim. `tasks` is where its sandbox's tasks live."""
+
+    def __init__(self, context: DaemonContext, tasks: asyncio.TaskGroup) -> None:
+        self._context = context
+        self._tasks = tasks
+        self._sandbox: VirtSandbox | None = None
+        self._config: Config | None = None
+        self.trace = Trace(context.sandbox_id, context.state_dir)
+        self.manager: ContainerManager | None = None
+
+    async def sandbox_for(
+        self, container_id: str, bundle: str, spec: Mapping[str, Any], options: AnyMessage
+    ) -> VirtSandbox:
+        """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
+        if self._sandbox is not None and not self._sandbox.stopped:
+            return self._sandbox
+        with self.trace.phase("config", id=container_id):
+            config = load_config(options_path=_config_path(options), env=os.environ)
+        for key in config.inactive:
+            if not key.harmless:
+                _log.warning("configuration key without effect", key=str(key))
+        self._config = config
+        self._sandbox = self.new_instance(config, spec)
+        return self._sandbox
+
+    def new_instance(self, config: Config, spec: Mapping[str, Any]) -> VirtSandbox:
+        """Hypervisor, devices and sandbox, none of which runs or holds anything yet."""
+        context = self._context
+        agent = config.agent
+        stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
+        section = _with_agent_params(config, stream_port)
+        hypervisor = get_plugin(config.hypervisor_name).create(
+            section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
+        )
+        settings = SandboxSettings(
+            sandbox_id=context.sandbox_id,
+            container_type=_container_type(spec),
+            netns=_netns(spec),
+            hostname=str(spec.get("hostname") or ""),
+            dns=_dns(spec),
+            shm_size=_shm_size(spec),
+            share_path=share_dir(context.sandbox_id),
+            devices=_devices(config, section, share_dir(context.sandbox_id)),
+            deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),
+            agent_port=agent.server_port,
+            direct_stdio=config.runtime.use_passfd_io,
+            disable_guest_seccomp=config.runtime.disable_guest_seccomp,
+        )
+        _log.info(
+            "sandbox", hypervisor=config.hypervisor_name, config=config.path, type=settings.container_type
+        )
+        return VirtSandbox(
+            settings, hypervisor, undo=context.undo, tasks=self._tasks, trace=self.trace, on_oom=self._oom
+        )
+
+    def _oom(self, container_id: str) -> None:
+        if self.manager is not None:
+            self.manager.report_oom(container_id)
+
+    async def close(self) -> None:
+        """Stop the sandbox if there is one, and put the trace away."""
+        if self._sandbox is not None:
+            await self._sandbox.stop()
+        await asyncio.to_thread(self.trace.close)
+
+
+class Service:
+    """What the daemon runs: implements `shim.context.ShimService`."""
+
+    def __init__(self, context: DaemonContext) -> None:
+        self._closing = asyncio.Event()
+        self._tasks = asyncio.TaskGroup()
+        self._runner = asyncio.create_task(self._run(), name="runtime")
+        self._handler = VirtContainer(context, self._tasks)
+        self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
+        self._handler.manager = self._manager
+        self.task: object = TaskService(self._manager, context.shutdown)
+
+    async def _run(self) -> None:
+        """Hold the TaskGroup open: whatever runs for a sandbox runs inside, and ends before this does."""
+        async with self._tasks:
+            await self._closing.wait()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no container exists or is being created."""
+        return not self._manager.containers
+
+    async def close(self) -> None:
+        """Stop containers and VM. Idempotent."""
+        if self._closing.is_set():
+            await asyncio.wait([self._runner])
+            return
+        await self._manager.close()
+        await self._handler.close()
+        self._closing.set()
+        try:
+            await self._runner
+        except BaseExceptionGroup as group:
+            _log.error(
+                "a task of the sandbox failed", error=str(group), errors=[str(e) for e in group.exceptions]
+            )
+
+
+def build_service(context: DaemonContext) -> Service:
+    """The Task service of this daemon; call it on the running loop."""
+    return Service(context)
+
+
+def _config_path(options: AnyMessage) -> str | None:
+    """The path that containerd's configuration (or `ctr --runtime-config-path`) names for this runtime.
+
+    Options of other types (runc's) are for other runtimes: containerd sends them to all.
+    """
+    if options.type_url.rsplit("/", 1)[-1] not in _OPTIONS_TYPES:
+        return None
+    message = runtimeoptions_pb2.Options()
+    try:
+        message.ParseFromString(options.value)
+    except Exception as error:
+        raise CallerError(
+            "the runtime options are not a runtimeoptions.v1.Options message",
+            code="INVALID_ARGUMENT",
+            phase="config",
+        ) from error
+    return message.config_path or None
+
+
+def _with_agent_params(config: Config, stream_port: int) -> Any:
+    """The hypervisor's section with the kernel parameters that speak to the agent (kata.md 4.4)."""
+    params = []
+    if config.agent.enable_debug:
+        params.append("agent.log=debug")
+    if stream_port:
+        params.append(f"agent.stream_port={stream_port}")
+    own = [config.hypervisor.kernel_params] if config.hypervisor.kernel_params else []
+    return dataclasses.replace(config.hypervisor, kernel_params=" ".join(params + own))
+
+
+def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
+    """What every sandbox is cold-plugged with, in the order of the guest's PCI slots."""
+    devices: list[DeviceConfig] = []
+    if section.image:
+        devices.append(BlockConfig(id="image", path=section.image, read_only=True))
+    devices.append(VsockConfig(home_call=config.agent.home_call, daemon=section.vsock_daemon))
+    if section.shared_fs != "none":
+        devices.append(
+            ShareFsConfig(
+                source=os.path.join(share, "ro"),
+                daemon=section.virtio_fs_daemon,
+                cache=CacheMode(section.virtio_fs_cache),
+                queue_size=section.virtio_fs_queue_size,
+                extra_args=tuple(section.virtio_fs_extra_args),
+            )
+        )
+    devices.append(RngConfig(source=section.entropy_source))
+    if section.reclaim_guest_freed_memory:
+        devices.append(BalloonConfig())
+    devices.append(ConsoleConfig())
+    return devices
+
+
+def _container_type(spec: Mapping[str, Any]) -> str:
+    annotations = spec.get("annotations") or {}
+    for key in _TYPE_KEYS:
+        if key in annotations:
+            return "pod_sandbox" if annotations[key] in _SANDBOX_TYPES else "pod_container"
+    return "single_container"
+
+
+def _netns(spec: Mapping[str, Any]) -> str | None:
+    for space in (spec.get("linux") or {}).get("namespaces") or []:
+        if space.get("type") == "network":
+            return str(space.get("path") or "") or None
+    return None
+
+
+def _mount_source(spec: Mapping[str, Any], destination: str) -> str:
+    for mount in spec.get("mounts") or []:
+        if isinstance(mount, Mapping) and mount.get("destination") == destination:
+            return str(mount.get("source") or "")
+    return ""
+
+
+def _dns(spec: Mapping[str, Any]) -> list[str]:
+    """The lines of the container's resolv.conf, for the guest's own."""
+    source = _mount_source(spec, "/etc/resolv.conf")
+    if not source.startswith("/"):
+        return []
+    try:
+        with open(source, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_RESOLV_CONF).splitlines()
+    except OSError as error:
+        _log.warning("resolv.conf cannot be read", path=source, error=error.strerror)
+        return []
+
+
+def _shm_size(spec: Mapping[str, Any]) -> int:
+    source = _mount_source(spec, "/dev/shm")
+    if source.startswith("/"):
+        with contextlib.suppress(OSError):
+            size = os.statvfs(source)
+            return size.f_frsize * size.f_blocks
+    return DEFAULT_SHM

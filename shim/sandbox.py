@@ -1,0 +1,317 @@
+"""One sandbox: a VM, the agent in it, the directory they share, and the order in which these begin and end.
+
+What: `VirtSandbox` implements `shim.protocols.Sandbox`. `start` goes through the phases share, vmm,
+boot, agent; `stop` releases all of them in reverse.
+Why one class: the phases depend on each other, and an error in any of them must be told with what
+the VMM and the guest's console said last, and must leave nothing behind.
+Invariants:
+- `start` runs once, in the sandbox's own task; callers wait for it and may go away.
+- `died` resolves within moments of the VMM's death, whoever waits for what.
+- After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
+  while `start` is under way, and any number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+import ttrpc
+from devices.config import DeviceConfig
+from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.undo import UndoLog
+from devices.vsock import AgentChannel
+from hypervisors.base import Hypervisor
+from proto import agent_pb2
+from shim.agent_client import GuestAgent
+from shim.guest_spec import GUEST_SHARE, GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.oci import spec_from_json
+from shim.protocols import Deadlines, GuestContainer, RootfsMount
+from shim.resources.shared_dir import SharedDir
+from shim.trace import Trace
+
+__all__ = ["SandboxSettings", "VirtSandbox"]
+
+_log = structlog.get_logger("sandbox")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxSettings:
+    """What a sandbox is made of, decided before anything is done.
+
+    `netns` is the path of the pod's network namespace, None for none. `shm_size` is in bytes.
+    `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
+    """
+
+    sandbox_id: str
+    container_type: str
+    netns: str | None
+    hostname: str
+    dns: Sequence[str]
+    shm_size: int
+    share_path: str
+    devices: Sequence[DeviceConfig]
+    deadlines: Deadlines
+    agent_port: int = 1024
+    direct_stdio: bool = True
+    guest_hook_path: str = ""
+    disable_guest_seccomp: bool = False
+
+
+class VirtSandbox:
+    """See the module's docstring. `tasks` is the TaskGroup that the sandbox's own tasks live in."""
+
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        hypervisor: Hypervisor,
+        *,
+        undo: UndoLog,
+        tasks: asyncio.TaskGroup,
+        trace: Trace,
+        on_oom: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self._hypervisor = hypervisor
+        self._tasks = tasks
+        self._trace = trace
+        self._on_oom = on_oom
+        self._share = SharedDir(settings.share_path, undo)
+        self._share_lock = asyncio.Lock()
+        self._agent: GuestAgent | None = None
+        self._channel: AgentChannel | None = None
+        self._vmm_pid = 0
+        loop = asyncio.get_running_loop()
+        self._died: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._ready.add_done_callback(_retrieve)
+        self._boot: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stop_lock = asyncio.Lock()
+        self._stopped = False
+
+    # --- shim.protocols.Sandbox
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id: the container's own, or the pod's."""
+        return self.settings.sandbox_id
+
+    @property
+    def agent(self) -> GuestAgent:
+        """The agent's client; only after `start`."""
+        if self._agent is None:
+            raise GuestError("the sandbox is not running", phase="agent", code="FAILED_PRECONDITION")
+        return self._agent
+
+    @property
+    def vmm_pid(self) -> int:
+        """The VMM's pid on the host."""
+        return self._vmm_pid
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called: this object serves no longer."""
+        return self._stopped
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        """Resolves to the reason when the VM is gone without our asking."""
+        return self._died
+
+    @property
+    def direct_stdio(self) -> bool:
+        """Whether stdio goes over vsock connections of its own."""
+        return self.settings.direct_stdio
+
+    async def start(self) -> None:
+        """Boot to a ready agent. Raises KataError with phase, cause, evidence and hint."""
+        if self._stopped:
+            raise GuestError("the sandbox has been stopped", phase="boot", code="FAILED_PRECONDITION")
+        if self._boot is None:
+            self._boot = self._tasks.create_task(self._start_once(), name=f"boot {self.id}")
+        await asyncio.shield(self._ready)
+
+    async def prepare_container(
+        self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
+    ) -> GuestContainer:
+        """Mount the container's root file system and volumes into the share; translate its spec."""
+        volumes = plan_volumes(spec, container_id)
+        document, left_out = guest_spec(
+            spec,
+            container_id=container_id,
+            bundle=bundle,
+            container_type=self.settings.container_type if container_id == self.id else "pod_container",
+            volumes=volumes,
+            disable_seccomp=self.settings.disable_guest_seccomp,
+        )
+        message = spec_from_json(document, left_out)
+        if left_out:
+            _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
+        root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
+        with self._trace.phase("rootfs", id=container_id):
+            async with self._share_lock:
+                await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
+        return GuestContainer(spec=message, sandbox_pidns=wants_sandbox_pidns(spec))
+
+    async def release_container(self, container_id: str) -> None:
+        """Unmount what `prepare_container` mounted. Idempotent."""
+        async with self._share_lock:
+            errors = await asyncio.to_thread(self._share.remove_container, container_id)
+        for error in errors:
+            _log.error("not released", container=container_id, error=str(error))
+
+    async def open_stream(self) -> tuple[socket.socket, int]:
+        """A connection for one stdio stream, and the number that names it to the agent."""
+        if self._channel is None:
+            raise GuestError("the sandbox is not running", phase="stdio", code="FAILED_PRECONDITION")
+        return await self._channel.open_stream(self.settings.deadlines.request)
+
+    async def stop(self) -> None:
+        """End the VM, the guest unasked, and release everything. Never raises but for cancellation."""
+        async with self._stop_lock:
+            if self._stopped and self._boot is None:
+                return
+            self._stopped = True
+            with self._trace.phase("vmm.stop"):
+                await self._tear_down()
+            self._boot = None
+            self._trace.flush()
+
+    # --- the phases
+
+    async def _start_once(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.deadlines.boot + self.settings.deadlines.request):
+                await self._start_phases()
+        except asyncio.CancelledError:
+            self._fail(GuestError("the sandbox was stopped while it booted", phase="boot", code="CANCELLED"))
+            raise
+        except KataError as error:
+            self._fail(error)
+        except TimeoutError:
+            self._fail(
+                GuestError("the sandbox did not start in time", phase="boot", code="DEADLINE_EXCEEDED")
+            )
+        except Exception as error:
+            _log.exception("sandbox start failed")
+            self._fail(BugError(f"{type(error).__name__}: {error}", phase="boot"))
+        else:
+            if not self._ready.done():
+                self._ready.set_result(None)
+        self._trace.flush()
+
+    def _fail(self, error: KataError) -> None:
+        error.with_context(phase="boot", details=self._hypervisor.diagnostics())
+        _log.error("sandbox start failed", error=str(error), owner=error.owner)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+
+    async def _start_phases(self) -> None:
+        settings, hypervisor = self.settings, self._hypervisor
+        with self._trace.phase("share"):
+            async with self._share_lock:
+                await asyncio.to_thread(self._share.set_up)
+        with self._trace.phase("vmm.start"):
+            await hypervisor.prepare_vm(self.id, settings.netns)
+            for device in settings.devices:
+                await hypervisor.add_device(device)
+            await hypervisor.start_vm(settings.deadlines.boot)
+        self._vmm_pid = await hypervisor.get_vmm_master_tid()
+        self._watch(self._watch_vm(), "vm")
+        self._channel = await hypervisor.get_agent_socket()
+        with self._trace.phase("vmm.boot"):
+            await self._channel.wait_ready(settings.deadlines.boot)
+        with self._trace.phase("agent.connect"):
+            sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
+            self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines)
+        with self._trace.phase("agent.create_sandbox"):
+            await self._agent.create_sandbox(
+                sandbox_id=self.id,
+                hostname=settings.hostname,
+                dns=settings.dns,
+                storages=[_share_storage(), _shm_storage(settings.shm_size)],
+                guest_hook_path=settings.guest_hook_path,
+            )
+        self._watch(self._watch_oom(self._agent), "oom")
+
+    def _watch(self, work: Any, name: str) -> None:
+        self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
+
+    async def _watch_vm(self) -> None:
+        ended = await self._hypervisor.wait_vm()
+        if ended.expected or self._died.done():
+            return
+        details = {"vmm stderr": ended.stderr_tail, "guest console": ended.console_tail}
+        reason = str(HypervisorError(ended.reason, phase="vm", details=details))
+        _log.error("the VM is gone", reason=reason, code=ended.code)
+        self._died.set_result(reason)
+        if self._agent is not None:
+            await self._agent.close()
+
+    async def _watch_oom(self, agent: GuestAgent) -> None:
+        while True:
+            try:
+                container_id = await agent.get_oom_event()
+            except KataError as error:
+                _log.debug("no more OOM events", error=str(error))
+                return
+            self._on_oom(container_id)
+
+    async def _tear_down(self) -> None:
+        if self._boot is not None and not self._boot.done():
+            self._boot.cancel()
+            await asyncio.wait([self._boot])
+        # The VM first: whoever waits for a container's exit waits for this.
+        await self._step("stop the VM", self._hypervisor.stop_vm())
+        if self._agent is not None:
+            await self._step("close the agent's connection", self._agent.close())
+        for watcher in self._watchers:
+            watcher.cancel()
+        if self._watchers:
+            await asyncio.wait(self._watchers)
+        self._watchers.clear()
+        await self._step("clean up after the VMM", self._hypervisor.cleanup())
+        async with self._share_lock:
+            errors = await asyncio.to_thread(self._share.tear_down)
+        for error in errors:
+            _log.error("not released", error=str(error))
+
+    async def _step(self, what: str, work: Any) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001  (stopping goes on past every error)
+            _log.error("stopping the sandbox: step failed", step=what, error=str(error))
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Nobody may be waiting any more when start fails; that is no reason for asyncio to complain."""
+    with contextlib.suppress(asyncio.CancelledError):
+        future.exception()
+
+
+def _share_storage() -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver="virtio-fs",
+        source="kataShared",
+        fstype="virtiofs",
+        options=["nodev"],
+        mount_point=GUEST_SHARE + "/",
+    )
+
+
+def _shm_storage(size: int) -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver="ephemeral",
+        source="shm",
+        fstype="tmpfs",
+        options=["noexec", "nosuid", "nodev", "mode=1777", f"size={size}"],
+        mount_point=GUEST_SHM,
+    )
