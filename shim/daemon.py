@@ -1,0 +1,181 @@
+"""The daemon: one process, one sandbox, from the fork to the last event.
+
+What: prepares the process, then serves containerd's Task service (v2 and v3) on the socket that the
+launcher bound, until somebody asks for shutdown.
+Why the order in `_serve`: what is undone last was made first, so that each failure finds the means
+to undo it still there.
+Invariants:
+- The process has a mount namespace of its own: what it mounts dies with the last process of the pod.
+- SIGTERM and SIGINT end an idle daemon only: service managers send them to whole cgroups, and a pod
+  ends when containerd says so. SIGPIPE and SIGHUP are ignored.
+- Shutdown, in this order: the socket's path goes (the sign for `delete` that we are on our way),
+  containers and VM end, events are flushed (5 s), connections close, the journal is undone, exit 0.
+- A daemon that has no container for two minutes ends by itself: containerd died before Create.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+from typing import NoReturn
+
+import structlog
+
+from proto import task_v2_pb2, task_v3_pb2
+from shim import logs, syscalls
+from shim.bundle import state_dir
+from shim.context import DaemonContext, ShimService
+from shim.events import EventPublisher
+from shim.flags import Flags
+from shim.journal import Journal
+from shim.mounts import make_private
+from shim.procfs import start_time
+from shim.reaper import Reaper
+from ttrpc import Server
+
+__all__ = ["run"]
+
+IDLE_LIMIT = 120.0
+"""Seconds without a container after which the daemon ends."""
+_FLUSH_LIMIT = 5.0  # seconds for the last events
+_CLOSE_LIMIT = 30.0  # seconds for containers and VM; they have deadlines of their own underneath
+_REPLY_GRACE = 1.0  # seconds for replies in flight
+
+_log = structlog.get_logger("daemon")
+
+
+def run(
+    flags: Flags, *, sandbox_id: str, bundle: str, address: str, listener: int, foreground: bool = False
+) -> NoReturn:
+    """Serve on the listening socket `listener` until shutdown, then exit the process."""
+    logs.configure(
+        bundle, debug=flags.debug, foreground=foreground, sandbox=sandbox_id, namespace=flags.namespace
+    )
+    code = 1
+    try:
+        _prepare_process()
+        with asyncio.Runner() as runner:
+            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener))
+    except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
+        _log.exception("the daemon failed")
+        _unlink(address)
+    finally:
+        os._exit(code)
+
+
+def _prepare_process() -> None:
+    os.umask(0o077)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    syscalls.set_child_subreaper()
+    try:
+        make_private()
+    except PermissionError:
+        # Not root: no mounts either, so nothing can leak.
+        _log.warning("no mount namespace of our own: not permitted")
+
+
+async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, listener: int) -> int:
+    loop = asyncio.get_running_loop()
+    directory = state_dir(sandbox_id)
+    journal = Journal.create(directory, sandbox_id)
+    own = journal.record("process", name="shim", pid=os.getpid(), start=start_time(os.getpid()))
+    listening = journal.record("socket", path=address.removeprefix("unix://"))
+    events = EventPublisher(flags.namespace, os.environ.get("TTRPC_ADDRESS", ""))
+    stop = asyncio.Event()
+    context = DaemonContext(
+        namespace=flags.namespace,
+        id=flags.id,
+        sandbox_id=sandbox_id,
+        bundle=bundle,
+        address=address,
+        publish_binary=flags.publish_binary,
+        state_dir=directory,
+        debug=flags.debug,
+        events=events,
+        undo=journal,
+        shutdown=stop.set,
+    )
+    from shim.runtime import build_service
+
+    service: ShimService = build_service(context)
+    server = Server(allowed_uids={0, os.geteuid()})
+    for module in (task_v2_pb2, task_v3_pb2):
+        server.register(module.DESCRIPTOR.services_by_name["Task"], service.task)
+    reaper = Reaper(loop)
+    _handle_signals(loop, service, stop)
+    sock = socket.socket(fileno=listener)
+    sock.setblocking(False)
+    serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
+    idle = asyncio.create_task(_end_when_idle(service, stop), name="idle timer")
+    gc.collect()
+    gc.freeze()  # what is loaded now stays; the collector need not walk it again
+    _log.info("serving", address=address, pid=os.getpid(), container=flags.id)
+
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+    failed = serving.done() and not stop.is_set()
+    if failed:
+        _log.error("the server ended by itself", error=str(serving.exception() or ""))
+    idle.cancel()
+    stopping.cancel()
+
+    _log.info("shutting down")
+    await journal.release(listening)
+    await _bounded("containers", service.close(), _CLOSE_LIMIT)
+    if not await events.flush(_FLUSH_LIMIT):
+        _log.warning("not all events were taken", pending=events.pending)
+    await _bounded("server", server.close(_REPLY_GRACE), _REPLY_GRACE * 2)
+    with contextlib.suppress(Exception):
+        await serving
+    await events.close()
+    reaper.close()
+    journal.forget(own)
+    errors = await journal.release_all()
+    for error in errors:
+        _log.error("not undone", error=str(error))
+    if not errors:
+        journal.remove()
+    _log.info("done", leftovers=len(errors))
+    return 1 if failed or errors else 0
+
+
+def _handle_signals(loop: asyncio.AbstractEventLoop, service: ShimService, stop: asyncio.Event) -> None:
+    def asked(number: signal.Signals) -> None:
+        if service.idle:
+            stop.set()
+        else:
+            _log.warning("signal ignored: containers live, containerd decides", signal=number.name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked, number)
+
+
+async def _end_when_idle(service: ShimService, stop: asyncio.Event) -> None:
+    """Ask for shutdown when no container existed at two checks in a row, IDLE_LIMIT apart."""
+    idle_before = True
+    while True:
+        await asyncio.sleep(IDLE_LIMIT)
+        if service.idle and idle_before:
+            _log.warning("no container: giving up", seconds=IDLE_LIMIT)
+            stop.set()
+            return
+        idle_before = service.idle
+
+
+async def _bounded(what: str, work: object, limit: float) -> None:
+    """Await `work`, log what it raises, and give up on it after `limit` seconds."""
+    try:
+        async with asyncio.timeout(limit):
+            await work  # type: ignore[misc]
+    except Exception as error:  # noqa: BLE001  (shutdown goes on past every error)
+        _log.error("shutdown step failed", step=what, error=str(error) or type(error).__name__)
+
+
+def _unlink(address: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(address.removeprefix("unix://"))

@@ -1,0 +1,24 @@
+"""`-info`: what containerd 2.x asks a runtime before its first task.
+
+Invariants: stdout carries one serialized containerd.types.RuntimeInfo and nothing else; the options
+that containerd writes to stdin do not change the answer.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from proto import introspection_pb2
+
+__all__ = ["print_info"]
+
+
+def print_info(version: str) -> int:
+    """Write RuntimeInfo to stdout; returns the exit code."""
+    info = introspection_pb2.RuntimeInfo(
+        name="io.containerd.kata.v2",
+        version=introspection_pb2.RuntimeVersion(version=version),
+    )
+    sys.stdout.buffer.write(info.SerializeToString())
+    sys.stdout.buffer.flush()
+    return 0

@@ -1,0 +1,101 @@
+"""How each kind of journal record is undone when its owner is gone.
+
+What: `release(record)`, used by `delete` after a crash and by the journal for records that came
+without a function of their own.
+Why: the daemon that knew better is dead; all that is left of an acquisition are its facts.
+Invariants: each release is idempotent, treats what is gone as released, and blocks at most `timeout`
+seconds; paths are never followed through symbolic links, trees never left across a mount.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from shim.journalfile import Record
+
+__all__ = ["ReleaseError", "release"]
+
+Facts = dict[str, str | int]
+
+
+class ReleaseError(Exception):
+    """It could not be undone; the text says what and why."""
+
+
+def release(record: Record, timeout: float = 2.0) -> None:
+    """Undo one acquisition. Raises ReleaseError or OSError. Blocks."""
+    function = _KINDS.get(record.kind)
+    if function is None:
+        raise ReleaseError(f"do not know how to release a {record.kind!r} ({record.facts})")
+    function(record.facts, timeout)
+
+
+def _path(facts: Facts) -> str:
+    path = facts.get("path")
+    if not isinstance(path, str) or not path.startswith("/") or ".." in path.split("/"):
+        raise ReleaseError(f"not an absolute path: {path!r}")
+    return path
+
+
+def _process(facts: Facts, timeout: float) -> None:
+    pid, start = facts.get("pid"), facts.get("start")
+    if not isinstance(pid, int) or not isinstance(start, int):
+        return  # recorded, but never seen to run: `cleanup` looks for such by their command line
+    if pid <= 1:
+        raise ReleaseError(f"pid {pid} is not a process of ours")
+    from shim.procfs import kill_process
+
+    if not kill_process(pid, start, timeout):
+        raise ReleaseError(f"{facts.get('name', 'process')} (pid {pid}) did not end within {timeout} s")
+
+
+def _file(facts: Facts, _timeout: float) -> None:
+    path = _path(facts)
+    try:
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            raise ReleaseError(f"{path} is a directory, recorded as a file")
+        os.unlink(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+
+
+def _dir(facts: Facts, _timeout: float) -> None:
+    from shim.safefs import remove_tree
+
+    remove_tree(_path(facts))
+
+
+def _mount(facts: Facts, _timeout: float) -> None:
+    from shim.mounts import unmount
+
+    unmount(_path(facts))
+
+
+def _cgroup(facts: Facts, timeout: float) -> None:
+    """A cgroup v2 directory: kill what is in it, wait until it is empty, remove it."""
+    import select
+
+    path = _path(facts)
+    if not os.path.isdir(path):
+        return
+    kill = os.path.join(path, "cgroup.kill")
+    if os.path.exists(kill):
+        with open(kill, "w") as file:
+            file.write("1")
+    with open(os.path.join(path, "cgroup.events")) as events:
+        poll = select.poll()
+        poll.register(events, select.POLLPRI)
+        if "populated 1" in events.read():
+            poll.poll(timeout * 1000)
+    os.rmdir(path)
+
+
+_KINDS = {
+    "process": _process,
+    "socket": _file,
+    "file": _file,
+    "dir": _dir,
+    "mount": _mount,
+    "cgroup": _cgroup,
+}
