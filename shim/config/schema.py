@@ -1,0 +1,296 @@
+"""The schema of configuration.toml: the [runtime] and [agent.NAME] sections, and the keys of Kata
+that nothing here acts on yet.
+
+What: two frozen dataclasses whose fields are the keys that we act on, with Kata's names and (except
+where said) Kata's defaults; and for each section a table of the further keys that Kata knows. The
+section of a hypervisor is a dataclass of its plugin (`HypervisorPlugin.section`).
+Why: an existing file must load (design D5), and a key without effect must be visible, not swallowed.
+Invariants: a key is a field or in the table, never both; to act on a key is to move it from the
+table to the dataclass. The table's value is the one that we behave as, whatever the file says: a file
+that says the same has lost nothing.
+Source: kata.md part 5, and the keys of the files that Kata 4.1 ships for both of its runtimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "AGENT_INACTIVE",
+    "HYPERVISOR_ALIASES",
+    "HYPERVISOR_INACTIVE",
+    "MIN_BOOT_MS",
+    "RUNTIME_INACTIVE",
+    "TOP_LEVEL",
+    "AgentConfig",
+    "Inactive",
+    "RuntimeConfig",
+]
+
+MIN_BOOT_MS = 10_000
+"""Kata waits at least this long for an agent, whatever reconnect_timeout_ms says (kata.md 4.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeConfig:
+    """[runtime]. Keys marked "resolved" get their final value from `load_config`."""
+
+    name: str = "virt_container"
+    hypervisor_name: str = ""  # resolved: "" is the only [hypervisor.*] section, else qemu
+    agent_name: str = ""  # resolved: "" is the only [agent.*] section, else kata
+    enable_debug: bool = False
+    log_level: str = "info"  # trace | debug | info | warn | error
+    disable_guest_seccomp: bool = False
+    use_passfd_io: bool = True  # resolved: absent is true for our guest, false for a stock one (Kata: false)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentConfig:
+    """[agent.NAME]. Times have their unit in the name, except create_container_timeout: seconds."""
+
+    name: str = "kata"  # resolved: the section's name
+    enable_debug: bool = False
+    server_port: int = 1024
+    passfd_listener_port: int = 1027
+    dial_timeout_ms: int = 10
+    reconnect_timeout_ms: int = 3000
+    create_container_timeout: float = 30.0
+    home_call: bool = True  # ours. resolved: absent is true for our guest, false for a stock one
+
+    @property
+    def boot_deadline(self) -> float:
+        """Seconds in which a started VM's agent must answer."""
+        return max(self.reconnect_timeout_ms, MIN_BOOT_MS) / 1000
+
+    @property
+    def request_deadline(self) -> float:
+        """Seconds for each call to the agent that does not wait for the guest by nature."""
+        return self.create_container_timeout
+
+
+@dataclass(frozen=True, slots=True)
+class Inactive:
+    """A key in the file that Kata knows and nothing here acts on yet.
+
+    `behaviour` is the value that we behave as. `locate` gives (file, line); it scans the text, so it
+    is for messages only.
+    """
+
+    section: str
+    key: str
+    value: Any
+    behaviour: Any
+    locate: Callable[[], tuple[str, int]] = field(repr=False, compare=False)
+
+    @property
+    def harmless(self) -> bool:
+        """The file asks for what happens anyway, or leaves the choice to us."""
+        if isinstance(self.value, bool):
+            return bool(self.value == self.behaviour)
+        return self.value == self.behaviour or not self.value
+
+    def __str__(self) -> str:
+        file, line = self.locate()
+        value = "..." if self.key.endswith("password") else toml_value(self.value)
+        return (
+            f"{file}:{line}: [{self.section}] {self.key} = {value} has no effect yet: "
+            f"kata-shim behaves as with {toml_value(self.behaviour)}"
+        )
+
+
+def toml_value(value: Any) -> str:
+    """A value as one would write it in the file, tables in short."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        return f'"{escaped}"'
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(toml_value(each) for each in value)}]"
+    if isinstance(value, Mapping):
+        return "{...}" if value else "{}"
+    return str(value)
+
+
+# --- Keys without effect: key -> the value that we behave as. Its type is the key's type: () is an array
+# of strings, [] an array of tables, {} a table, a float takes integers too.
+
+TOP_LEVEL: Mapping[str, Mapping[str, Any]] = {
+    "factory": {  # Kata's Go runtime only
+        "enable_template": False,
+        "template_path": "/run/vc/vm/template",
+        "vm_cache_number": 0,
+        "vm_cache_endpoint": "/var/run/kata-containers/cache.sock",
+    },
+}
+
+RUNTIME_INACTIVE: Mapping[str, Any] = {
+    "dan_conf": "",
+    "disable_guest_empty_dir": False,
+    "disable_new_netns": False,
+    "emptydir_mode": "shared-fs",
+    "enable_pprof": False,
+    "enable_tracing": False,
+    "enable_vcpus_pinning": False,
+    "experimental": (),
+    "experimental_force_guest_pull": False,
+    "guest_selinux_label": "",
+    "internetworking_model": "tcfilter",
+    "jaeger_endpoint": "",
+    "jaeger_password": "",
+    "jaeger_user": "",
+    "keep_abnormal": False,
+    "kubelet_root_dir": "/var/lib/kubelet",
+    "pod_resource_api_sock": "",
+    "sandbox_bind_mounts": (),
+    "sandbox_cgroup_only": False,
+    "shared_mounts": [],
+    "static_sandbox_resource_mgmt": True,
+    "vfio_mode": "guest-kernel",
+}
+
+AGENT_INACTIVE: Mapping[str, Any] = {
+    "cdh_api_timeout": 50,
+    "cdh_api_timeout_ms": 50_000,
+    "container_pipe_size": 0,
+    "debug_console_enabled": False,
+    "enable_tracing": False,
+    "health_check_request_timeout_ms": 90_000,
+    "kernel_modules": (),
+    "launch_process_timeout": 0,
+    "log_level": "info",
+    "log_port": 1025,
+    "mem_agent": {},
+    "policy": "",
+    "visible_cdi_devices": False,
+}
+
+HYPERVISOR_ALIASES: Mapping[str, str] = {
+    "dbg_monitor_socket": "extra_monitor_socket",
+    "seccompsandbox": "seccomp_sandbox",  # as Kata's Go runtime spells it
+}
+
+HYPERVISOR_INACTIVE: Mapping[str, Any] = {
+    # programs
+    "ctlpath": "",
+    "jailer_path": "",
+    "valid_ctlpaths": (),
+    "valid_hypervisor_paths": (),
+    "valid_jailer_paths": (),
+    # boot
+    "boot_from_template": False,
+    "boot_to_be_template": False,
+    "device_state_path": "",
+    "factory": {},
+    "firmware": "",
+    "firmware_volume": "",
+    "guest_extension_images": [],
+    "kernel_verity_params": "",
+    "memory_path": "",
+    "pflashes": (),
+    "vm_rootfs_driver": "virtio-blk-pci",
+    # machine, CPU, memory
+    "default_bridges": 1,
+    "default_maxmemory": 0,
+    "default_maxvcpus": 0,
+    "disable_nested_virtualization": False,
+    "disable_nesting_checks": False,
+    "enable_guest_swap": False,
+    "enable_hugepages": False,
+    "enable_mem_prealloc": False,
+    "enable_numa": False,
+    "enable_virtio_mem": False,
+    "file_mem_backend": "",
+    "guest_swap_create_threshold_secs": 60,
+    "guest_swap_path": "/run/kata-containers/swap",
+    "guest_swap_size_percent": 100,
+    "hugepage_type": "hugetlbfs",
+    "machine_accelerators": "",
+    "memory_offset": 0,
+    "memory_slots": 10,
+    "numa_mapping": (),
+    "overhead_memory": 0,
+    "overhead_vcpus": 0.0,
+    "reclaim_guest_freed_memory": False,
+    "use_legacy_serial": True,
+    "valid_file_mem_backends": (),
+    # block devices
+    "block_device_aio": "io_uring",
+    "block_device_cache_direct": False,
+    "block_device_cache_noflush": False,
+    "block_device_cache_set": False,
+    "block_device_driver": "virtio-blk-pci",
+    "block_device_logical_sector_size": 0,
+    "block_device_physical_sector_size": 0,
+    "disable_block_device_use": False,
+    "disable_image_nvdimm": True,
+    "disk_rate_limiter_bw_max_rate": 0,
+    "disk_rate_limiter_bw_one_time_burst": 0,
+    "disk_rate_limiter_ops_max_rate": 0,
+    "disk_rate_limiter_ops_one_time_burst": 0,
+    "enable_iothreads": False,
+    "enable_vhost_user_store": False,
+    "indep_iothreads": 0,
+    "num_queues": 1,
+    "queue_size": 128,
+    "valid_vhost_user_store_paths": (),
+    "vhost_user_reconnect_timeout_sec": 0,
+    "vhost_user_store_path": "/var/run/kata-containers/vhost-user",
+    # other devices
+    "cold_plug_vfio": "no-port",
+    "default_gpu_model": "",
+    "default_gpus": 0,
+    "enable_iommu": False,
+    "enable_iommu_platform": False,
+    "entropy_source": "/dev/urandom",
+    "hot_plug_vfio": "no-port",
+    "hotplug_vfio_on_root_bus": False,
+    "pcie_root_port": 0,
+    "pcie_switch_port": 0,
+    "valid_entropy_sources": (),
+    # network
+    "disable_vhost_net": False,
+    "net_rate_limiter_bw_max_rate": 0,
+    "net_rate_limiter_bw_one_time_burst": 0,
+    "net_rate_limiter_ops_max_rate": 0,
+    "net_rate_limiter_ops_one_time_burst": 0,
+    "network_queues": 1,
+    "rx_rate_limiter_max_rate": 0,
+    "tx_rate_limiter_max_rate": 0,
+    # shared file system
+    "msize_9p": 8192,
+    "prefetch_list_path": "",
+    "virtio_fs_cache_size": 0,
+    "virtio_fs_is_dax": False,
+    # debugging
+    "extra_monitor_socket": "",
+    "guest_memory_dump_paging": False,
+    "guest_memory_dump_path": "",
+    "hypervisor_loglevel": 1,
+    "log_level": "info",
+    # security
+    "confidential_guest": False,
+    "disable_guest_selinux": True,
+    "disable_seccomp": False,
+    "disable_selinux": False,
+    "enable_annotations": (),
+    "guest_hook_path": "",
+    "initdata": "",
+    "rootless": False,
+    "rootless_user": {},
+    "seccomp_sandbox": "",
+    "selinux_label": "",
+    "sev_snp_guest": False,
+    "snp_guest_policy": 0x30000,
+    "snp_id_auth": "",
+    "snp_id_block": "",
+    "tdx_quote_generation_service_socket_port": 0,
+    # a remote hypervisor, by both spellings
+    "hypervisor_socket": "/run/peerpod/hypervisor.sock",
+    "hypervisor_timeout": 600,
+    "remote_hypervisor_socket": "/run/peerpod/hypervisor.sock",
+    "remote_hypervisor_timeout": 600,
+}
+"""For any hypervisor. Where a plugin's section has a field of the same name, the field counts."""

@@ -1,0 +1,110 @@
+"""The text of the configuration: the base file and its drop-ins, merged.
+
+What: `Source.read` reads the base file, then every `*.toml` of `config.d/` beside the file that the base
+file really is (symlinks followed), in the order of their names. Tables are merged, every other value
+is replaced, arrays too. `locate` tells which file set a key last, and its line.
+Invariants: a file is regular, UTF-8 and at most MAX_BYTES long, else ConfigError; hidden files and
+other endings (editors' copies) in config.d are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tomllib
+from typing import Any
+
+from devices.errors import ConfigError
+from shim.config.fill import Table
+
+__all__ = ["MAX_BYTES", "Source"]
+
+MAX_BYTES = 1 << 20
+
+
+class Source:
+    """The merged content, and which file set what.
+
+    `files` has the text of each file by its path, in the order of reading.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
+        self._origin: dict[tuple[str, ...], str] = {}
+
+    @classmethod
+    def read(cls, base: str) -> Source:
+        """Read the base file and its drop-ins. Raises ConfigError."""
+        source = cls()
+        real = os.path.realpath(base)
+        source._add(real)
+        directory = os.path.join(os.path.dirname(real), "config.d")
+        try:
+            names = sorted(name for name in os.listdir(directory) if name.endswith(".toml"))
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        except OSError as error:
+            raise ConfigError(f"{directory}: {error.strerror}", phase="config") from error
+        for name in names:
+            if not name.startswith("."):
+                source._add(os.path.join(directory, name))
+        return source
+
+    def _add(self, path: str) -> None:
+        text = _read_text(path)
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(
+                f"{path}: not TOML: {error}", phase="config", hint=f"correct the syntax in {path}"
+            ) from error
+        self.files[path] = text
+        self._merge(self.values, values, (), path)
+
+    def _merge(self, into: dict[str, Any], values: dict[str, Any], at: tuple[str, ...], path: str) -> None:
+        for key, value in values.items():
+            self._origin[(*at, key)] = path
+            present = into.get(key)
+            if isinstance(present, dict) and isinstance(value, dict):
+                self._merge(present, value, (*at, key), path)
+            else:
+                into[key] = value
+
+    def locate(self, *key: str) -> tuple[str, int]:
+        """(file, line) of a key or table; the first file and 0 if nothing names it."""
+        from shim.config.position import find_line  # only when there is something to say
+
+        for length in range(len(key), 0, -1):
+            file = self._origin.get(key[:length])
+            if file is not None:
+                return file, find_line(self.files[file], key)
+        return next(iter(self.files)), 0
+
+    def table(self, *name: str) -> Table:
+        """A section by its path; an absent one is empty. Raises ConfigError if it is no table."""
+        values: Any = self.values
+        for part in name:
+            values = values.get(part, {})
+            if not isinstance(values, dict):
+                file, line = self.locate(*name)
+                raise ConfigError(f"{file}:{line}: {'.'.join(name)} must be a table", phase="config")
+        return Table(".".join(name), values, lambda key: self.locate(*name, key))
+
+
+def _read_text(path: str) -> str:
+    try:
+        # O_NONBLOCK: a FIFO in this place must not hang the shim.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"{path}: not a regular file", phase="config")
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", phase="config") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes", phase="config")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}", phase="config") from error
