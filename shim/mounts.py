@@ -20,7 +20,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shim.syscalls import CLONE_FS, CLONE_NEWNS, mount, umount2, unshare
+from shim.syscalls import (
+    CLONE_FS,
+    CLONE_NEWNS,
+    mount,
+    move_mount,
+    open_tree,
+    set_mount_readonly,
+    umount2,
+    unshare,
+)
 
 __all__ = [
     "MountEntry",
@@ -32,6 +41,7 @@ __all__ = [
     "mount_rootfs",
     "mounts_below",
     "parse_mountinfo",
+    "set_propagation",
     "unmount",
     "unmount_below",
 ]
@@ -155,8 +165,29 @@ def mount_rootfs(mounts: Sequence[MountLike], target: str) -> None:
 
 
 def bind(source: str, target: str, *, read_only: bool = False, recursive: bool = True) -> None:
-    """Bind `source` to `target`. Raises MountError."""
-    _mount_one("bind", source, target, ["rbind" if recursive else "bind", "ro" if read_only else "rw"])
+    """Bind `source` to `target`. Raises MountError.
+
+    A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
+    not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
+    are made by the first step and never see the second.
+    """
+    try:
+        tree = open_tree(source, recursive=recursive)
+        try:
+            if read_only:
+                set_mount_readonly(tree)
+            move_mount(tree, target)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        why = _why(error.errno, source, "")
+        text = f"cannot bind {source} to {target}: {error.strerror}{why}"
+        raise MountError(error.errno, text) from error
+
+
+def set_propagation(target: str, option: str) -> None:
+    """Set how the mount at `target` passes mounts on: "shared", "slave", "rprivate", ..."""
+    mount("", target, "", _PROPAGATION[option], "")
 
 
 def _inside(base: str, relative: str) -> str:

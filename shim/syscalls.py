@@ -15,8 +15,11 @@ __all__ = [
     "CLONE_NEWNS",
     "create_core_scheduling_cookie",
     "mount",
+    "move_mount",
+    "open_tree",
     "openat2",
     "set_child_subreaper",
+    "set_mount_readonly",
     "umount2",
     "unshare",
 ]
@@ -28,7 +31,18 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SCHED_CORE = 62
 _PR_SCHED_CORE_CREATE = 1
 _PR_SCHED_CORE_SCOPE_PROCESS_GROUP = 2
-_SYS_OPENAT2 = 437  # the same number on every architecture (it is newer than the common table)
+# The same numbers on every architecture: these calls are newer than the common table.
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_OPENAT2 = 437
+_SYS_MOUNT_SETATTR = 442
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 4
+_MOUNT_ATTR_RDONLY = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -40,6 +54,10 @@ _libc.syscall.restype = ctypes.c_long
 
 class _OpenHow(ctypes.Structure):
     _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("attr_set", "attr_clr", "propagation", "userns_fd"))
 
 
 def _check(result: int, path: str = "") -> int:
@@ -84,6 +102,45 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
         ctypes.c_size_t(ctypes.sizeof(how)),
     )
     return _check(int(result), path)
+
+
+def open_tree(path: str, *, recursive: bool) -> int:
+    """open_tree(2) with OPEN_TREE_CLONE: a detached copy of the mount at `path`, as a descriptor."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_long(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_ulong(flags),
+    )
+    return _check(int(result), path)
+
+
+def set_mount_readonly(tree: int) -> None:
+    """mount_setattr(2): make all mounts of a detached tree read-only. Linux 5.12."""
+    attributes = _MountAttr(attr_set=_MOUNT_ATTR_RDONLY)
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_MOUNT_SETATTR),
+        ctypes.c_long(tree),
+        ctypes.c_char_p(b""),
+        ctypes.c_ulong(_AT_EMPTY_PATH | _AT_RECURSIVE),
+        ctypes.byref(attributes),
+        ctypes.c_size_t(ctypes.sizeof(attributes)),
+    )
+    _check(int(result))
+
+
+def move_mount(tree: int, target: str) -> None:
+    """move_mount(2): attach a detached tree at `target`."""
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_MOVE_MOUNT),
+        ctypes.c_long(tree),
+        ctypes.c_char_p(b""),
+        ctypes.c_long(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(target)),
+        ctypes.c_ulong(_MOVE_MOUNT_F_EMPTY_PATH),
+    )
+    _check(int(result), target)
 
 
 def set_child_subreaper() -> None:

@@ -22,6 +22,7 @@ from devices.undo import Entry, UndoLog
 from shim import mounts
 from shim.guest_spec import Volume
 from shim.protocols import RootfsMount
+from shim.safefs import remove_tree
 
 __all__ = ["SharedDir"]
 
@@ -53,10 +54,10 @@ class SharedDir:
                 os.mkdir(folder, 0o755)
             self._own.append(self._undo.record("mount", path=self.rw))
             mounts.bind(self.rw, self.rw)
-            mounts.make_shared(self.rw)
+            mounts.set_propagation(self.rw, "shared")
             self._own.append(self._undo.record("mount", path=self.ro))
-            mounts.bind(self.rw, self.ro, readonly=True)
-            mounts.make_slave(self.ro)
+            mounts.bind(self.rw, self.ro, read_only=True)
+            mounts.set_propagation(self.ro, "slave")
         except OSError as error:
             raise HostError(
                 f"cannot prepare {self.path}: {error.strerror or error}",
@@ -125,7 +126,7 @@ class SharedDir:
             entries.append(self._undo.record("file", path=target))
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
         entries.append(self._undo.record("mount", path=target))
-        mounts.bind(volume.source, target, readonly=volume.readonly, recursive=volume.recursive)
+        mounts.bind(volume.source, target, read_only=volume.readonly, recursive=volume.recursive)
 
     def remove_container(self, container_id: str) -> list[OSError]:
         """Unmount and remove one container's part, going on past errors, which are returned."""
@@ -163,6 +164,6 @@ def _release(entry: Entry) -> None:
         elif entry.kind == "file":
             os.unlink(path)
         else:
-            mounts.remove_tree(path)
+            remove_tree(path)
     except FileNotFoundError:
         pass
