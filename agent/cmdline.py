@@ -1,0 +1,46 @@
+"""What the host asks of the agent on the kernel command line.
+
+What: the few `agent.*` parameters that this agent understands; all others are somebody else's.
+Why: the command line is the only channel that exists before vsock does.
+Invariants: the host's text is bounded by the kernel (2 KiB); a malformed value counts as absent,
+because an agent that refuses to start cannot even report why. The last occurrence wins.
+"""
+
+from __future__ import annotations
+
+__all__ = ["AGENT_PORT", "Params", "parse"]
+
+AGENT_PORT = 1024  # Kata's agent protocol listens here; part of the protocol, not configurable
+
+
+class Params:
+    """Parsed parameters. Ports of 0 mean "not wanted"."""
+
+    __slots__ = ("debug", "home_port", "stdio_port")
+
+    def __init__(self, home_port: int = 0, stdio_port: int = 0, debug: bool = False) -> None:
+        self.home_port = home_port
+        self.stdio_port = stdio_port
+        self.debug = debug
+
+
+def _port(text: str) -> int:
+    try:
+        port = int(text)
+    except ValueError:
+        return 0
+    return port if 0 < port < 0xFFFFFFFF else 0
+
+
+def parse(text: str) -> Params:
+    """Read `/proc/cmdline`'s text."""
+    params = Params()
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key == "agent.home_vport":
+            params.home_port = _port(value)
+        elif key == "agent.passfd_listener_port":
+            params.stdio_port = _port(value)
+        elif key == "agent.log":
+            params.debug = value in ("debug", "trace")
+    return params

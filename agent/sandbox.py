@@ -1,0 +1,226 @@
+"""The pod as the guest sees it: host name, resolver, storages, shared namespaces, containers.
+
+What: state and rules that concern more than one container.
+Why the first container's namespaces: the containers of a pod share ipc and uts (and pid, when asked
+to). The first container's init makes them as it would anyway; keeping them costs no process. The
+agent holds ipc and uts open, so they outlive that container; a pid namespace ends with its init.
+Invariants: container ids are path components and unique; /run/kata-containers is this sandbox's
+alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+
+from agent import log
+from agent.container import Container
+from agent.crun import ROOT, Crun
+from agent.reaper import Reaper
+from agent.spec import cgroup_path, spec_json
+from agent.storage import Storages, in_thread
+from agent.streams import StreamListener
+from ttrpc import Code, RpcError
+
+if TYPE_CHECKING:
+    from proto import agent_pb2
+
+__all__ = ["RUN_DIR", "Sandbox"]
+
+RUN_DIR = "/run/kata-containers"
+WORK_DIR = "/run/kata-agent"
+CONTAINERS_MAX = 1024
+
+
+def check_id(name: str, what: str) -> str:
+    """An id becomes a file name: letters, digits and `_.-+` only. Raises INVALID_ARGUMENT."""
+    if not 0 < len(name) <= 255 or name in (".", "..") or not all(c.isalnum() or c in "_.-+" for c in name):
+        raise RpcError(Code.INVALID_ARGUMENT, f"{what} {name[:80]!r} is no valid id")
+    return name
+
+
+class Sandbox:
+    """The one sandbox of this VM."""
+
+    def __init__(self, reaper: Reaper, listener: StreamListener | None) -> None:
+        os.makedirs(WORK_DIR, mode=0o700, exist_ok=True)
+        os.makedirs(ROOT, mode=0o700, exist_ok=True)
+        self.id = ""
+        self.containers: dict[str, Container] = {}
+        self.storages = Storages()
+        self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
+        self._namespaces: dict[str, str] = {}  # type -> path that the next containers join
+        self._held: list[int] = []
+        self._reaper = reaper
+        self._listener = listener
+        self._crun = Crun(reaper, WORK_DIR)
+
+    async def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
+        """CreateSandbox: prepare the guest. Raises ALREADY_EXISTS the second time."""
+        if self.id:
+            raise RpcError(Code.ALREADY_EXISTS, f"this VM has sandbox {self.id} already")
+        self.id = request.sandbox_id or "sandbox"
+        try:
+            for module in request.kernel_modules:
+                await self._load(module)
+            if os.path.isdir(RUN_DIR):
+                await in_thread(f"clearing {RUN_DIR}", _clear_run_dir)
+            os.makedirs(RUN_DIR, mode=0o755, exist_ok=True)
+            if request.hostname:
+                socket.sethostname(request.hostname)
+            if request.dns:
+                _write_resolv_conf(list(request.dns))
+            self._mounted[""] = await self.storages.add(request.storages)
+        except BaseException:
+            self.id = ""
+            raise
+
+    async def _load(self, module: agent_pb2.KernelModule) -> None:
+        if not module.name or module.name.startswith("-"):
+            raise RpcError(Code.INVALID_ARGUMENT, f"kernel module {module.name[:60]!r}")
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            argv = ["/sbin/modprobe", module.name, *module.parameters]
+            _, ended = self._reaper.spawn(
+                argv, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, stdin=null, stdout=null, stderr=null
+            )
+        except OSError as error:
+            raise RpcError(Code.INTERNAL, f"cannot run modprobe: {error.strerror}") from None
+        finally:
+            os.close(null)
+        code = await asyncio.wait_for(ended, 30.0)
+        if code != 0:
+            raise RpcError(Code.INTERNAL, f"kernel module {module.name}: modprobe ended with {code}")
+
+    # --- containers ---------------------------------------------------------------------------
+
+    def container(self, container_id: str) -> Container:
+        """By id. Raises INVALID_ARGUMENT as Kata's agent does for an unknown one."""
+        container = self.containers.get(container_id)
+        if container is None:
+            raise RpcError(Code.NOT_FOUND, f"there is no container {container_id[:80]}")
+        return container
+
+    async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
+        """CreateContainer: mount its storages, write its bundle, create it with crun."""
+        name = check_id(request.container_id, "container")
+        if name in self.containers:
+            raise RpcError(Code.ALREADY_EXISTS, f"there is a container {name} already")
+        if len(self.containers) >= CONTAINERS_MAX:
+            raise RpcError(Code.RESOURCE_EXHAUSTED, f"{CONTAINERS_MAX} containers are the limit")
+        if not request.HasField("OCI") or not request.OCI.Process.Args:
+            raise RpcError(Code.INVALID_ARGUMENT, f"container {name} has no command")
+        config = spec_json(request.OCI)
+        self._place(config, name)
+        self._share_namespaces(config["linux"], request.sandbox_pidns)
+        container = Container(
+            name,
+            config,
+            bundle=f"{RUN_DIR}/{name}",
+            crun=self._crun,
+            reaper=self._reaper,
+            listener=self._listener,
+        )
+        self.containers[name] = container
+        try:
+            self._mounted[name] = await self.storages.add(request.storages)
+            if request.devices:
+                from agent.blockdev import resolve_devices
+
+                await resolve_devices(request.devices, config["linux"])
+            async with container.lock:
+                await container.create((request.stdin_port, request.stdout_port, request.stderr_port))
+        except BaseException:
+            self.containers.pop(name, None)
+            await self.storages.release(self._mounted.pop(name, []))
+            raise
+        self._hold_namespaces(container, request.sandbox_pidns)
+
+    def _place(self, config: dict[str, Any], name: str) -> None:
+        """Give the container a cgroup of its own, wherever the host wants it."""
+        path = cgroup_path(config["linux"].get("cgroupsPath", ""), name)
+        for other in self.containers.values():
+            taken = other.config["linux"]["cgroupsPath"]
+            # A cgroup with processes cannot have children with controllers, nor be shared.
+            if f"{taken}/".startswith(f"{path}/") or f"{path}/".startswith(f"{taken}/"):
+                path = f"/kata/{name}"
+        config["linux"]["cgroupsPath"] = path
+
+    def _share_namespaces(self, linux: dict[str, Any], share_pid: bool) -> None:
+        wanted = {entry["type"]: entry for entry in linux["namespaces"]}
+        for kind, path in self._namespaces.items():
+            if kind == "pid" and share_pid:
+                wanted.setdefault("pid", {"type": "pid"})["path"] = path
+            elif kind != "pid" and kind in wanted:
+                wanted[kind]["path"] = path
+        if share_pid:
+            wanted.setdefault("pid", {"type": "pid"})
+        linux["namespaces"] = list(wanted.values())
+
+    def _hold_namespaces(self, container: Container, share_pid: bool) -> None:
+        """Remember what this container made, for the next ones to join."""
+        init = container.init
+        if init is None:
+            return
+        made = {entry["type"] for entry in container.config["linux"]["namespaces"]}
+        for kind in ("ipc", "uts", "pid"):
+            if kind not in made or kind in self._namespaces or (kind == "pid" and not share_pid):
+                continue
+            try:
+                fd = os.open(f"/proc/{init.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                log.error(f"namespace {kind} of {container.id}: {error}")
+                continue
+            self._held.append(fd)
+            self._namespaces[kind] = f"/proc/{os.getpid()}/fd/{fd}"
+
+    async def remove_container(self, name: str, timeout: float) -> None:
+        """RemoveContainer: everything of it goes; `timeout` seconds, 0 = the default."""
+        container = self.container(name)
+        async with container.lock:
+            try:
+                await asyncio.wait_for(container.remove(), timeout or None)
+            except TimeoutError:
+                raise RpcError(
+                    Code.DEADLINE_EXCEEDED, f"container {name} was not gone after {timeout:g} s"
+                ) from None
+            self.containers.pop(name, None)
+        await self.storages.release(self._mounted.pop(name, []))
+
+    async def destroy(self) -> None:
+        """DestroySandbox: kill and remove all."""
+        for name in list(self.containers):
+            try:
+                await self.remove_container(name, 10.0)
+            except RpcError as error:
+                log.error(error.message)
+        await self.storages.release(self._mounted.pop("", []))
+        for fd in self._held:
+            os.close(fd)
+        self._held.clear()
+        self._namespaces.clear()
+        self.id = ""
+
+
+def _clear_run_dir() -> None:
+    """Unmount everything below `RUN_DIR`, then empty it; leftovers of a template or a restart."""
+    import shutil
+
+    from agent.mounts import MNT_DETACH, mounts_below, umount
+
+    for target in mounts_below(RUN_DIR):
+        umount(target, MNT_DETACH)
+    shutil.rmtree(RUN_DIR)
+
+
+def _write_resolv_conf(lines: list[str]) -> None:
+    """The guest's own resolver; /etc/resolv.conf of our image points to it."""
+    text = "".join(line.strip() + "\n" for line in lines[:64])
+    for path in ("/run/resolv.conf", "/etc/resolv.conf"):
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            log.debug(f"{path}: {error}")  # a read-only image without the link: containers have theirs

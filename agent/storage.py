@@ -1,0 +1,226 @@
+"""Storages of Kata's agent protocol: mount what the host lent, unmount it when the last user goes.
+
+What: one small coroutine per driver (virtio-fs, ephemeral, local, bind, overlayfs, block devices)
+behind `Storages.add`/`release`, counted by mount point because containers of a pod send the same
+storage again.
+Invariants: a mount point lies below one of `ROOTS`, so that no request can cover the guest's own
+files; mount calls run outside the event loop and have a deadline; a failed `add` leaves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from agent import log
+from agent.mounts import MNT_DETACH, mount, umount
+from ttrpc import Code, RpcError
+
+if TYPE_CHECKING:
+    from proto import agent_pb2
+
+__all__ = ["DRIVERS", "ROOTS", "Storages", "in_thread"]
+
+ROOTS = ("/run/kata-containers/",)
+MOUNT_DEADLINE = 30.0  # seconds; a dead virtiofsd would make mount(2) wait for ever
+
+_T = TypeVar("_T")
+
+
+async def in_thread(what: str, call: Callable[[], _T], deadline: float = MOUNT_DEADLINE) -> _T:
+    """Run a blocking call beside the loop. OSError becomes RpcError(INTERNAL) with its text."""
+    loop = asyncio.get_running_loop()
+    try:
+        return await asyncio.wait_for(loop.run_in_executor(None, call), deadline)
+    except TimeoutError:
+        raise RpcError(Code.DEADLINE_EXCEEDED, f"{what}: no answer within {deadline:g} s") from None
+    except OSError as error:
+        raise RpcError(Code.INTERNAL, f"{what}: {error.strerror}") from None
+
+
+def _split(options: Iterable[str], *special: str) -> tuple[dict[str, str], list[str]]:
+    """Take the `key=value` options named `special` out; options may be comma-joined."""
+    taken: dict[str, str] = {}
+    rest = []
+    for word in (word for option in options for word in option.split(",") if word):
+        key, _, value = word.partition("=")
+        if key in special:
+            taken[key] = value
+        else:
+            rest.append(word)
+    return taken, rest
+
+
+def _number(text: str, base: int, what: str) -> int:
+    try:
+        return int(text, base)
+    except ValueError:
+        raise RpcError(Code.INVALID_ARGUMENT, f"storage option {what}: {text[:40]!r} is no number") from None
+
+
+def _own(path: str, gid: int) -> None:
+    """Let group `gid` write: owner, mode, and setgid so that new files inherit it."""
+    os.chown(path, -1, gid)
+    os.chmod(path, os.stat(path).st_mode & 0o7777 | 0o2070)
+
+
+async def _mount(storage: agent_pb2.Storage, source: str, fstype: str, options: Sequence[str]) -> None:
+    target = storage.mount_point
+    if fstype == "bind" and not os.path.isdir(source):
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+    else:
+        os.makedirs(target, exist_ok=True)
+    what = f"mounting {source} ({fstype}) on {target}"
+    await in_thread(what, lambda: mount(source, target, fstype, options))
+
+
+async def _virtio_fs(storage: agent_pb2.Storage) -> None:
+    await _mount(storage, storage.source, storage.fstype or "virtiofs", storage.options)
+
+
+async def _bind(storage: agent_pb2.Storage) -> None:
+    await _mount(storage, storage.source, "bind", storage.options)
+
+
+async def _ephemeral(storage: agent_pb2.Storage) -> None:
+    taken, options = _split(storage.options, "fsgid")
+    if storage.fstype == "hugetlbfs":
+        await _reserve_huge_pages(options)
+    await _mount(storage, storage.source or "tmpfs", storage.fstype or "tmpfs", options)
+    if "fsgid" in taken:
+        _own(storage.mount_point, _number(taken["fsgid"], 10, "fsgid"))
+
+
+async def _reserve_huge_pages(options: list[str]) -> None:
+    taken, _ = _split(options, "pagesize", "size")
+    page = _number(taken.get("pagesize", ""), 10, "pagesize")
+    size = _number(taken.get("size", ""), 10, "size")
+    if page <= 0 or size < page:
+        raise RpcError(Code.INVALID_ARGUMENT, f"huge pages: size {size} with pages of {page} bytes")
+    path = f"/sys/kernel/mm/hugepages/hugepages-{page >> 10}kB/nr_hugepages"
+
+    def reserve() -> None:
+        with open(path, "r+", encoding="ascii") as file:
+            have = int(file.read())
+            file.seek(0)
+            file.write(str(have + size // page))
+
+    await in_thread("reserving huge pages", reserve)
+
+
+async def _local(storage: agent_pb2.Storage) -> None:
+    taken, _ = _split(storage.options, "mode", "fsgid")
+    os.makedirs(storage.mount_point, exist_ok=True)
+    if "mode" in taken:
+        os.chmod(storage.mount_point, _number(taken["mode"], 8, "mode") & 0o7777)
+    if "fsgid" in taken:
+        _own(storage.mount_point, _number(taken["fsgid"], 10, "fsgid"))
+
+
+async def _overlay(storage: agent_pb2.Storage) -> None:
+    options = [word for word in storage.options if not word.startswith("io.katacontainers.")]
+    if "io.katacontainers.fs-opt.overlay-rw" in storage.options:
+        base = os.path.dirname(storage.mount_point.rstrip("/"))
+        for name, key in (("fs", "upperdir"), ("work", "workdir")):
+            os.makedirs(f"{base}/{name}", exist_ok=True)
+            options.append(f"{key}={base}/{name}")
+    await _mount(storage, storage.source or "overlay", "overlay", options)
+
+
+async def _block(storage: agent_pb2.Storage) -> None:
+    from agent.blockdev import find_device
+
+    if any(option.startswith("encryption_key=") for option in storage.driver_options):
+        raise RpcError(Code.UNIMPLEMENTED, "encrypted block storages are not supported by this agent")
+    device = await find_device(storage.driver, storage.source)
+    if "create_filesystem" in storage.driver_options:
+        raise RpcError(Code.UNIMPLEMENTED, "this guest has no mkfs: create the file system on the host")
+    options = [word for word in storage.options if not word.startswith("X-kata.")]
+    await _mount(storage, device, storage.fstype, options)
+    if storage.HasField("fs_group"):
+        group = storage.fs_group
+        path, gid = storage.mount_point, group.group_id
+        if group.group_change_policy == 0 or os.stat(path).st_gid != gid:
+            await in_thread(f"giving {path} to group {gid}", lambda: _own_tree(path, gid), 300.0)
+
+
+def _own_tree(path: str, gid: int) -> None:
+    for _, _, names, fd in os.fwalk(path):
+        os.fchown(fd, -1, gid)
+        os.fchmod(fd, os.fstat(fd).st_mode & 0o7777 | 0o2070)
+        for name in names:
+            os.chown(name, -1, gid, dir_fd=fd, follow_symlinks=False)
+
+
+_DRIVERS: dict[str, Callable[[agent_pb2.Storage], Awaitable[None]]] = {
+    "virtio-fs": _virtio_fs,
+    "ephemeral": _ephemeral,
+    "local": _local,
+    "bind": _bind,
+    "overlayfs": _overlay,
+    "blk": _block,
+    "mmioblk": _block,
+    "scsi": _block,
+    "nvdimm": _block,
+}
+DRIVERS = tuple(_DRIVERS)
+
+
+class Storages:
+    """Everything mounted for the sandbox, counted by mount point."""
+
+    def __init__(self) -> None:
+        self._users: dict[str, int] = {}
+        self._lock = asyncio.Lock()
+
+    async def add(self, storages: Iterable[agent_pb2.Storage]) -> list[str]:
+        """Mount them in order; the mount points, for `release`. All or nothing."""
+        done: list[str] = []
+        try:
+            for storage in storages:
+                await self._add(storage)
+                done.append(storage.mount_point)
+        except BaseException:
+            await self.release(done)
+            raise
+        return done
+
+    async def _add(self, storage: agent_pb2.Storage) -> None:
+        target = storage.mount_point
+        if not target.startswith(ROOTS) or os.path.normpath(target) != target.rstrip("/"):
+            raise RpcError(Code.INVALID_ARGUMENT, f"storage: {target[:200]!r} is no place to mount")
+        driver = _DRIVERS.get(storage.driver)
+        if driver is None:
+            raise RpcError(
+                Code.UNIMPLEMENTED, f"storage driver {storage.driver[:60]!r}; known: {', '.join(_DRIVERS)}"
+            )
+        async with self._lock:
+            if target not in self._users:
+                await driver(storage)
+                log.debug(f"storage {storage.driver} at {target}")
+            self._users[target] = self._users.get(target, 0) + 1
+
+    async def release(self, targets: Iterable[str]) -> None:
+        """Drop one use of each; unmount what has no user left. Never raises."""
+        for target in reversed(list(targets)):
+            async with self._lock:
+                left = self._users.get(target, 0) - 1
+                if left > 0:
+                    self._users[target] = left
+                    continue
+                self._users.pop(target, None)
+                try:
+                    await in_thread(f"unmounting {target}", lambda path=target: _unmount(path))
+                except RpcError as error:
+                    log.error(error.message)
+
+
+def _unmount(target: str) -> None:
+    try:
+        umount(target.rstrip("/"), MNT_DETACH)
+    except OSError as error:
+        if error.errno not in (2, 22):  # never mounted (driver "local"), or gone already
+            raise
