@@ -14,6 +14,7 @@ from typing import Protocol
 
 from devices.undo import UndoLog
 from shim.protocols import EventSink
+from ttrpc import Server
 
 __all__ = ["DaemonContext", "ShimService"]
 
@@ -44,9 +45,8 @@ class DaemonContext:
 class ShimService(Protocol):
     """What `shim.runtime.build_service(context)` returns."""
 
-    @property
-    def task(self) -> object:
-        """Implements the RPCs of containerd.task.v2.Task and .v3.Task; see `ttrpc.Server.register`."""
+    def register(self, server: Server) -> None:
+        """Register what containerd calls: containerd.task.v2.Task and .v3.Task."""
         ...
 
     @property

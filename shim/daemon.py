@@ -25,7 +25,6 @@ from typing import NoReturn
 
 import structlog
 
-from proto import task_v2_pb2, task_v3_pb2
 from shim import logs, syscalls
 from shim.bundle import state_dir
 from shim.context import DaemonContext, ShimService
@@ -104,8 +103,7 @@ async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, liste
 
     service: ShimService = build_service(context)
     server = Server(allowed_uids={0, os.geteuid()})
-    for module in (task_v2_pb2, task_v3_pb2):
-        server.register(module.DESCRIPTOR.services_by_name["Task"], service.task)
+    service.register(server)
     reaper = Reaper(loop)
     _handle_signals(loop, service, stop)
     sock = socket.socket(fileno=listener)

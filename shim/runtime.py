@@ -41,8 +41,9 @@ from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.protocols import Deadlines
 from shim.sandbox import SandboxSettings, VirtSandbox
-from shim.task_service import TaskService
+from shim.task_service import register_task_services
 from shim.trace import Trace
+from ttrpc import Server
 
 __all__ = ["Service", "VirtContainer", "build_service"]
 
@@ -136,12 +137,15 @@ class Service:
         self._handler = VirtContainer(context, self._tasks)
         self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
         self._handler.manager = self._manager
-        self.task: object = TaskService(self._manager, context.shutdown)
 
     async def _run(self) -> None:
         """Hold the TaskGroup open: whatever runs for a sandbox runs inside, and ends before this does."""
         async with self._tasks:
             await self._closing.wait()
+
+    def register(self, server: Server) -> None:
+        """See `ShimService.register`."""
+        register_task_services(server, self._manager, self._context.shutdown)
 
     @property
     def idle(self) -> bool:
