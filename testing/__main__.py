@@ -1,7 +1,7 @@
 """`python -m testing [CTR ARGUMENT...]`: a containerd with our shim and the test images, for debugging.
 
 Without arguments it prints how to use it and stays until Ctrl-C; with arguments it runs `ctr` with them
-once, shows the daemon's log when that fails, and goes. RUNTIME stands for io.containerd.kata.v2, ID for
+once, shows what the daemon and the shim logged, and goes. RUNTIME stands for io.containerd.kata.v2, ID for
 a fresh name.
 """
 
@@ -24,10 +24,11 @@ def main() -> int:
         busybox_image(archive, "local/busybox:1")
         containerd.ctr("image", "import", str(archive))
         if len(sys.argv) > 1:
+            boring = containerd.log.stat().st_size
             words = {"RUNTIME": KATA, "ID": containerd.new_id()}
             argv = containerd.ctr_argv(*(words.get(word, word) for word in sys.argv[1:]))
             code = subprocess.run(argv, check=False, env=containerd.environment).returncode
-            sys.stderr.write(f"\n--- containerd and shim log ---\n{containerd.log_tail(200)}\n")
+            sys.stderr.write(f"\n--- containerd and shim log ---\n{containerd.log.read_text()[boring:]}\n")
             return code
         print(
             f"log:           {containerd.log}\n"

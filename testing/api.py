@@ -24,7 +24,7 @@ from typing import Any
 
 import grpc
 import grpc_tools
-from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
 __all__ = ["Api", "Event", "Stdio", "Task"]
@@ -95,7 +95,6 @@ class Stdio:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         poll.register(self._stop_read, select.POLLIN)
-        seen_writer = False
         try:
             while True:
                 ready = dict(poll.poll())
@@ -104,17 +103,14 @@ class Stdio:
                 try:
                     data = os.read(fd, 1 << 20)
                 except BlockingIOError:
-                    seen_writer = True
                     continue
                 if not data:
                     # A FIFO without a writer yet does not poll readable on Linux, so this is its end.
                     return
-                seen_writer = True
                 with self._condition:
                     self._data[path] += data
                     self._condition.notify_all()
         finally:
-            del seen_writer
             os.close(fd)
             with self._condition:
                 self._open.discard(path)
@@ -261,10 +257,10 @@ class Task:
             "user": {"uid": user, "gid": user},
         }
         stdio = Stdio(self.api.directory / f"{self.container}-{exec_id}", terminal=terminal, stdin=stdin)
-        body = any_pb2.Any(
-            type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",
-            value=json.dumps(spec).encode(),
-        )
+        body = {
+            "type_url": "types.containerd.io/opencontainers/runtime-spec/1/Process",
+            "value": json.dumps(spec).encode(),
+        }
         process = Task(self.api, self.container, exec_id, stdio)
         try:
             process._call(

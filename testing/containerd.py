@@ -139,6 +139,11 @@ class Containerd:
     # -- life ------------------------------------------------------------------------------------
 
     @property
+    def pid(self) -> int:
+        """The daemon's pid; 0 while it is halted."""
+        return self._process.pid if self._process else 0
+
+    @property
     def environment(self) -> dict[str, str]:
         """The environment of this containerd and all that it starts."""
         return {

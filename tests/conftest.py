@@ -1,0 +1,18 @@
+"""Fixtures and settings that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+# Deterministic in CI: the same examples each run, and no deadline that a busy machine could miss.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("dev", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """End-to-end tests run last: what is broken below shows first, and quickly."""
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)

@@ -1,0 +1,147 @@
+"""Fixtures of the end-to-end tests: one containerd for all, local images, and a leak count.
+
+`KATA_E2E_RUNTIME=io.containerd.runc.v2` (or `runc`) runs the same tests against runc, the reference that
+the tests themselves are checked with. Tests of what only a VM has are marked `kata_only`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from testing import leaks
+from testing.api import Api, Task
+from testing.containerd import KATA, RUNC, Containerd, Result
+from testing.guest import guest_files
+from testing.images import busybox_image, layered_image
+
+_ALIASES = {"": KATA, "kata": KATA, "runc": RUNC}
+RUNTIME = os.environ.get("KATA_E2E_RUNTIME", "")
+RUNTIME = _ALIASES.get(RUNTIME, RUNTIME)
+HERE = Path(__file__).parent
+
+BUSYBOX = "local/busybox:1"
+ALICE = "local/alice:1"
+LAYERS = "local/layers:30"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declare the markers of this directory."""
+    config.addinivalue_line("markers", "kata_only: of what only a VM has; skipped against runc")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything here as e2e, and skip what runc cannot show."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            if RUNTIME != KATA and item.get_closest_marker("kata_only"):
+                item.add_marker(pytest.mark.skip(reason=f"not with {RUNTIME}"))
+
+
+@pytest.fixture(scope="session")
+def runtime() -> str:
+    """The runtime under test."""
+    return RUNTIME
+
+
+@pytest.fixture(scope="session")
+def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
+    """One private containerd with the test images, for the whole session."""
+    if RUNTIME == KATA:
+        missing = [str(path) for path in guest_files().values() if not path.exists()]
+        if missing:
+            pytest.fail(f"the guest is not built: {', '.join(missing)}; run `make guest`", pytrace=False)
+    archives = tmp_path_factory.mktemp("images")
+    busybox_image(archives / "busybox.tar", BUSYBOX)
+    busybox_image(archives / "alice.tar", ALICE, user="alice")
+    layered_image(archives / "layers.tar", LAYERS, layers=30)
+    with Containerd(debug=True) as daemon:
+        for archive in sorted(archives.iterdir()):
+            daemon.ctr("image", "import", str(archive))
+        yield daemon
+
+
+@pytest.fixture
+def run(containerd: Containerd) -> Callable[..., Result]:
+    """`ctr run --rm` of a command in the busybox image under the tested runtime."""
+
+    def _run(*command: str, image: str = BUSYBOX, **keywords: object) -> Result:
+        return containerd.run(image, *command, runtime=RUNTIME, **keywords)  # type: ignore[arg-type]
+
+    return _run
+
+
+@pytest.fixture(scope="session")
+def api(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """containerd's gRPC API."""
+    connection = Api(containerd.address, containerd.namespace, tmp_path_factory.mktemp("fifos"))
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def create(containerd: Containerd, api: Api) -> Iterator[Callable[..., Task]]:
+    """Create a container and its task (not started), with FIFOs of ours; removed after the test."""
+    names: list[str] = []
+
+    def _create(
+        *command: str,
+        image: str = BUSYBOX,
+        terminal: bool = False,
+        stdin: bool = True,
+        options: tuple[str, ...] = (),
+    ) -> Task:
+        name = containerd.new_id("api")
+        names.append(name)
+        tty = ("--tty",) if terminal else ()
+        containerd.ctr("container", "create", "--runtime", RUNTIME, *tty, *options, image, name)
+        # `ctr container create` takes a `-c` of the command for its own flag, so the command goes in here.
+        api.patch_spec(name, lambda spec: spec["process"].update(args=list(command)))
+        return api.task(name, terminal=terminal, stdin=stdin)
+
+    yield _create
+    for name in names:
+        containerd.remove(name)
+
+
+@pytest.fixture(scope="module")
+def sleeper(containerd: Containerd) -> Iterator[str]:
+    """A container that only sleeps, for the execs of a module; its name."""
+    name = containerd.new_id("sleeper")
+    containerd.ctr("run", "--detach", "--runtime", RUNTIME, BUSYBOX, name, "sleep", "100000")
+    yield name
+    containerd.remove(name)
+
+
+@pytest.fixture
+def no_leaks(containerd: Containerd) -> Iterator[Callable[[], None]]:
+    """Calling it (and leaving the test) fails if something is there that was not there before.
+
+    On a machine of its own (CI) everything that looks like a shim, a VMM or their helpers counts;
+    elsewhere only what carries the tag of this session's containerd.
+    """
+
+    def take() -> dict[str, set[str]]:
+        if os.environ.get("CI"):
+            return leaks.snapshot(root=str(containerd.root), ignore=[containerd.pid])
+        sockets = [
+            leaks.shim_socket(containerd.address, containerd.namespace, name) for name in containerd.ids
+        ]
+        return leaks.snapshot(
+            tag=containerd.tag, root=str(containerd.root), sockets=sockets, ignore=[containerd.pid]
+        )
+
+    before = take()
+
+    def check() -> None:
+        left = leaks.settle(before, take)
+        assert not left, "left behind:\n" + "\n".join(
+            f"  {kind}: {item}" for kind, items in sorted(left.items()) for item in sorted(items)
+        )
+
+    yield check
+    check()
