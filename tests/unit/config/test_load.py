@@ -127,7 +127,8 @@ def test_the_only_section_counts_where_runtime_names_none(files: Files) -> None:
 def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
     config = files.load(
         '[runtime]\njaeger_password = "geheim"\n[hypervisor.qemu]\nenable_iothreads = true\n'
-        "queue_size = 128\ndisable_guest_selinux = false\npflashes = []\n[agent.kata.mem_agent]\nmem_agent_enable = true\n"
+        "queue_size = 128\ndisable_guest_selinux = false\npflashes = []\n"
+        "[agent.kata.mem_agent]\nmem_agent_enable = true\n"
     )
     by_key = {each.key: each for each in config.inactive}
     assert sorted(by_key) == [
