@@ -34,7 +34,7 @@ from devices.config import (
 from devices.errors import CallerError
 from devices.vsock import STREAM_PORT
 from hypervisors.registry import get_plugin
-from proto import runtimeoptions_pb2
+from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
 from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
@@ -43,6 +43,7 @@ from shim.protocols import Deadlines
 from shim.sandbox import SandboxSettings, VirtSandbox
 from shim.task_service import register_task_services
 from shim.trace import Trace
+from ttrpc import Server
 from ttrpc import Server
 
 __all__ = ["Service", "VirtContainer", "build_service"]
@@ -72,13 +73,17 @@ class VirtContainer:
         self.manager: ContainerManager | None = None
 
     async def sandbox_for(
-        self, container_id: str, bundle: str, spec: Mapping[str, Any], options: AnyMessage
+        self,
+        container_id: str,
+        bundle: str,  # noqa: ARG002  (shim.container_manager.Runtime; a bundle decides nothing here)
+        spec: Mapping[str, Any],
+        options: AnyMessage,
     ) -> VirtSandbox:
         """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
         if self._sandbox is not None and not self._sandbox.stopped:
             return self._sandbox
         with self.trace.phase("config", id=container_id):
-            config = load_config(options_path=_config_path(options), env=os.environ)
+            config = await asyncio.to_thread(load_config, options_path=_config_path(options), env=os.environ)
         for key in config.inactive:
             if not key.harmless:
                 _log.warning("configuration key without effect", key=str(key))
@@ -150,7 +155,7 @@ class Service:
     @property
     def idle(self) -> bool:
         """Whether no container exists or is being created."""
-        return not self._manager.containers
+        return self._manager.idle
 
     async def close(self) -> None:
         """Stop containers and VM. Idempotent."""

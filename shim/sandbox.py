@@ -200,7 +200,7 @@ class VirtSandbox:
             self._fail(
                 GuestError("the sandbox did not start in time", phase="boot", code="DEADLINE_EXCEEDED")
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (whatever it is, whoever waits must hear of it)
             _log.exception("sandbox start failed")
             self._fail(BugError(f"{type(error).__name__}: {error}", phase="boot"))
         else:
