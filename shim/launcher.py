@@ -24,6 +24,10 @@ import sys
 from shim import bundle
 from shim.flags import USAGE, FlagError, Flags, check_id, parse
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
 __all__ = ["VERSION", "main"]
 
 VERSION = "0.1.0"
@@ -65,7 +69,7 @@ def _dispatch(flags: Flags) -> int:
         return print_info(VERSION)
     if flags.action == "start":
         flags.check()
-        return _start(flags)
+        _start(flags)
     if flags.action == "delete":
         flags.check()
         from shim.cleanup import delete
@@ -77,7 +81,7 @@ def _dispatch(flags: Flags) -> int:
     raise FlagError(f"unknown action {flags.action[:80]!a}; start, delete and daemon exist")
 
 
-def _start(flags: Flags) -> int:
+def _start(flags: Flags) -> NoReturn:
     os.umask(0o077)
     here = os.getcwd()
     params = _read_options()
@@ -105,7 +109,7 @@ def _start(flags: Flags) -> int:
             _unlink(path)
         raise
     os.write(1, address.encode())
-    return 0
+    os._exit(0)  # nothing is left to do, and to take the interpreter down costs 2 ms
 
 
 class _Options:

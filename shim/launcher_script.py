@@ -52,17 +52,29 @@ def write(out: str, python: str, paths: Sequence[str]) -> None:
     temporary = f"{out}.{os.getpid()}"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
-    os.chmod(temporary, 0o755)
+    os.chmod(temporary, 0o755)  # noqa: S103  (a program)
     os.rename(temporary, out)
 
 
+_ASK = """\
+import importlib.util, os, sysconfig
+spec = importlib.util.find_spec("shim.launcher")
+print(os.path.dirname(os.path.dirname(spec.origin)) if spec else "")
+print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\\n")
+"""
+
+
 def _default_paths(python: str) -> list[str]:
-    """Where that interpreter's own environment keeps its packages."""
-    code = "import sysconfig; print(sysconfig.get_path('purelib')); print(sysconfig.get_path('platlib'))"
+    """Where that interpreter finds this package (here, if it does not), and its environment's others.
+
+    An editable installation is found by a .pth file, which -S does not read; so its place is written.
+    """
     result = subprocess.run(
-        [python, "-I", "-c", code], capture_output=True, text=True, check=True, timeout=30
+        [python, "-I", "-c", _ASK], capture_output=True, text=True, check=True, timeout=30
     )
-    return list(dict.fromkeys(result.stdout.split()))
+    own, *packages = result.stdout.split("\n")[:3]
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    return list(dict.fromkeys([own or here, *packages]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
