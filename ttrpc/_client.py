@@ -29,6 +29,9 @@ from ._status import Code
 __all__ = ["Client", "ClientStream", "Stub"]
 
 
+FLUSH_SECONDS = 1.0
+
+
 class _Method:
     """What is looked up once per method instead of at each call."""
 
@@ -81,8 +84,13 @@ class Client:
         return asyncio.shield(self._endpoint.lost)
 
     async def close(self) -> None:
-        """Close the connection; calls in progress raise ConnectionClosed. Idempotent."""
+        """Close the connection; calls in progress raise ConnectionClosed. Idempotent.
+
+        What is written already goes out first, if the server reads it within a second.
+        """
         await asyncio.wait([self._connecting])
+        self._endpoint.close()
+        await asyncio.wait([self._endpoint.lost], timeout=FLUSH_SECONDS)
         self._endpoint.abort()
         await self.closed
 
@@ -114,7 +122,9 @@ class Client:
         endpoint = self._endpoint
         deadline = None if timeout is None else self._loop.time() + timeout
         if not endpoint.is_ready:
-            await self._until_ready(known, deadline)
+            timeout = await self._until_ready(known, deadline)
+        if timeout is not None and timeout <= 0:
+            raise _deadline_exceeded(known)
         stream_id = self._begin(known, request, Action.SEND_UNARY_REQUEST, timeout, metadata)
         answer: asyncio.Future[bytes] = self._loop.create_future()
         endpoint.answers[stream_id] = answer
@@ -150,7 +160,9 @@ class Client:
             )
         deadline = None if timeout is None else self._loop.time() + timeout
         if not self._endpoint.is_ready:
-            await self._until_ready(known, deadline)
+            timeout = await self._until_ready(known, deadline)
+        if timeout is not None and timeout <= 0:
+            raise _deadline_exceeded(known)
         action = Action.SEND_OPEN_REQUEST if known.client_streaming else Action.SEND_REQUEST
         stream_id = self._begin(known, request, action, timeout, metadata)
         stream = ClientStream(self._endpoint, known, stream_id, deadline)
@@ -188,14 +200,15 @@ class Client:
         self._endpoint.write(data)
         return stream_id
 
-    async def _until_ready(self, method: _Method, deadline: float | None) -> None:
-        """Wait until the connection is made and has room for a request."""
+    async def _until_ready(self, method: _Method, deadline: float | None) -> float | None:
+        """Wait until the connection is made and has room for a request; returns the seconds left."""
         try:
             async with asyncio.timeout_at(deadline):
                 await asyncio.wait([self._connecting])
                 await self._endpoint.drain()
         except TimeoutError:
             raise _deadline_exceeded(method) from None
+        return None if deadline is None else deadline - self._loop.time()
 
 
 class Stub:
@@ -331,9 +344,9 @@ class ClientStream:
         elif type(event) is EndReceived:
             self._stop(None)
 
-    def on_lost(self, error: Exception) -> None:
+    def on_lost(self, reason: str) -> None:
         """The connection is gone."""
-        self._stop(error)
+        self._stop(ConnectionClosed(reason))
 
     def _expire(self) -> None:
         self._stop(_deadline_exceeded(self._method))
@@ -360,8 +373,8 @@ class _Connection(Endpoint):
 
     def connecting_ended(self, task: asyncio.Task[Any]) -> None:
         """A transport could not be made."""
-        error = ConnectionClosed("cancelled") if task.cancelled() else task.exception()
-        if error is not None:
+        error = None if task.cancelled() else task.exception()
+        if task.cancelled() or error is not None:
             self.connection_lost(error if isinstance(error, Exception) else None)
 
     def received(self, data: memoryview) -> None:
@@ -369,7 +382,7 @@ class _Connection(Endpoint):
         try:
             events = self.wire.receive(data)
         except RemoteProtocolError as error:
-            self.ended(ConnectionClosed(f"the server does not speak ttrpc: {error}"))
+            self.ended(f"the server does not speak ttrpc: {error}")
             self.abort()
             return
         for event in events:
@@ -385,17 +398,25 @@ class _Connection(Endpoint):
             elif isinstance(event, (ResponseReceived, StreamFailed)):
                 answer.set_exception(RpcError(event.code, event.message))
 
-    def ended(self, error: Exception) -> None:
+    def eof_received(self) -> bool:
+        """See asyncio.BufferedProtocol."""
+        try:
+            self.wire.receive_eof()
+        except RemoteProtocolError as error:
+            self.ended(str(error))
+        return False  # and the transport closes itself
+
+    def ended(self, reason: str) -> None:
         """See Endpoint.ended."""
         for answer in self.answers.values():
             if not answer.done():
-                answer.set_exception(error)
+                answer.set_exception(ConnectionClosed(reason))
         for stream in list(self.streams.values()):
-            stream.on_lost(error)
+            stream.on_lost(reason)
 
 
 def _nanoseconds(timeout: float) -> int:
-    """For the wire; there 0 would mean no deadline, so what has passed already is 1."""
+    """For the wire, where 0 would mean no deadline."""
     return min(max(int(timeout * 1e9), 1), (1 << 63) - 1)
 
 

@@ -36,6 +36,8 @@ Metadata = Mapping[str, Sequence[str] | str]
 """Names with one value or several."""
 
 MAX_STREAM_ID = 0xFFFFFFFF
+MAX_STATUS_TEXT = 32 << 10
+"""Characters of a status message: an exception's text may quote whatever it was about."""
 MAX_REORDERED = 1024
 """How many stream ids that were jumped over are remembered as still unused."""
 
@@ -231,6 +233,9 @@ _REQUEST_FLAGS = {
 }
 
 
+_OK = Status()
+
+
 class ServerConnection(_Connection):
     """The side that answers.
 
@@ -294,18 +299,29 @@ class ServerConnection(_Connection):
             is_open,
         )
 
-    def send_response(self, stream_id: int, payload: bytes, code: Code = Code.OK, message: str = "") -> bytes:
-        """End a call with a status and, if it is OK, the response message; returns the bytes to write."""
-        response = Response(status=Status(code=code, message=message), payload=payload)
-        data = response.SerializeToString()
+    def send_response(self, stream_id: int, payload: bytes) -> bytes:
+        """End a call with success and its response message; returns the bytes to write."""
+        data = Response(status=_OK, payload=payload).SerializeToString()
         self._check_size(data)
         self._send(stream_id, Action.SEND_RESPONSE)
         return encode_frame(stream_id, TYPE_RESPONSE, 0, data)
 
+    def send_error(self, stream_id: int, code: Code, message: str) -> bytes:
+        """End a call with a status that is not OK; returns the bytes to write.
+
+        The message is cut so that it fits; what UTF-8 cannot carry becomes a question mark.
+        """
+        self._send(stream_id, Action.SEND_RESPONSE)
+        return self._status_frame(stream_id, code, message)
+
     def reject(self, stream_id: int, code: Code, message: str) -> bytes:
         """Answer a `StreamFailed`: ends the stream if it is open; returns the bytes to write."""
         self._streams.pop(stream_id, None)
-        data = Response(status=Status(code=code, message=message)).SerializeToString()
+        return self._status_frame(stream_id, code, message)
+
+    def _status_frame(self, stream_id: int, code: Code, message: str) -> bytes:
+        text = message[: min(MAX_STATUS_TEXT, self._limit // 4)].encode(errors="replace").decode()
+        data = Response(status=Status(code=code, message=text)).SerializeToString()
         return encode_frame(stream_id, TYPE_RESPONSE, 0, data)
 
     def _use(self, stream_id: int) -> None:

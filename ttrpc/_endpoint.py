@@ -13,6 +13,8 @@ from ._errors import ConnectionClosed
 
 __all__ = ["Endpoint", "Inbox"]
 
+CLOSED = "the connection is closed"
+
 RECEIVE_SIZE = 64 << 10
 WRITE_HIGH = 1 << 20
 """Bytes in the write buffer above which senders wait."""
@@ -65,6 +67,8 @@ class Inbox:
                 if self._error is not None:
                     raise self._error
                 return None
+            if self._waiter is not None:
+                raise RuntimeError("two tasks receive from one stream")
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -84,6 +88,9 @@ class Inbox:
 class Endpoint(asyncio.BufferedProtocol):
     """One connection: subclasses say what to do with bytes and with its end."""
 
+    reads_while_unread = True
+    """Whether to go on reading from a peer that does not read what we write."""
+
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))
@@ -91,7 +98,7 @@ class Endpoint(asyncio.BufferedProtocol):
         self._write_paused = False
         self._drained: list[asyncio.Future[None]] = []
         self._held: set[Inbox] = set()
-        self.lost = self.loop.create_future()
+        self.lost: asyncio.Future[None] = self.loop.create_future()
 
     # What subclasses implement.
 
@@ -99,8 +106,8 @@ class Endpoint(asyncio.BufferedProtocol):
         """Bytes came; `data` is valid during the call only."""
         raise NotImplementedError
 
-    def ended(self, error: Exception) -> None:
-        """The connection is gone."""
+    def ended(self, reason: str) -> None:
+        """The connection is gone; may be called twice."""
         raise NotImplementedError
 
     # What subclasses use.
@@ -130,20 +137,18 @@ class Endpoint(asyncio.BufferedProtocol):
             finally:
                 self._drained.remove(waiter)
         if not self.is_open:
-            raise ConnectionClosed("the connection is closed")
+            raise ConnectionClosed(CLOSED)
 
     def hold(self, inbox: Inbox) -> None:
         """Stop reading: this inbox is full."""
-        if not self._held:
-            self._pause_reading(True)
         self._held.add(inbox)
+        self._update_reading()
 
     def release(self, inbox: Inbox) -> None:
         """This inbox has room again."""
         if inbox in self._held:
             self._held.discard(inbox)
-            if not self._held:
-                self._pause_reading(False)
+            self._update_reading()
 
     def close(self) -> None:
         """Close when all is written."""
@@ -155,9 +160,9 @@ class Endpoint(asyncio.BufferedProtocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _pause_reading(self, pause: bool) -> None:
+    def _update_reading(self) -> None:
         if self._transport is not None and not self._transport.is_closing():
-            if pause:
+            if self._held or (self._write_paused and not self.reads_while_unread):
                 self._transport.pause_reading()
             else:
                 self._transport.resume_reading()
@@ -181,19 +186,19 @@ class Endpoint(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """See asyncio.BaseProtocol."""
         self._write_paused = True
+        self._update_reading()
 
     def resume_writing(self) -> None:
         """See asyncio.BaseProtocol."""
         self._write_paused = False
+        self._update_reading()
         self._wake_writers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
-        error = ConnectionClosed(f"the connection is closed: {exc}" if exc else "the connection is closed")
-        error.__cause__ = exc
         self._held.clear()
         self._wake_writers()
-        self.ended(error)
+        self.ended(f"the connection is closed: {exc}" if exc else CLOSED)
         if not self.lost.done():
             self.lost.set_result(None)
 

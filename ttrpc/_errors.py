@@ -48,4 +48,9 @@ class RpcError(Exception):
 
 
 class ConnectionClosed(ConnectionError):  # noqa: N818  (a state, like asyncio's CancelledError is not)
-    """The connection is closed; whether the peer ran the call is not known."""
+    """The connection is closed; whether the peer ran the call is not known.
+
+    A handler that lets it through, because it made a call of its own, answers UNAVAILABLE.
+    """
+
+    code = "UNAVAILABLE"

@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Self
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from ._connection import MessageTooLarge, ServerConnection
 from ._endpoint import Endpoint, Inbox
-from ._errors import ConnectionClosed, LocalProtocolError, RemoteProtocolError, RpcError
+from ._errors import ConnectionClosed, RemoteProtocolError, RpcError
 from ._events import DataReceived, EndReceived, RequestReceived, StreamFailed
 from ._frames import MAX_MESSAGE
 from ._names import snake_case
@@ -32,8 +32,9 @@ __all__ = ["CallContext", "Server"]
 
 MAX_CONCURRENT = 1024
 BACKLOG = 128
-MAX_STATUS_TEXT = 32 << 10
-"""Characters of a status message: an exception's text may quote whatever it was about."""
+CLOSING = "the server is closing"
+CANCEL_SECONDS = 1.0
+"""How long `Server.close` waits for handlers that it has cancelled."""
 
 _ucred = struct.Struct("3i")
 
@@ -194,8 +195,9 @@ class Server:
         if pending:
             await asyncio.wait(pending, timeout=grace)
         connections = list(self.connections)
-        for connection in connections:
-            connection.cancel_calls(except_task=current)
+        cancelled = {task for connection in connections for task in connection.cancel_calls(current)}
+        if cancelled:
+            await asyncio.wait(cancelled, timeout=CANCEL_SECONDS)
         for connection in connections:
             connection.close()
         lost = [connection.lost for connection in connections if not connection.lost.done()]
@@ -207,7 +209,9 @@ class Server:
 
 
 class _Connection(Endpoint):
-    """One peer."""
+    """One peer. While it does not read its replies, no more requests are read from it."""
+
+    reads_while_unread = False
 
     def __init__(self, server: Server) -> None:
         super().__init__()
@@ -253,41 +257,31 @@ class _Connection(Endpoint):
                     elif type(event) is EndReceived:
                         call.inbox.finish()
 
-    def ended(self, error: Exception) -> None:
+    def ended(self, reason: str) -> None:
         """See Endpoint.ended."""
         self.server.connections.discard(self)
         for call in list(self.calls.values()):
-            call.give_up(error)
+            call.give_up(ConnectionClosed(reason))
 
-    def pause_writing(self) -> None:
-        """A peer that does not read its replies may not send more requests."""
-        super().pause_writing()
-        if not self._held:
-            self._pause_reading(True)
-
-    def resume_writing(self) -> None:
-        """See Endpoint.resume_writing."""
-        super().resume_writing()
-        if not self._held:
-            self._pause_reading(False)
-
-    def cancel_calls(self, except_task: asyncio.Task[Any] | None) -> None:
-        """The server closes: end what may be cancelled, telling its caller."""
+    def cancel_calls(self, except_task: asyncio.Task[Any] | None) -> list[asyncio.Task[None]]:
+        """The server closes: answer all calls, and end those that may be cancelled; returns their tasks."""
+        cancelled: list[asyncio.Task[None]] = []
         for call in list(self.calls.values()):
-            if call.task is not except_task:
-                call.answer_error(Code.UNAVAILABLE, "the server is closing")
-                call.give_up(ConnectionClosed("the server is closing"))
+            if call.task is not None and call.task is not except_task:
+                call.answer_error(Code.UNAVAILABLE, CLOSING)
+                if call.give_up(ConnectionClosed(CLOSING)):
+                    cancelled.append(call.task)
+        return cancelled
 
     def _begin(self, event: RequestReceived) -> None:
-        stream_id = event.stream_id
         methods = self.server.methods.get(event.service)
         method = methods.get(event.method) if methods is not None else None
         refusal: tuple[Code, str]
         if self.server.closing:
-            refusal = (Code.UNAVAILABLE, "the server is closing")
+            refusal = (Code.UNAVAILABLE, CLOSING)
         elif method is None:
             what = f"service {event.service}" if methods is None else f"method {event.method}"
-            refusal = (Code.UNIMPLEMENTED, what[:MAX_STATUS_TEXT])
+            refusal = (Code.UNIMPLEMENTED, what)
         elif self.running >= self.server.max_concurrent:
             refusal = (Code.RESOURCE_EXHAUSTED, f"{self.running} calls are in progress on this connection")
         else:
@@ -298,7 +292,7 @@ class _Connection(Endpoint):
             else:
                 call.start()
                 return
-        self.write(self.wire.send_response(stream_id, b"", *refusal))
+        self.write(self.wire.send_error(event.stream_id, *refusal))
 
 
 class _Call:
@@ -328,7 +322,7 @@ class _Call:
                 self.inbox.put(event.payload)
             if not event.is_open:
                 self.inbox.finish()
-            self._request = _decoded(self.inbox, method.decode)
+            self._request = _Messages(self.inbox, method.decode)
         else:
             self._request = method.decode(event.payload)
         self._timer: asyncio.TimerHandle | None = None
@@ -354,16 +348,20 @@ class _Call:
         """End the call with a status, if it is not ended yet."""
         wire = self._connection.wire
         if wire.state(self.stream_id) is not State.DONE:
-            self._connection.write(wire.send_response(self.stream_id, b"", code, message[:MAX_STATUS_TEXT]))
+            self._connection.write(wire.send_error(self.stream_id, code, message))
 
-    def give_up(self, error: Exception) -> None:
-        """Nobody waits for the answer any more: cancel the handler unless it runs to its end."""
+    def give_up(self, error: Exception) -> bool:
+        """Nobody waits for the answer any more: cancel the handler unless it runs to its end.
+
+        Returns whether it was cancelled, now or before. `error` is what its messages end with.
+        """
         self._connection.calls.pop(self.stream_id, None)
         if self.inbox is not None:
             self.inbox.finish(error)
         if not self._method.run_to_end and self.task is not None and not self._cancelled:
             self._cancelled = True
             self.task.cancel()
+        return self._cancelled
 
     def _expire(self) -> None:
         self.answer_error(Code.DEADLINE_EXCEEDED, f"{self._method.name}: the deadline of the call has passed")
@@ -396,6 +394,8 @@ class _Call:
                 connection.server.tasks.discard(self.task)
 
     async def _send_stream(self, messages: AsyncGenerator[Message, None]) -> None:
+        if not hasattr(messages, "aclose"):
+            raise TypeError(f"the handler of {self._method.name} is not an async generator")
         connection, wire = self._connection, self._connection.wire
         async with aclosing(messages):
             async for message in messages:
@@ -415,10 +415,8 @@ class _Call:
         if isinstance(error, MessageTooLarge):
             self.answer_error(Code.RESOURCE_EXHAUSTED, str(error))
             return
-        if isinstance(error, (ConnectionClosed, LocalProtocolError)) and not self._connection.is_open:
-            return
         name = getattr(error, "code", None)
-        if isinstance(name, str) and name in Code.__members__:
+        if isinstance(name, str) and name in Code.__members__ and name != "OK":
             self.answer_error(Code[name], str(error))
             return
         self.answer_error(Code.UNKNOWN, str(error) or type(error).__name__)
@@ -430,10 +428,23 @@ class _Call:
         )
 
 
-async def _decoded(inbox: Inbox, decode: Callable[[bytes], Message]) -> AsyncIterator[Message]:
-    while (data := await inbox.get()) is not None:
+class _Messages:
+    """The request of a client-streaming handler. An iterator, not a generator: nothing to close."""
+
+    __slots__ = ("_decode", "_inbox")
+
+    def __init__(self, inbox: Inbox, decode: Callable[[bytes], Message]) -> None:
+        self._inbox = inbox
+        self._decode = decode
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Message:
+        data = await self._inbox.get()
+        if data is None:
+            raise StopAsyncIteration
         try:
-            message = decode(data)
+            return self._decode(data)
         except DecodeError as error:
             raise RpcError(Code.INVALID_ARGUMENT, f"a message cannot be decoded: {error}") from error
-        yield message
