@@ -95,52 +95,66 @@ class Trace:
         """Append what is new to the file; False if that was impossible (the entries stay pending)."""
         if not self._pending or not self._path:
             return not self._pending
-        import json
-
-        text = "".join(json.dumps(entry) + "\n" for entry in self._pending)
         try:
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(text)
+                file.write(self._lines())
         except OSError:
             return False
         self._pending.clear()
         return True
 
     def close(self) -> bool:
-        """Flush, and move the file to the archive before the state directory goes; True if it is there.
+        """Put everything into the archive and remove the file; whether it is in the archive now.
 
-        The two are usually on different file systems, so this copies: some kilobytes, no fsync.
+        The two are usually on different file systems, so this copies: some kilobytes, no fsync. The
+        state directory may be gone already; then only what was not flushed before is left to keep.
         """
-        self.flush()
         name = f"{os.path.basename(self.sandbox_id)}.jsonl"
         target = os.path.join(self._archive_dir, name)
         try:
-            with open(self._path, "rb") as file:
-                content = file.read()
+            content = self._content()
+            if not content:
+                return False
             os.makedirs(self._archive_dir, mode=0o700, exist_ok=True)
             temporary = os.path.join(self._archive_dir, f".{name}.{os.getpid()}")
-            with open(temporary, "wb") as file:
+            with open(temporary, "w", encoding="utf-8") as file:
                 file.write(content)
             os.replace(temporary, target)
+            self._pending.clear()
             os.unlink(self._path)
+        except FileNotFoundError:
+            pass  # nothing was flushed, or the state directory went first
         except OSError:
             return False
         _prune(self._archive_dir)
         return True
 
+    def _lines(self) -> str:
+        import json
+
+        return "".join(json.dumps(entry) + "\n" for entry in self._pending)
+
+    def _content(self) -> str:
+        """What was flushed and what was not."""
+        content = ""
+        if self._path:
+            try:
+                with open(self._path, encoding="utf-8") as file:
+                    content = file.read()
+            except FileNotFoundError:
+                pass
+        return content + self._lines()
+
 
 def _prune(directory: str) -> None:
     """Leave the newest KEEP files; another shim may be pruning as well."""
     found: list[tuple[float, str]] = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.endswith(".jsonl"):
-                try:
-                    found.append((entry.stat().st_mtime, entry.path))
-                except OSError:
-                    continue
-    for _, path in sorted(found, reverse=True)[KEEP:]:
-        try:
+    try:
+        for name in os.listdir(directory):
+            if name.endswith(".jsonl"):
+                path = os.path.join(directory, name)
+                found.append((os.stat(path).st_mtime, path))
+        for _, path in sorted(found, reverse=True)[KEEP:]:
             os.unlink(path)
-        except OSError:
-            continue
+    except OSError:
+        return  # somebody else removed one just now: the next run prunes again

@@ -86,9 +86,11 @@ class Inactive:
 
     @property
     def harmless(self) -> bool:
-        """The file asks for what happens anyway, or leaves the choice to us."""
+        """The file asks for what happens anyway, leaves the choice to us, or switches nothing on."""
         if isinstance(self.value, bool):
             return bool(self.value == self.behaviour)
+        if isinstance(self.value, dict):
+            return not any(each is True for each in self.value.values())
         return self.value == self.behaviour or not self.value
 
     def __str__(self) -> str:

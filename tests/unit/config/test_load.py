@@ -129,11 +129,13 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
         '[runtime]\njaeger_password = "geheim"\n[hypervisor.qemu]\nenable_iothreads = true\n'
         "queue_size = 128\ndisable_guest_selinux = false\npflashes = []\n"
         "[agent.kata.mem_agent]\nmem_agent_enable = true\n"
+        "[hypervisor.qemu.factory]\nenable_template = false\n"
     )
     by_key = {each.key: each for each in config.inactive}
     assert sorted(by_key) == [
         "disable_guest_selinux",
         "enable_iothreads",
+        "factory",
         "jaeger_password",
         "mem_agent",
         "pflashes",
@@ -145,7 +147,11 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
     )
     assert by_key["mem_agent"].locate() == (str(files.base), 8)
     assert "geheim" not in str(by_key["jaeger_password"])
-    assert sorted(key for key, each in by_key.items() if each.harmless) == ["pflashes", "queue_size"]
+    assert sorted(key for key, each in by_key.items() if each.harmless) == [
+        "factory",
+        "pflashes",
+        "queue_size",
+    ]
 
 
 def test_a_field_of_the_plugin_is_never_without_effect(files: Files) -> None:
