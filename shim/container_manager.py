@@ -1,0 +1,309 @@
+"""The containers of this shim: which there are, and how they share one sandbox.
+
+What: `ContainerManager` finds, creates and deletes containers, and decides when the sandbox below
+them is to end. `Runtime` is what it needs from below: the sandbox that a container belongs to.
+Why: each container is simple; what is subtle is that the first one brings the VM, that the last one
+takes it away, and that a creation may fail or be given up at any point in between.
+Invariants:
+- An id is taken from the moment Create begins until Delete, or the undoing of a failed Create, ends.
+- A Create that fails, or whose caller gave up, leaves nothing behind; the VM neither, unless other
+  containers are in it.
+- The VM ends when the sandbox's own container has ended and no other one lives, before that exit is
+  told (containerd's clients expect the task's pid, the VMM, to be gone by then), or with the last Delete.
+- Operations that change something run to their end even if their caller is gone; only a Create is
+  undone instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from google.protobuf import any_pb2
+
+from devices.errors import CallerError, KataError
+from proto import events_pb2, mount_pb2, oci_pb2
+from shim.container import Container
+from shim.process import Exit
+from shim.protocols import EventSink, RootfsMount, Sandbox
+from shim.stdio import StdioSpec
+
+__all__ = ["ContainerManager", "Runtime", "check_id", "load_spec"]
+
+_T = TypeVar("_T")
+
+#: containerd's identifiers; these become names of files.
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: Bytes; containerd's own messages end at 4 MiB, and so does what it writes into config.json.
+_MAX_SPEC = 4 << 20
+
+_log = structlog.get_logger("containers")
+
+
+class Runtime(Protocol):
+    """The layer below: it knows how to make a sandbox for a container."""
+
+    async def sandbox_for(
+        self, container_id: str, bundle: str, spec: Mapping[str, Any], options: any_pb2.Any
+    ) -> Sandbox:
+        """The sandbox of this container: made at the first call (not started), the same later.
+
+        `spec` is the parsed config.json, `options` those of the Create request (type_url "" if unset).
+        After `Sandbox.stop` the next call makes a new one or raises.
+        """
+        ...
+
+
+def check_id(name: str, what: str) -> str:
+    """`name` if it is an identifier in containerd's sense. Raises CallerError INVALID_ARGUMENT."""
+    if not _ID.fullmatch(name):
+        raise CallerError(f"{name[:128]!r} cannot be {what}: invalid argument", code="INVALID_ARGUMENT")
+    return name
+
+
+def load_spec(bundle: str) -> dict[str, Any]:
+    """The bundle's config.json. Raises CallerError if it is missing, too large or not an object."""
+    path = os.path.join(bundle, "config.json")
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_SPEC + 1)
+        if len(text) > _MAX_SPEC:
+            raise ValueError(f"it has more than {_MAX_SPEC >> 20} MiB")
+        spec = json.loads(text)
+        if not isinstance(spec, dict):
+            raise ValueError("it is not an object")
+    except OSError as error:
+        raise CallerError(
+            f"cannot read {path}: {error.strerror}",
+            phase="bundle",
+            hint="a bundle needs the OCI spec of its container as config.json",
+            code="NOT_FOUND" if isinstance(error, FileNotFoundError) else "",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CallerError(
+            f"{path} is not an OCI spec: {error}", phase="bundle", code="INVALID_ARGUMENT"
+        ) from error
+    return spec
+
+
+class ContainerManager:
+    """All containers of this shim."""
+
+    def __init__(self, runtime: Runtime, events: EventSink, *, namespace: str) -> None:
+        self._runtime = runtime
+        self._events = events
+        self._namespace = namespace
+        self._containers: dict[str, Container] = {}
+        self._creating: set[str] = set()
+        self._over: set[str] = set()  # sandboxes whose own container has ended
+        self._work: set[asyncio.Task[Any]] = set()
+        self._when_idle: Callable[[], None] | None = None
+
+    @property
+    def containers(self) -> Mapping[str, Container]:
+        """Those that are created and not yet deleted, by id."""
+        return self._containers
+
+    @property
+    def idle(self) -> bool:
+        """No container exists, is being created, or is being undone."""
+        return not self._containers and not self._creating
+
+    def get(self, container_id: str) -> Container:
+        """Raises CallerError NOT_FOUND."""
+        container = self._containers.get(container_id)
+        if container is None:
+            raise CallerError(f"container {container_id[:128]}: not found", code="NOT_FOUND")
+        return container
+
+    # -- Create ------------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        container_id: str,
+        bundle: str,
+        rootfs: Sequence[mount_pb2.Mount],
+        stdio: StdioSpec,
+        options: any_pb2.Any,
+    ) -> int:
+        """Create a container, and its sandbox if it is the first; the pid of its VMM.
+
+        A caller that is cancelled gets away at once; what was done is undone behind its back.
+        """
+        check_id(container_id, "a container's id")
+        if container_id in self._containers or container_id in self._creating:
+            raise CallerError(f"container {container_id}: already exists", code="ALREADY_EXISTS")
+        self._creating.add(container_id)
+        work = self._spawn(self._create(container_id, bundle, rootfs, stdio, options))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+
+    async def _create(
+        self,
+        container_id: str,
+        bundle: str,
+        rootfs: Sequence[mount_pb2.Mount],
+        stdio: StdioSpec,
+        options: any_pb2.Any,
+    ) -> int:
+        sandbox: Sandbox | None = None
+        container: Container | None = None
+        try:
+            spec = load_spec(bundle)
+            sandbox = await self._runtime.sandbox_for(container_id, bundle, spec, options)
+            if sandbox.id in self._over:
+                raise CallerError(f"the sandbox {sandbox.id} has ended", phase="create")
+            await sandbox.start()
+            mounts = [RootfsMount(m.type, m.source, m.target, tuple(m.options)) for m in rootfs]
+            guest = await sandbox.prepare_container(container_id, bundle, spec, mounts)
+            container = Container(
+                container_id, bundle, sandbox, stdio, self._events, self._quieted, namespace=self._namespace
+            )
+            await container.create(guest, rootfs)
+        except BaseException:
+            # In a task of its own: this one may have been cancelled, and must not be again.
+            await asyncio.shield(self._spawn(self._undo(container_id, sandbox, container)))
+            raise
+        self._containers[container_id] = container
+        self._creating.discard(container_id)
+        return container.pid
+
+    async def _undo(self, container_id: str, sandbox: Sandbox | None, container: Container | None) -> None:
+        try:
+            if container is not None:
+                await container.abandon()
+            if sandbox is not None:
+                alone = not self._containers and self._creating == {container_id}
+                if container is not None and not alone:
+                    await container.remove_from_guest()
+                await self._release(sandbox, container_id)
+                if alone:
+                    await self._stop(sandbox)
+        finally:
+            self._creating.discard(container_id)
+            self._tell_idle()
+
+    # -- the other operations ----------------------------------------------------------------------
+
+    async def start(self, container_id: str, exec_id: str) -> int:
+        """See `Container.start`. Runs to its end even if the caller is gone, like all below."""
+        return await self._to_its_end(self.get(container_id).start(exec_id))
+
+    async def delete(self, container_id: str, exec_id: str) -> Exit:
+        """Forget a process that has ended; with a container go its resources, with the last one the VM."""
+        container = self.get(container_id)
+        if exec_id:
+            return await self._to_its_end(container.delete_exec(exec_id))
+        return await self._to_its_end(self._delete(container))
+
+    async def _delete(self, container: Container) -> Exit:
+        async def remove() -> None:
+            if container.sandbox.id not in self._over or not self._alone(container):
+                await container.remove_from_guest()
+            await self._release(container.sandbox, container.id)
+            last = len(self._containers) == 1 and not self._creating
+            if last:
+                await self._stop(container.sandbox)
+            del self._containers[container.id]
+            if last:
+                self._over.clear()
+
+        return await container.delete(remove)
+
+    async def add_exec(
+        self, container_id: str, exec_id: str, process: oci_pb2.Process, stdio: StdioSpec
+    ) -> None:
+        """See `Container.add_exec`."""
+        check_id(exec_id, "an exec's id")
+        await self._to_its_end(self.get(container_id).add_exec(exec_id, process, stdio))
+
+    async def pause(self, container_id: str) -> None:
+        """See `Container.pause`."""
+        await self._to_its_end(self.get(container_id).pause())
+
+    async def resume(self, container_id: str) -> None:
+        """See `Container.resume`."""
+        await self._to_its_end(self.get(container_id).resume())
+
+    async def update(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """See `Container.update`."""
+        await self._to_its_end(self.get(container_id).update(resources))
+
+    def report_oom(self, container_id: str) -> None:
+        """The guest's kernel killed something in this container for want of memory."""
+        if container_id in self._containers:
+            self._events.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
+
+    def when_idle(self, action: Callable[[], None]) -> None:
+        """Shutdown: call `action` now if no container is left, soon if only undoing goes on, else never.
+
+        A container that comes into being meanwhile takes the request back.
+        """
+        self._when_idle = None if self._containers else action
+        self._tell_idle()
+
+    def _tell_idle(self) -> None:
+        if self.idle and self._when_idle is not None:
+            action, self._when_idle = self._when_idle, None
+            action()
+
+    async def close(self) -> None:
+        """The daemon ends: stop watching and copying, give all descriptors back. The VM is not touched."""
+        work = list(self._work)
+        for task in work:
+            task.cancel()
+        if work:
+            await asyncio.wait(work)
+        for container in self._containers.values():
+            await container.abandon()
+
+    # -- the sandbox -------------------------------------------------------------------------------
+
+    def _alone(self, container: Container) -> bool:
+        """No other container of its sandbox lives or is coming."""
+        return not self._creating and all(
+            other.quiet for other in self._containers.values() if other is not container
+        )
+
+    async def _quieted(self, container: Container) -> None:
+        """A container's init process has ended and its output is drained: end the VM if that was all."""
+        if container.id == container.sandbox.id:
+            self._over.add(container.id)
+        if container.sandbox.id in self._over and self._alone(container):
+            await asyncio.shield(self._spawn(self._stop(container.sandbox)))
+
+    async def _stop(self, sandbox: Sandbox) -> None:
+        try:
+            await sandbox.stop()
+        except (KataError, OSError) as error:  # `delete` does it again, from the journal
+            _log.error("the sandbox did not stop cleanly", sandbox=sandbox.id, error=str(error))
+
+    async def _release(self, sandbox: Sandbox, container_id: str) -> None:
+        try:
+            await sandbox.release_container(container_id)
+        except (KataError, OSError) as error:
+            _log.error("not all of the container was released", container=container_id, error=str(error))
+
+    # -- tasks -------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._work.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it; if nobody does, nobody is left to tell
+
+    async def _to_its_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+        return await asyncio.shield(self._spawn(work))

@@ -1,0 +1,125 @@
+"""The host's ends of a process's stdio: FIFOs, files and nothing, behind two small classes.
+
+What: `open_input` and `open_output` turn what containerd put into `stdin`, `stdout` or `stderr`
+into an `InputEnd` or `OutputEnd`, whose descriptors a pump reads or writes.
+Why here: the rules by which FIFOs stay usable while clients come and go are subtle; they stand in
+one place.
+Invariants:
+- No open, read or write blocks the loop: FIFOs are non-blocking, files are written in a thread.
+- A FIFO never breaks because a client went away. We hold the other end ourselves: a reader of our
+  stdout (no EPIPE, and bytes stay readable after the process has gone), a writer of our stdin
+  (no EOF until CloseIO drops it).
+- `close` is idempotent and leaves no descriptor.
+Source: facts/containerd-shim.md 3.1; fifo(7), open(2).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from devices.errors import CallerError
+
+__all__ = ["InputEnd", "OutputEnd", "check_path", "open_file", "open_input", "open_output"]
+
+
+def _close(fd: int) -> int:
+    if fd >= 0:
+        os.close(fd)
+    return -1
+
+
+class InputEnd:
+    """Where the process's stdin comes from: `fd` is readable without blocking; EOF when it ends."""
+
+    def __init__(self, fd: int, keeper: int) -> None:
+        self.fd = fd
+        self._keeper = keeper
+
+    def end(self) -> None:
+        """CloseIO: from now on stdin ends once it is empty and no client holds it open."""
+        self._keeper = _close(self._keeper)
+
+    def close(self) -> None:
+        """Give both descriptors back."""
+        self.end()
+        self.fd = _close(self.fd)
+
+
+class OutputEnd:
+    """Where output goes. `pollable` says whether `fd` can be waited for; else write in a thread."""
+
+    def __init__(self, fd: int, keeper: int = -1, *, pollable: bool = True) -> None:
+        self.fd = fd
+        self.pollable = pollable
+        self._keeper = keeper
+
+    def end(self) -> None:
+        """No more output: readers see EOF after the last byte; what nobody read yet stays readable."""
+        self.fd = _close(self.fd)
+
+    def close(self) -> None:
+        """Give all descriptors back; bytes in a FIFO that no client holds open are lost now."""
+        self.end()
+        self._keeper = _close(self._keeper)
+
+
+def check_path(path: str, stream: str) -> str:
+    """`path` if it can be one: absolute and without NUL. Raises CallerError."""
+    if not path.startswith("/") or "\0" in path:
+        raise CallerError(
+            f"{stream} must be an absolute path, not {path[:200]!r}", phase="stdio", code="INVALID_ARGUMENT"
+        )
+    return path
+
+
+def _unusable(stream: str, path: str, error: OSError) -> CallerError:
+    code = "NOT_FOUND" if isinstance(error, FileNotFoundError) else "FAILED_PRECONDITION"
+    return CallerError(f"cannot open {stream} {path}: {error.strerror}", phase="stdio", code=code)
+
+
+def open_input(path: str) -> InputEnd:
+    """The FIFO at `path` as stdin. Raises CallerError if it is missing or not a FIFO."""
+    check_path(path, "stdin")
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                raise CallerError(f"stdin {path} is not a FIFO", phase="stdio", code="INVALID_ARGUMENT")
+            return InputEnd(fd, os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise _unusable("stdin", path, error) from error
+
+
+def open_output(path: str, stream: str) -> OutputEnd:
+    """The FIFO at `path`; anything else that exists there (a file, /dev/null) is appended to.
+
+    Raises CallerError if there is nothing or it may not be opened.
+    """
+    check_path(path, stream)
+    try:
+        if not stat.S_ISFIFO(os.stat(path).st_mode):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+            return OutputEnd(os.open(path, flags), pollable=False)
+        keeper = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return OutputEnd(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC), keeper)
+        except BaseException:
+            os.close(keeper)
+            raise
+    except OSError as error:
+        raise _unusable(stream, path, error) from error
+
+
+def open_file(path: str, stream: str) -> OutputEnd:
+    """A `file://` log: made if missing, with its directories (0755), and appended to."""
+    check_path(path, stream)
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unusable(stream, path, error) from error
+    return OutputEnd(fd, pollable=False)
