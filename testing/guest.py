@@ -44,7 +44,9 @@ def write_configuration(
             "default_memory": 256,
             "shared_fs": "virtio-fs",
         },
-        "runtime": {"hypervisor_name": "qemu"},
+        "runtime": {"hypervisor_name": "qemu", "agent_name": "kata"},
+        # A guest under TCG on a busy machine takes its time.
+        "agent.kata": {"reconnect_timeout_ms": 60000},
     }
     daemon = PROJECT / "build" / "vsock" / "usr" / "bin" / "vhost-device-vsock"
     if daemon.exists():
