@@ -16,11 +16,11 @@ AGENT_PORT = 1024  # Kata's agent protocol listens here; part of the protocol, n
 class Params:
     """Parsed parameters. Ports of 0 mean "not wanted"."""
 
-    __slots__ = ("debug", "home_port", "stdio_port")
+    __slots__ = ("debug", "home_port", "stream_port")
 
-    def __init__(self, home_port: int = 0, stdio_port: int = 0, debug: bool = False) -> None:
+    def __init__(self, home_port: int = 0, stream_port: int = 0, debug: bool = False) -> None:
         self.home_port = home_port
-        self.stdio_port = stdio_port
+        self.stream_port = stream_port
         self.debug = debug
 
 
@@ -39,8 +39,8 @@ def parse(text: str) -> Params:
         key, _, value = word.partition("=")
         if key == "agent.home_vport":
             params.home_port = _port(value)
-        elif key == "agent.passfd_listener_port":
-            params.stdio_port = _port(value)
+        elif key == "agent.stream_port":
+            params.stream_port = _port(value)
         elif key == "agent.log":
             params.debug = value in ("debug", "trace")
     return params

@@ -71,7 +71,9 @@ class Container:
             with open(f"{self.bundle}/config.json", "w", encoding="utf-8") as file:
                 json.dump(self.config, file)
             arguments = ["create", "--bundle", self.bundle]
-            self.init = await self._launch(f"container {self.id}", "", self.config["process"], ports, arguments)
+            self.init = await self._launch(
+                f"container {self.id}", "", self.config["process"], ports, arguments
+            )
         except BaseException:
             await self._discard()
             raise
@@ -240,9 +242,7 @@ class _ConsoleSocket:
         loop = asyncio.get_running_loop()
         accept = asyncio.ensure_future(loop.sock_accept(self._listener))
         try:
-            await asyncio.wait(
-                {accept, crun}, timeout=CONSOLE_DEADLINE, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({accept, crun}, timeout=CONSOLE_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
             if not accept.done():
                 if crun.done():
                     await crun

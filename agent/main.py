@@ -9,10 +9,10 @@ also on an error of its own. Before the call home only built-in modules are used
 
 from __future__ import annotations
 
+import _socket
 import os
 import sys
 
-import _socket
 from agent import log
 from agent.cmdline import AGENT_PORT, Params, parse
 
@@ -64,12 +64,12 @@ def _power_off() -> None:
 
 def _serve(params: Params) -> None:
     agent_fd = listen(AGENT_PORT)
-    stdio_fd = listen(params.stdio_port) if params.stdio_port else -1
+    stream_fd = listen(params.stream_port) if params.stream_port else -1
     if params.home_port:
         call_home(params.home_port)
     from agent.service import serve
 
-    serve(agent_fd, stdio_fd)
+    serve(agent_fd, stream_fd)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def main() -> None:
     log.set_debug(params.debug)
     try:
         _serve(params)
-    except BaseException as error:  # noqa: BLE001  (PID 1 must report, whatever it was)
+    except BaseException as error:
         log.error(f"the agent failed: {type(error).__name__}: {error}")
         if os.getpid() != 1:
             raise

@@ -1,10 +1,13 @@
 """Byte pumps between a container's pipes (or pty) and the host's stream connections.
 
-What: `OutPump` carries a descriptor's bytes to a socket, `InPump` a socket's bytes to a descriptor.
-Why not asyncio streams: those read on without being asked and buffer; these hold at most one chunk.
+What: `OutPump` carries a descriptor's bytes to a connection, `InPump` a connection's bytes to a
+descriptor. On the connection both directions are frames: a big-endian u32 length, then as many bytes
+(1 to `FRAME_MAX`); length 0 ends the stream.
+Why frames: vhost-device-vsock has no half-close and loses what it still holds some time after a
+close, so the end must be said in the data, and the side that reads it closes first.
 Invariants: back-pressure both ways (a pump with bytes in hand does not read more); every byte that
-the process wrote before it died is sent before the connection is closed; a grandchild that keeps
-the pipe open delays the end by at most `GRACE` seconds; a pump ends exactly once.
+the process wrote before it died is sent, followed by the end; a grandchild that keeps the pipe open
+delays the end by at most `GRACE` seconds; after the end an `OutPump` waits for the host's close.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ import socket
 import termios
 from collections.abc import Callable
 
-__all__ = ["CHUNK", "GRACE", "InPump", "OutPump", "pending_bytes"]
+__all__ = ["CHUNK", "END", "FRAME_MAX", "GRACE", "LINGER", "InPump", "OutPump", "pending_bytes"]
 
-CHUNK = 65536  # one full pipe; also what one vsock packet carries at most
+FRAME_MAX = 65536
+CHUNK = 61440  # whole pages of a pipe, and with its header one vsock packet (64 KiB)
 BURST = 4  # chunks per wake-up, so that one busy stream does not starve the others
 GRACE = 0.1  # seconds that output is still taken from survivors after the process itself died
-LINGER = 10.0  # seconds that the host may take to read the last bytes and close its side
+LINGER = 10.0  # seconds that the host may still read after the container is removed
+END = b"\0\0\0\0"
+_HEADER = 4
 
 
 def pending_bytes(fd: int) -> int:
@@ -53,7 +59,6 @@ class OutPump:
         self._owed = -1  # bytes left to forward once the process is dead; -1: it lives
         self._sink_open = True
         self._timer: asyncio.TimerHandle | None = None
-        self._linger: asyncio.TimerHandle | None = None
         loop.add_reader(source, self._readable)
 
     def process_died(self) -> None:
@@ -72,6 +77,11 @@ class OutPump:
         if self._source >= 0 and self._is_over():
             self._end_source()
 
+    def _is_over(self) -> bool:
+        if self._owed < 0 or self._timer is not None or self._held:
+            return False
+        return self._owed == 0 or pending_bytes(self._source) == 0
+
     def _readable(self) -> None:
         for _ in range(BURST):
             try:
@@ -85,66 +95,70 @@ class OutPump:
                 return
             if self._owed > 0:
                 self._owed = max(0, self._owed - len(data))
-            self._held = memoryview(data)
-            if not self._send():
+            if not self._send(len(data).to_bytes(_HEADER, "big"), data):
+                self._loop.remove_reader(self._source)
                 return
             if self._is_over():
                 self._end_source()
                 return
 
-    def _is_over(self) -> bool:
-        if self._owed < 0 or self._timer is not None or self._held:
-            return False
-        return self._owed == 0 or pending_bytes(self._source) == 0
-
-    def _send(self) -> bool:
-        """Push what is held; False if the socket is full and the reader is now paused."""
+    def _send(self, header: bytes, data: bytes) -> bool:
+        """Send a frame; False if a rest of it is held until the socket takes it."""
+        if not self._sink_open:
+            return True
         try:
-            sent = self._sink.send(self._held) if self._sink_open else len(self._held)
+            sent = self._sink.sendmsg((header, data))
         except BlockingIOError:
             sent = 0
         except OSError:
             # The host dropped this stream. The container must not block for that: discard.
             self._sink_open = False
-            sent = len(self._held)
-        self._held = self._held[sent:]
-        if not self._held:
             return True
-        self._loop.remove_reader(self._source)
+        if sent == len(header) + len(data):
+            return True
+        self._held = memoryview(header + data)[sent:]
         self._loop.add_writer(self._sink, self._writable)
         return False
 
     def _writable(self) -> None:
-        self._loop.remove_writer(self._sink)
-        if not self._send():
+        try:
+            self._held = self._held[self._sink.send(self._held) :]
+        except BlockingIOError:
             return
-        if self._is_over():
+        except OSError:
+            self._sink_open = False
+            self._held = memoryview(b"")
+        if self._held:
+            return
+        self._loop.remove_writer(self._sink)
+        if self._source < 0:
+            self._await_close()
+        elif self._is_over():
             self._end_source()
         else:
             self._loop.add_reader(self._source, self._readable)
 
     def _end_source(self) -> None:
-        if self._source < 0:
-            return
-        self._loop.remove_reader(self._source)
-        os.close(self._source)
-        self._source = -1
+        """All is read: say so to the host."""
+        self._close_source()
+        if self._send(END, b""):
+            self._await_close()
+
+    def _close_source(self) -> None:
+        if self._source >= 0:
+            self._loop.remove_reader(self._source)
+            os.close(self._source)
+            self._source = -1
         if self._timer is not None:
             self._timer.cancel()
-        self._close_sink()
+            self._timer = None
 
-    def _close_sink(self) -> None:
-        """Say EOF, wait until the host has closed its side (bounded), then close."""
+    def _await_close(self) -> None:
+        """The end is on its way; whoever reads it closes first, so nothing can be lost."""
         if self._sink_open:
-            try:
-                self._sink.shutdown(socket.SHUT_WR)
-            except OSError:
-                self._sink_open = False
-        if not self._sink_open:
+            self._loop.add_reader(self._sink, self._host_spoke)
+        else:
             self._finish()
-            return
-        self._loop.add_reader(self._sink, self._host_spoke)
-        self._linger = self._loop.call_later(LINGER, self._finish)
 
     def _host_spoke(self) -> None:
         try:
@@ -157,9 +171,6 @@ class OutPump:
         self._finish()
 
     def _finish(self) -> None:
-        if self._linger is not None:
-            self._linger.cancel()
-            self._linger = None
         if self._sink.fileno() >= 0:
             self._loop.remove_reader(self._sink)
             self._loop.remove_writer(self._sink)
@@ -167,9 +178,9 @@ class OutPump:
             self._on_end()
 
     def abort(self) -> None:
-        """End at once, whatever is still unsent."""
+        """End at once, whatever is still unsent. Idempotent."""
         self._sink_open = False
-        self._end_source()
+        self._close_source()
         self._finish()
 
 
@@ -180,46 +191,79 @@ class InPump:
         self._loop = loop
         self._source = source
         self._sink = sink
-        self._held = memoryview(b"")
+        self._header = b""  # of the next frame, as far as it has come
+        self._left = 0  # bytes of this frame still to come
+        self._ended = False
+        self._held: list[memoryview] = []
         loop.add_reader(source, self._readable)
 
     def _readable(self) -> None:
         for _ in range(BURST):
             try:
-                data = self._source.recv(CHUNK)
+                data = self._source.recv(FRAME_MAX)
             except BlockingIOError:
                 return
             except OSError:
                 data = b""
-            if not data:
-                self.abort()  # everything received was written: this is the EOF in its place
-                return
-            self._held = memoryview(data)
+            # Without an end frame the host is gone, which is an end for this process as well.
+            if data:
+                self._unpack(memoryview(data))
+            else:
+                self._ended = True
             if not self._write():
+                self._loop.remove_reader(self._source)
+                self._loop.add_writer(self._sink, self._writable)
                 return
+            if self._ended:
+                self.abort()
+                return
+
+    def _unpack(self, data: memoryview) -> None:
+        """Take the payloads of whole and partial frames out of `data`."""
+        while data and not self._ended:
+            if self._left:
+                part = data[: self._left]
+                self._left -= len(part)
+                self._held.append(part)
+                data = data[len(part) :]
+                continue
+            missing = _HEADER - len(self._header)
+            self._header += data[:missing]
+            data = data[missing:]
+            if len(self._header) == _HEADER:
+                self._left = int.from_bytes(self._header, "big")
+                self._header = b""
+                self._ended = self._left == 0 or self._left > FRAME_MAX
 
     def _write(self) -> bool:
-        try:
-            sent = os.write(self._sink, self._held)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.abort()  # nobody reads this stdin any more: let the host know by closing
-            return False
-        self._held = self._held[sent:]
-        if not self._held:
-            return True
-        self._loop.remove_reader(self._source)
-        self._loop.add_writer(self._sink, self._writable)
-        return False
+        """Write what is held; False if the descriptor is full."""
+        while self._held:
+            try:
+                sent = os.write(self._sink, self._held[0])
+            except BlockingIOError:
+                return False
+            except OSError:
+                # Nobody reads this stdin any more: let the host know by closing.
+                self._held.clear()
+                self._ended = True
+                return True
+            if sent == len(self._held[0]):
+                del self._held[0]
+            else:
+                self._held[0] = self._held[0][sent:]
+        return True
 
     def _writable(self) -> None:
+        if not self._write():
+            return
         self._loop.remove_writer(self._sink)
-        if self._write():
+        if self._ended:
+            self.abort()
+        else:
             self._loop.add_reader(self._source, self._readable)
 
     def abort(self) -> None:
-        """End at once: close the container's stdin and the host's connection."""
+        """End at once: close the container's stdin and the host's connection. Idempotent."""
         if self._sink < 0:
             return
         self._loop.remove_reader(self._source)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from agent import log
 
@@ -87,7 +87,7 @@ class Reaper:
 
     def spawn(
         self,
-        argv: Sequence[str],
+        argv: list[str],
         *,
         env: Mapping[str, str],
         stdin: int,

@@ -14,8 +14,9 @@ import socket
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
-from agent import log
 from google.protobuf.empty_pb2 import Empty
+
+from agent import log
 from proto import agent_pb2, health_pb2
 from ttrpc import CallContext, Code, RpcError, Server
 
@@ -76,9 +77,9 @@ class HealthService:
 class AgentService:
     """grpc.AgentService. The methods' names follow the RPCs'; the messages are in proto/agent.proto."""
 
-    def __init__(self, stdio_fd: int) -> None:
+    def __init__(self, stream_fd: int) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stdio_fd = stdio_fd
+        self._stream_fd = stream_fd
         self._sandbox: Sandbox | None = None
         self._reaper: Reaper | None = None
         self._oom: asyncio.Queue[str] | None = None
@@ -104,8 +105,8 @@ class AgentService:
             from agent.streams import StreamListener
 
             listener: StreamListener | None = None
-            if self._stdio_fd >= 0:
-                listener = StreamListener(self._loop, socket.socket(fileno=self._stdio_fd))
+            if self._stream_fd >= 0:
+                listener = StreamListener(self._loop, socket.socket(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
 
@@ -286,7 +287,9 @@ class AgentService:
         await online(request)
         return Empty()
 
-    async def mem_hotplug_by_probe(self, _: CallContext, request: agent_pb2.MemHotplugByProbeRequest) -> Empty:
+    async def mem_hotplug_by_probe(
+        self, _: CallContext, request: agent_pb2.MemHotplugByProbeRequest
+    ) -> Empty:
         """Tell the kernel of memory at these addresses (architectures without ACPI)."""
         from agent.guest import probe_memory
 
@@ -412,8 +415,8 @@ class AgentService:
         raise _unimplemented("MemAgentCompactSet")
 
 
-async def _serve(agent_fd: int, stdio_fd: int) -> None:
-    service = AgentService(stdio_fd)
+async def _serve(agent_fd: int, stream_fd: int) -> None:
+    service = AgentService(stream_fd)
     server = Server()
     descriptor = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
@@ -429,6 +432,6 @@ async def _serve(agent_fd: int, stdio_fd: int) -> None:
     await serving
 
 
-def serve(agent_fd: int, stdio_fd: int) -> None:
-    """Serve on two listening descriptors (`stdio_fd` may be -1) until the sandbox is destroyed."""
-    asyncio.run(_serve(agent_fd, stdio_fd))
+def serve(agent_fd: int, stream_fd: int) -> None:
+    """Serve on two listening descriptors (`stream_fd` may be -1) until the sandbox is destroyed."""
+    asyncio.run(_serve(agent_fd, stream_fd))

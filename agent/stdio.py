@@ -1,11 +1,11 @@
 """A process' standard streams: what crun gets, and what the host gets.
 
 What: `Stdio.open` makes the pipes (or asks for a console), and connects them to the host's stream
-connections (direct: the request named ports) or keeps them for ReadStdout/WriteStdin calls.
+connections (direct: the request names them in its *_port fields) or keeps them for ReadStdout/WriteStdin calls.
 Why pipes and not the vsock sockets themselves: programs reopen /dev/stdout and fstat it; that fails
 on sockets.
 Invariants: by call, the pipe itself is the bounded buffer (64 KiB), so a container that nobody reads
-blocks, exactly as with a pipe; in direct mode a stream without a port is /dev/null; the agent's ends
+blocks, exactly as with a pipe; in direct mode a stream without an id is /dev/null; the agent's ends
 are non-blocking and closed on every path.
 """
 
@@ -47,9 +47,7 @@ class Stdio:
         self._waiters: set[Callable[[], None]] = set()  # of calls that wait for a descriptor
 
     @classmethod
-    async def open(
-        cls, listener: StreamListener | None, ports: Ports, *, terminal: bool
-    ) -> Stdio:
+    async def open(cls, listener: StreamListener | None, ports: Ports, *, terminal: bool) -> Stdio:
         """Prepare the streams. Raises RpcError when a named connection does not arrive."""
         stdio = cls(asyncio.get_running_loop(), terminal)
         try:
@@ -60,7 +58,7 @@ class Stdio:
         return stdio
 
     async def _prepare(self, listener: StreamListener | None, ports: Ports) -> None:
-        # A host that has stdio connections says by port 0 "this stream is nothing"; one that has
+        # A host that uses stream connections says by id 0 "this stream is nothing"; one that does
         # not says by it "I shall call".
         self._direct = listener is not None
         for index, port in enumerate(ports):
@@ -68,13 +66,13 @@ class Stdio:
                 if listener is None:
                     raise RpcError(
                         Code.FAILED_PRECONDITION,
-                        f"stdio port {port} was given, but agent.passfd_listener_port was not",
+                        f"stream {port} was named, but agent.stream_port was not given",
                     )
                 try:
                     self._connections[index] = await listener.take(port)
                 except TimeoutError:
                     raise RpcError(
-                        Code.DEADLINE_EXCEEDED, f"no stdio connection from port {port} arrived"
+                        Code.DEADLINE_EXCEEDED, f"the connection of stream {port} did not arrive"
                     ) from None
         for index in range(3):
             if self.terminal or (self._direct and self._connections[index] is None):
