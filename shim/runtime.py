@@ -41,9 +41,8 @@ from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.protocols import Deadlines
 from shim.sandbox import SandboxSettings, VirtSandbox
-from shim.task_service import register_task_services
+from shim.task_service import TaskService
 from shim.trace import Trace
-from ttrpc import Server
 from ttrpc import Server
 
 __all__ = ["Service", "VirtContainer", "build_service"]
@@ -142,6 +141,7 @@ class Service:
         self._handler = VirtContainer(context, self._tasks)
         self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
         self._handler.manager = self._manager
+        self._task = TaskService(self._manager, context.shutdown)
 
     async def _run(self) -> None:
         """Hold the TaskGroup open: whatever runs for a sandbox runs inside, and ends before this does."""
@@ -149,8 +149,9 @@ class Service:
             await self._closing.wait()
 
     def register(self, server: Server) -> None:
-        """See `ShimService.register`."""
-        register_task_services(server, self._manager, self._context.shutdown)
+        """Register the Task service under both names; it answers each in its own package's messages."""
+        for module in (task_v2_pb2, task_v3_pb2):
+            server.register(module.DESCRIPTOR.services_by_name["Task"], self._task)
 
     @property
     def idle(self) -> bool:
