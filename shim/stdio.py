@@ -111,19 +111,25 @@ class Stdio:
         )
 
     async def connect(self, sandbox: Sandbox) -> tuple[int, int, int]:
-        """Direct mode: open a connection for each stream and start to copy; the ports for the agent.
+        """Direct mode: open a connection for each stream and start to copy; their names for the agent.
 
-        Raises GuestError if the guest does not take the connection; `close` cleans up.
+        A stream that containerd left empty has none: 0 tells the agent that it is /dev/null. Raises
+        GuestError if the guest does not take a connection; `close` cleans up.
         """
-        ports = [0, 0, 0]
-        for index in range(1 + len(self._outputs)):
-            sock, ports[index] = await sandbox.open_stream()
-            self._sockets.append(sock)
-        stdin, *outputs = self._sockets
-        for sock, out in zip(outputs, self._outputs, strict=True):
-            self._copy_output(stdio_pump.socket_to_output(sock, out, self._moved))
-        self._input_task = asyncio.create_task(self._input_to_socket(stdin))
-        return ports[0], ports[1], ports[2]
+        names = [0, 0, 0]
+        if self._input is not None:
+            sock, names[0] = await self._open_stream(sandbox)
+            self._input_task = asyncio.create_task(self._input_to_socket(self._input, sock))
+        for index, out in enumerate(self._outputs, start=1):
+            if out is not None:
+                sock, names[index] = await self._open_stream(sandbox)
+                self._copy_output(stdio_pump.socket_to_output(sock, out, self._moved))
+        return names[0], names[1], names[2]
+
+    async def _open_stream(self, sandbox: Sandbox) -> tuple[socket.socket, int]:
+        sock, name = await sandbox.open_stream()
+        self._sockets.append(sock)
+        return sock, name
 
     def run(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
         """By the agent's calls: start to copy. The process exists in the guest by now."""
@@ -143,10 +149,9 @@ class Stdio:
     def _moved(self) -> None:
         self._moved_at = asyncio.get_running_loop().time()
 
-    async def _input_to_socket(self, sock: socket.socket) -> None:
-        if self._input is not None:
-            await stdio_pump.input_to_socket(self._input, sock)
-            self._input.close()
+    async def _input_to_socket(self, source: InputEnd, sock: socket.socket) -> None:
+        await stdio_pump.input_to_socket(source, sock, say_end=not self.spec.terminal)
+        source.close()
         if not self.spec.terminal:
             sock.close()
 

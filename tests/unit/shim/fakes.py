@@ -23,6 +23,7 @@ from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.container_manager import ContainerManager
 from shim.protocols import GuestContainer, RootfsMount
+from shim.stdio_pump import END, FRAME_MAX, FrameReader
 from shim.task_service import TaskService
 from ttrpc import snake_case
 
@@ -93,33 +94,38 @@ class GuestProcess:
         return stream
 
     async def write(self, data: bytes, stream: int = 1) -> None:
-        """Direct mode: output; returns when all of it is in the connection."""
+        """Direct mode: output in frames; returns when all of it is in the connection."""
         sock = self.streams[stream]
         assert sock is not None
-        await asyncio.get_running_loop().sock_sendall(sock, data)
+        for start in range(0, len(data), FRAME_MAX):
+            piece = data[start : start + FRAME_MAX]
+            frame = len(piece).to_bytes(4, "big") + piece
+            await asyncio.get_running_loop().sock_sendall(sock, frame)
 
     async def read_stdin(self) -> bytes:
-        """Direct mode: all of stdin until its end."""
-        data = bytearray()
-        while piece := await asyncio.get_running_loop().sock_recv(self.stdin, 1 << 16):
-            data += piece
+        """Direct mode: all of stdin until its end is said."""
+        data, frames = bytearray(), FrameReader()
+        while not frames.ended:
+            piece = await asyncio.get_running_loop().sock_recv(self.stdin, FRAME_MAX)
+            assert piece, "stdin was cut off"
+            for payload in frames.payloads(memoryview(piece)):
+                data += payload
         return bytes(data)
 
-    def close_stream(self, index: int) -> None:
-        sock = self.streams[index] if self.streams else None
-        if sock is not None:
-            sock.close()
+    def end_output(self) -> None:
+        """The end of stdout and stderr, after what was written so far."""
+        for sock in self.streams[1:]:
+            if sock is not None and sock.fileno() >= 0:
+                sock.send(END)
+        for queue in self.pieces.values():
+            queue.put_nowait(b"")
 
     def exit(self, status: int, *, keep_streams: bool = False) -> None:
         """End, closing the output unless a background process is to hold it."""
         if not self.exited.done():
             self.exited.set_result(status)
         if not keep_streams:
-            for index in range(3):
-                if index < len(self.streams):
-                    self.close_stream(index)
-            for queue in self.pieces.values():
-                queue.put_nowait(b"")
+            self.end_output()
 
 
 class FakeAgent:
