@@ -31,7 +31,7 @@ from devices.errors import HostError
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
 
-__all__ = ["Child", "describe_exit", "process_start_time"]
+__all__ = ["Child", "describe_exit", "process_start_time", "process_stat"]
 
 _CLONE_NEWNET = 0x40000000
 _READ_SIZE = 64 << 10
@@ -53,17 +53,22 @@ class _Spawner:
         return cls._executor
 
 
+def process_stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the third (state) on. Raises ProcessLookupError."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+            text = stat.read()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise ProcessLookupError(pid) from error
+    return text[text.rindex(")") + 2 :].split()  # the name may hold blanks and parentheses
+
+
 def process_start_time(pid: int) -> int:
     """Field 22 of /proc/PID/stat, in clock ticks since boot: with the pid it names a process for good.
 
     Raises ProcessLookupError when there is no such process.
     """
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-            text = stat.read()
-    except FileNotFoundError as error:
-        raise ProcessLookupError(pid) from error
-    return int(text[text.rindex(")") + 2 :].split()[19])  # the name may hold blanks and parentheses
+    return int(process_stat(pid)[19])
 
 
 def describe_exit(status: int) -> str:

@@ -29,6 +29,9 @@ __all__ = [
 ]
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+_SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
+_TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
+_MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
 
 class CacheMode(Enum):
@@ -45,13 +48,18 @@ class BlockFormat(Enum):
     RAW = "raw"
 
 
+def _check(pattern: re.Pattern[str], value: str, what: str) -> None:
+    """These values end up in VMM syntax: refuse whatever could mean something there."""
+    if not pattern.fullmatch(value):
+        raise BugError(f"{value!r} is no {what}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Device:
     id: str
 
     def __post_init__(self) -> None:
-        if not _ID.fullmatch(self.id):
-            raise BugError(f"{self.id!r} is no device id")
+        _check(_ID, self.id, "device id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +70,10 @@ class BlockConfig(_Device):
     read_only: bool = False
     format: BlockFormat = BlockFormat.RAW
     serial: str = ""  # at most 20 bytes; what /sys/block/*/serial shows in the guest
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_SERIAL, self.serial, "disk serial")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +88,10 @@ class ShareFsConfig(_Device):
     queue_size: int = 1024  # a power of two, at most 1024
     xattr: bool = True
     extra_args: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_TAG, self.tag, "virtio-fs tag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +132,10 @@ class NetworkConfig(_Device):
     mac: str
     tap_fds: tuple[int, ...] = field(default=())
     vhost_fds: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_MAC, self.mac, "MAC address")
 
 
 DeviceConfig = (

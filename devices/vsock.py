@@ -23,7 +23,7 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from devices.errors import GuestError, HostError, KataError

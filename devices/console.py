@@ -1,0 +1,81 @@
+"""The guest's console: a stream that is always read and of which the end is kept.
+
+What: `Console` owns a socket pair: one end for the VMM's serial port, the other read here.
+Why: the kernel's last lines explain a guest that does not boot; and a serial port that nobody reads
+stops the guest.
+Invariants: at most 64 KiB are kept; reading never blocks and takes at most 64 KiB per turn of the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+
+from devices.tail import TailBuffer
+
+__all__ = ["Console"]
+
+_READ_SIZE = 64 << 10
+
+
+class Console:
+    """Reading starts at once; the VMM gets `guest_end`, which is closed here by `handed_over`."""
+
+    def __init__(self, on_output: Callable[[bytes], None] | None = None) -> None:
+        self.output = TailBuffer()
+        self._on_output = on_output
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours.setblocking(False)
+        self._ours: socket.socket | None = ours
+        self._theirs: socket.socket | None = theirs
+        asyncio.get_running_loop().add_reader(ours.fileno(), self._on_readable)
+
+    @property
+    def guest_end(self) -> int:
+        """The descriptor for the VMM; valid until `handed_over`."""
+        assert self._theirs is not None
+        return self._theirs.fileno()
+
+    def handed_over(self) -> None:
+        """The VMM runs and has its copy: close ours, so that its death ends the stream."""
+        if self._theirs is not None:
+            self._theirs.close()
+            self._theirs = None
+
+    def tail(self, lines: int = 10) -> str:
+        """The guest's last lines, cleaned of control characters."""
+        return self.output.tail(lines)
+
+    def drain(self) -> None:
+        """Read what is there, without waiting: for the moment after the VMM's death."""
+        for _ in range(16):  # a socket buffer holds about 200 KiB
+            if self._ours is None or not self._on_readable():
+                return
+
+    def close(self) -> None:
+        """Stop reading. What was read stays. Idempotent."""
+        self.handed_over()
+        if self._ours is not None:
+            with contextlib.suppress(RuntimeError):  # no loop any more: nothing to remove it from
+                asyncio.get_running_loop().remove_reader(self._ours.fileno())
+            self._ours.close()
+            self._ours = None
+
+    def _on_readable(self) -> bool:
+        assert self._ours is not None
+        try:
+            data = os.read(self._ours.fileno(), _READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return False
+        self.output.write(data)
+        if self._on_output is not None:
+            self._on_output(data)
+        return True

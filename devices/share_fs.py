@@ -1,0 +1,135 @@
+"""virtiofsd: the daemon that serves a host directory to the guest by virtio-fs.
+
+What: `Virtiofsd.start` finds it (QEMU's C version of Debian 12, the Rust version of later releases),
+starts it sandboxed on a socket that listens already, and connects for the VMM.
+Why: containers' root file systems and volumes reach the guest through it.
+Invariants:
+- Its seccomp filter and its sandbox are always on.
+- `sandbox=chroot`, not `namespace`: containers' mounts appear below the shared directory after
+  virtiofsd has started, and it must see them. It stays in the shim's (private) mount namespace, so it
+  does; a namespace of its own would see them only if the directory were a shared mount.
+- announce_submounts is on: each mount below the directory is a file system of its own in the guest,
+  so equal inode numbers of two overlays do not collide.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from enum import Enum
+
+from devices.child import Child
+from devices.config import CacheMode, ShareFsConfig
+from devices.errors import BugError, HostError
+from devices.rendezvous import connect_now, listen
+from devices.undo import UndoLog
+
+__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "virtiofsd_arguments"]
+
+_C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
+_PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
+_PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
+
+
+class Flavour(Enum):
+    """Two programs of one name with different options."""
+
+    C = "C"
+    RUST = "Rust"
+
+
+def find_virtiofsd(configured: str = "") -> str:
+    """Its absolute path. Raises HostError."""
+    for path in (configured,) if configured else _PLACES:
+        if os.access(path, os.X_OK):
+            return path
+    looked = configured or ", ".join(_PLACES)
+    raise HostError(
+        f"virtiofsd is not there (looked at {looked})",
+        phase="devices",
+        hint="install virtiofsd (Debian 12: qemu-system-common), or set virtio_fs_daemon",
+    )
+
+
+async def flavour_of(path: str, undo: UndoLog) -> Flavour:
+    """Which of the two it is, asking only where the path does not tell. Raises HostError."""
+    if os.path.realpath(path) == _C_PATH:
+        return Flavour.C
+    child = await Child.spawn([path, "--version"], name="virtiofsd", undo=undo)
+    try:
+        await child.wait(_PROBE_TIMEOUT)
+    except TimeoutError:
+        raise HostError(
+            f"{path} --version did not end within {_PROBE_TIMEOUT:g} s", phase="devices"
+        ) from None
+    finally:
+        await child.kill()
+    # The C version adds a line "using FUSE kernel interface version ...".
+    return Flavour.C if "FUSE kernel interface" in child.stderr_tail() else Flavour.RUST
+
+
+def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> list[str]:
+    """Its arguments (without the program) for the listening socket `fd`; pure."""
+    if "," in config.source or "\\" in config.source:
+        raise BugError(f"the shared directory {config.source!r} has a character that virtiofsd cannot take")
+    argv = [f"--fd={fd}"]
+    if flavour is Flavour.C:
+        cache = "none" if config.cache is CacheMode.NEVER else config.cache.value
+        argv += ["-f", "-o", f"source={config.source}", "-o", f"cache={cache}", "-o", "sandbox=chroot"]
+        argv += ["-o", "announce_submounts", "-o", "xattr" if config.xattr else "no_xattr"]
+    else:
+        argv += [f"--shared-dir={config.source}", f"--cache={config.cache.value}", "--sandbox=chroot"]
+        argv += ["--seccomp=kill", "--announce-submounts"]
+        argv += ["--xattr"] if config.xattr else []
+    return argv + list(config.extra_args)
+
+
+class Virtiofsd:
+    """One running virtiofsd and its connection for the VMM."""
+
+    def __init__(self, child: Child, connection: socket.socket) -> None:
+        self.child = child
+        self.connection = connection
+
+    @classmethod
+    async def start(
+        cls,
+        config: ShareFsConfig,
+        state_dir: str,
+        undo: UndoLog,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> Virtiofsd:
+        """Start it on `<state_dir>/virtiofsd.sock`; it need not be waited for. Raises HostError."""
+        program = find_virtiofsd(config.daemon)
+        if not os.path.isdir(config.source):
+            raise BugError(f"the directory to share, {config.source}, does not exist")
+        flavour = await flavour_of(program, undo)
+        path = f"{state_dir}/virtiofsd.sock"
+        listener = listen(path)
+        try:
+            # In the listener's backlog before the daemon exists: nothing has to be waited for, and
+            # when the daemon dies unaccepted the VMM sees the end of the connection.
+            connection = connect_now(path)
+            try:
+                child = await Child.spawn(
+                    [program, *virtiofsd_arguments(config, flavour, listener.fileno())],
+                    name="virtiofsd",
+                    undo=undo,
+                    pass_fds=[listener.fileno()],
+                    on_output=on_output,
+                )
+            except BaseException:
+                connection.close()
+                raise
+        finally:
+            listener.close()
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        return cls(child, connection)
+
+    async def stop(self) -> None:
+        """Kill it. Idempotent."""
+        self.connection.close()
+        await self.child.kill()

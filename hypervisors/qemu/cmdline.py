@@ -1,0 +1,185 @@
+"""From a configuration to QEMU's arguments: pure functions, nothing is opened or probed here.
+
+What: `arguments` gives argv (without the program), `kernel_command_line` the guest kernel's.
+Why apart: golden tests hold every argument, and the bench boots a bare QEMU with the very same.
+Invariants: nothing that came from outside is ever put into a comma-separated option: paths go as
+JSON or as arguments of their own; ids are ours. Each PCI device has a fixed slot on the root bus, so
+its guest path is known before the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from devices.config import (
+    BalloonConfig,
+    BlockConfig,
+    ConsoleConfig,
+    DeviceConfig,
+    NetworkConfig,
+    RngConfig,
+    ShareFsConfig,
+    VsockConfig,
+)
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.kvm import Accelerator
+
+__all__ = ["Placed", "Plan", "arguments", "kernel_command_line"]
+
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_MEMORY_ID = "mem0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A device and what was prepared for it.
+
+    `slot`: on pcie.0, 1-30; 0 for what is no PCI device. `fd`: the connected socket of its vhost-user
+    daemon or console, or the vhost descriptor; `cid`: kernel vsock only, else 0.
+    """
+
+    device: DeviceConfig
+    slot: int = 0
+    fd: int = -1
+    cid: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that argv depends on. `qmp_fd` is a listening unix socket."""
+
+    sandbox_id: str
+    section: HypervisorConfig
+    accelerator: Accelerator
+    vcpus: int
+    qmp_fd: int
+    devices: Sequence[Placed]
+    home_port: int = 0
+
+
+def kernel_command_line(plan: Plan) -> str:
+    """The guest kernel's parameters; the configuration's come last, so that they win.
+
+    cryptomgr.notests saves 0.3 s of boot; swiotlb=noforce 65 MB and 0.5 s (facts/guest-vm.md).
+    reboot=t with panic=-1 and QEMU's -no-reboot: a panic ends the VM at once.
+    """
+    section = plan.section
+    words = ["reboot=t", "panic=-1", "cryptomgr.notests", "swiotlb=noforce"]
+    if any(isinstance(placed.device, ConsoleConfig) for placed in plan.devices):
+        words.insert(0, "console=ttyS0")
+    if not section.enable_debug:
+        words.append("quiet")
+    if section.image:
+        words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
+    if plan.home_port:
+        words.append(f"agent.home_vport={plan.home_port}")
+    if section.kernel_params:
+        words.append(section.kernel_params)
+    return " ".join(words)
+
+
+def arguments(plan: Plan) -> list[str]:
+    """argv[1:] of QEMU."""
+    section = plan.section
+    argv = ["-name", f"sandbox-{plan.sandbox_id},debug-threads=on"]
+    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    argv += ["-sandbox", section.seccomp_sandbox or SANDBOX]
+    argv += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
+    argv += ["-smp", str(plan.vcpus), "-m", f"{section.default_memory}M"]
+    # Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small.
+    argv += [
+        "-object",
+        f"memory-backend-memfd,id={_MEMORY_ID},size={section.default_memory}M,share=on",
+    ]
+    argv += ["-kernel", section.kernel]
+    if section.initrd:
+        argv += ["-initrd", section.initrd]
+    argv += ["-append", kernel_command_line(plan)]
+    argv += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
+    argv += ["-mon", "chardev=qmp,mode=control"]
+    argv += ["-rtc", "base=utc,clock=host"]
+    for placed in plan.devices:
+        argv += _device(placed)
+    for port in range(section.pcie_root_port):
+        argv += ["-device", f"pcie-root-port,id=rp{port},chassis={port + 1},slot={port + 1}"]
+    return argv
+
+
+def _machine(plan: Plan) -> str:
+    parts = [plan.section.machine_type, f"accel={plan.accelerator.value}"]
+    if plan.section.machine_accelerators:
+        parts.append(plan.section.machine_accelerators.strip(","))
+    parts.append(f"memory-backend={_MEMORY_ID}")
+    return ",".join(parts)
+
+
+def _cpu(plan: Plan) -> str:
+    model = "host" if plan.accelerator is Accelerator.KVM else "max"
+    return ",".join(part for part in (model, plan.section.cpu_features.strip(",")) if part)
+
+
+def _device(placed: Placed) -> list[str]:
+    device, fd = placed.device, placed.fd
+    at = f"bus=pcie.0,addr={placed.slot:#x}"
+    match device:
+        case BlockConfig():
+            file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
+            node = {
+                "driver": device.format.value,
+                "node-name": f"node-{device.id}",
+                "read-only": device.read_only,
+                "file": file,
+            }
+            serial = f",serial={device.serial}" if device.serial else ""
+            return [
+                "-blockdev",
+                json.dumps(node),
+                "-device",
+                f"virtio-blk-pci,id={device.id},drive=node-{device.id},{at}{serial}",
+            ]
+        case ShareFsConfig():
+            front = f"vhost-user-fs-pci,id={device.id},chardev=char-{device.id},tag={device.tag}"
+            return [
+                "-chardev",
+                f"socket,id=char-{device.id},fd={fd}",
+                "-device",
+                f"{front},queue-size={device.queue_size},{at}",
+            ]
+        case VsockConfig() if placed.cid:
+            return [
+                "-device",
+                f"vhost-vsock-pci,id={device.id},vhostfd={fd},guest-cid={placed.cid},{at}",
+            ]
+        case VsockConfig():
+            return [
+                "-chardev",
+                f"socket,id=char-{device.id},fd={fd}",
+                "-device",
+                f"vhost-user-vsock-pci,id={device.id},chardev=char-{device.id},{at}",
+            ]
+        case RngConfig():
+            return [
+                "-object",
+                json.dumps({"qom-type": "rng-random", "id": f"src-{device.id}", "filename": device.source}),
+                "-device",
+                f"virtio-rng-pci,id={device.id},rng=src-{device.id},{at}",
+            ]
+        case BalloonConfig():
+            return ["-device", f"virtio-balloon-pci,id={device.id},free-page-reporting=on,{at}"]
+        case ConsoleConfig():
+            return ["-chardev", f"socket,id={device.id},fd={fd}", "-serial", f"chardev:{device.id}"]
+        case NetworkConfig():
+            return _network(device, at)
+
+
+def _network(device: NetworkConfig, at: str) -> list[str]:
+    queues = len(device.tap_fds)
+    netdev = f"tap,id=net-{device.id},fds={':'.join(map(str, device.tap_fds))}"
+    if device.vhost_fds:
+        netdev += f",vhost=on,vhostfds={':'.join(map(str, device.vhost_fds))}"
+    card = f"virtio-net-pci,id={device.id},netdev=net-{device.id},mac={device.mac},{at}"
+    if queues > 1:
+        card += f",mq=on,vectors={2 * queues + 2}"
+    return ["-netdev", netdev, "-device", card]

@@ -1,0 +1,202 @@
+"""A client for QMP, QEMU's control protocol: one JSON object per line, over a unix stream socket.
+
+What: `QmpClient.connect` reads the greeting and negotiates; `execute` runs one command under a
+deadline; events go to one callback.
+Why our own: 200 lines without a dependency, and the peer runs guests, so what it sends is bounded
+and checked.
+Invariants:
+- Each command carries an id; replies may come in any order, between events, late or never.
+- A peer that breaks the protocol (garbage, a line over 4 MiB, an unknown greeting, an end of stream)
+  ends the connection: every pending and every later `execute` raises HypervisorError at once.
+- A command that timed out does not: its late reply is dropped.
+Source: docs/interop/qmp-spec.txt of QEMU 7.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from devices.errors import HypervisorError
+
+__all__ = ["QmpClient", "QmpError", "QmpEvent"]
+
+LINE_LIMIT = 4 << 20  # bytes of one message; query-qmp-schema, the longest known reply, has 0.4 MiB
+_READ_SIZE = 64 << 10
+
+QmpEvent = dict[str, Any]
+EventHandler = Callable[[QmpEvent], None]
+
+
+class QmpError(HypervisorError):
+    """QEMU's own refusal of a command: `kind` is its error class, such as "GenericError"."""
+
+    def __init__(self, command: str, kind: str, text: str) -> None:
+        super().__init__(f"QEMU refused {command}: {text}")
+        self.command = command
+        self.kind = kind
+
+
+class QmpClient:
+    """One QMP connection. Made by `connect` only."""
+
+    def __init__(self, sock: socket.socket, on_event: EventHandler | None) -> None:
+        self._sock = sock
+        self._on_event = on_event
+        self._ids = itertools.count(1)
+        self._pending: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._greeting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._broken: str | None = None
+        self._write_lock = asyncio.Lock()
+        self._reader = asyncio.create_task(self._read(), name="qmp reader")
+
+    @classmethod
+    async def connect(
+        cls, sock: socket.socket, *, timeout: float, on_event: EventHandler | None = None
+    ) -> QmpClient:
+        """Take over `sock` (connected, non-blocking): greeting and qmp_capabilities.
+
+        Raises HypervisorError; the socket is closed then.
+        """
+        client = cls(sock, on_event)
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.shield(client._greeting)
+            await client.execute("qmp_capabilities", timeout=timeout)
+        except TimeoutError:
+            await client.close()
+            raise HypervisorError(
+                f"QEMU's control socket did not answer within {timeout:g} s", code="DEADLINE_EXCEEDED"
+            ) from None
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        timeout: float = 5.0,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """Run `command` and return its `return` value; `fds` go along for getfd and add-fd.
+
+        Raises QmpError when QEMU refuses, HypervisorError when the connection is or gets broken or
+        `timeout` seconds pass.
+        """
+        if self._broken is not None:
+            raise HypervisorError(f"cannot send {command} to QEMU: {self._broken}")
+        number = next(self._ids)
+        message: dict[str, Any] = {"execute": command, "id": number}
+        if arguments:
+            message["arguments"] = dict(arguments)
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[number] = (command, reply)
+        try:
+            async with asyncio.timeout(timeout):
+                await self._send(json.dumps(message).encode() + b"\n", fds)
+                return await reply
+        except TimeoutError:
+            raise HypervisorError(
+                f"QEMU did not answer {command} within {timeout:g} s", code="DEADLINE_EXCEEDED"
+            ) from None
+        except OSError as error:
+            raise HypervisorError(f"cannot send {command} to QEMU: {error}") from error
+        finally:
+            del self._pending[number]
+
+    async def close(self) -> None:
+        """End the connection; QEMU goes on. Idempotent."""
+        self._break("the connection was closed")
+        self._reader.cancel()
+        await asyncio.wait({self._reader})
+        self._sock.close()
+
+    async def _send(self, data: bytes, fds: Sequence[int]) -> None:
+        """One message at a time: a cancelled sender that left half a line breaks the connection."""
+        loop = asyncio.get_running_loop()
+        async with self._write_lock:
+            sent = socket.send_fds(self._sock, [data], fds) if fds else 0
+            try:
+                await loop.sock_sendall(self._sock, data[sent:])
+            except BaseException:
+                self._break("a command was cut short")
+                raise
+
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        buffer = bytearray()
+        try:
+            while True:
+                data = await loop.sock_recv(self._sock, _READ_SIZE)
+                if not data:
+                    self._break("it closed its control socket")
+                    return
+                searched = len(buffer)
+                buffer += data
+                while (end := buffer.find(b"\n", searched)) >= 0:
+                    line = bytes(buffer[:end])
+                    del buffer[: end + 1]
+                    searched = 0
+                    if line.strip():
+                        self._dispatch(line)
+                    if self._broken is not None:
+                        return
+                if len(buffer) > LINE_LIMIT:
+                    self._break(f"it sent a message of more than {LINE_LIMIT >> 20} MiB")
+                    return
+        except OSError as error:
+            self._break(f"its control socket failed: {error}")
+
+    def _dispatch(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            self._break(f"it sent something that is no JSON: {line[:60]!r}")
+            return
+        if not isinstance(message, dict):
+            self._break(f"it sent something that is no object: {line[:60]!r}")
+        elif "QMP" in message:
+            if not self._greeting.done():
+                self._greeting.set_result(message["QMP"])
+        elif "event" in message:
+            if self._on_event is not None:
+                self._on_event(message)
+        elif "id" in message:
+            self._settle(message)
+        else:  # an error without id: QEMU did not understand what we sent
+            self._break(f"it sent a reply to nothing: {line[:200]!r}")
+
+    def _settle(self, reply: dict[str, Any]) -> None:
+        number = reply["id"]
+        command, waiting = self._pending.get(number, ("", None)) if isinstance(number, int) else ("", None)
+        if waiting is None or waiting.done():
+            return  # it timed out or was cancelled
+        if "return" in reply:
+            waiting.set_result(reply["return"])
+            return
+        error = reply.get("error")
+        details = error if isinstance(error, dict) else {}
+        kind, text = str(details.get("class", "unknown")), str(details.get("desc", "no reason given"))
+        waiting.set_exception(QmpError(command, kind[:100], text[:1000]))
+
+    def _break(self, reason: str) -> None:
+        """No more of this connection: everything that waits fails now."""
+        if self._broken is not None:
+            return
+        self._broken = reason
+        for command, waiting in self._pending.values():
+            if not waiting.done():
+                waiting.set_exception(HypervisorError(f"QEMU did not answer {command}: {reason}"))
+        if not self._greeting.done():
+            self._greeting.set_exception(HypervisorError(f"QEMU did not greet: {reason}"))
+            self._greeting.exception()  # retrieved: nobody may be waiting
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
