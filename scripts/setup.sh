@@ -97,7 +97,9 @@ fetch_vsock() {
         grep -m1 '/debian/$') || { echo "no Debian mirror among apt's sources"; return 1; }
     printf 'deb [signed-by=%s] %s sid main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" \
         >"$dir/sources.list"
+    # A mirror that lags behind sid serves an older list: still signed, and good enough for one program.
     local options=(
+        -o Acquire::Check-Valid-Until=false
         -o Acquire::Retries=3 -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
         -o Dir::Etc::SourceList="$dir/sources.list" -o Dir::Etc::SourceParts="$dir/parts"
         -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$dir/parts"

@@ -49,70 +49,99 @@ def remove_tree(path: str) -> None:
     except FileNotFoundError:
         return
     try:
-        left = _Remover(above).remove(name, path)
+        remover = _Remover()
+        remover.remove(above, name, path)
     finally:
         os.close(above)
-    if left:
-        raise SafeRemoveError(path, left)
+    if remover.left:
+        raise SafeRemoveError(path, remover.left)
 
 
 class _Remover:
-    """One removal: `above` is where the tree hangs, and where deep directories are moved to."""
+    """One removal; `left` gathers what had to stay."""
 
-    def __init__(self, above: int) -> None:
-        self._above = above
-        self._left: list[str] = []
-        self._moved: list[tuple[str, str]] = []  # (name in `above`, what it was called)
+    def __init__(self) -> None:
+        self.left: list[str] = []
+        self._root = -1  # the tree itself, where directories that are too deep are moved to
+        self._moves = 0
+        self._moved: list[tuple[str, str]] = []  # (name in the root, what it was called)
 
-    def remove(self, name: str, shown: str) -> list[str]:
-        """Remove `name` of `above`; returns the paths that had to stay."""
-        self._entry(self._above, name, shown, 0)
-        while self._moved:
-            moved, shown = self._moved.pop()
-            self._entry(self._above, moved, shown, 0)
-        return self._left
-
-    def _entry(self, directory: int, name: str, shown: str, depth: int) -> None:
+    def remove(self, above: int, name: str, shown: str) -> None:
+        """Remove `name` of the directory `above`."""
+        if self._unlink(above, name, shown):
+            return
+        self._root = self._open(above, name, shown)
+        if self._root < 0:
+            return
         try:
-            os.unlink(name, dir_fd=directory)
-            return
-        except FileNotFoundError:
-            return
-        except IsADirectoryError:
-            pass
+            self._empty(self._root, shown, 1)
+            while self._moved:
+                moved, was = self._moved.pop()
+                self._directory(self._root, moved, was, 1)
+        finally:
+            os.close(self._root)
+        self._rmdir(above, name, shown)
+
+    def _empty(self, directory: int, shown: str, depth: int) -> None:
+        """Remove what is in the open `directory`, whose entries are `depth` levels below the root."""
+        try:
+            names = os.listdir(directory)
         except OSError as error:
-            if error.errno != errno.EPERM:  # what POSIX says for directories
-                self._keep(shown, error)
-                return
+            self._keep(shown, error)
+            return
+        for name in names:
+            path = os.path.join(shown, name)
+            if not self._unlink(directory, name, path):
+                self._directory(directory, name, path, depth)
+
+    def _directory(self, parent: int, name: str, shown: str, depth: int) -> None:
         if depth > _MAX_DEPTH:
-            self._move_up(directory, name, shown)
+            self._move_up(parent, name, shown)
+            return
+        fd = self._open(parent, name, shown)
+        if fd < 0:
             return
         try:
-            fd = openat2(directory, name, _FLAGS, _RESOLVE)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            self._keep(shown, error)
-            return
-        try:
-            for child in os.listdir(fd):
-                self._entry(fd, child, os.path.join(shown, child), depth + 1)
-        except OSError as error:
-            self._keep(shown, error)
+            self._empty(fd, shown, depth + 1)
         finally:
             os.close(fd)
+        self._rmdir(parent, name, shown)
+
+    def _unlink(self, directory: int, name: str, shown: str) -> bool:
+        """Whether nothing remains to be done for `name`: it is no directory."""
+        try:
+            os.unlink(name, dir_fd=directory)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except IsADirectoryError:
+            return False
+        except OSError as error:
+            self._keep(shown, error)
+        return True
+
+    def _open(self, directory: int, name: str, shown: str) -> int:
+        try:
+            return openat2(directory, name, _FLAGS, _RESOLVE)
+        except FileNotFoundError:
+            return -1
+        except OSError as error:
+            self._keep(shown, error)
+            return -1
+
+    def _rmdir(self, directory: int, name: str, shown: str) -> None:
         try:
             os.rmdir(name, dir_fd=directory)
         except FileNotFoundError:
             pass
         except OSError as error:
-            if not self._left:  # else the reason is below and already told
+            if not self.left:  # else the reason is below and already told
                 self._keep(shown, error)
 
     def _move_up(self, directory: int, name: str, shown: str) -> None:
-        target = f".removing-{os.getpid()}-{len(self._moved)}"
+        self._moves += 1
+        target = f".removing-{os.getpid()}-{self._moves}"
         try:
-            os.rename(name, target, src_dir_fd=directory, dst_dir_fd=self._above)
+            os.rename(name, target, src_dir_fd=directory, dst_dir_fd=self._root)
         except OSError as error:
             self._keep(shown, error)
         else:
@@ -120,4 +149,4 @@ class _Remover:
 
     def _keep(self, shown: str, error: OSError) -> None:
         reason = "is a mount" if error.errno in (errno.EXDEV, errno.EBUSY) else error.strerror
-        self._left.append(f"{shown} ({reason})")
+        self.left.append(f"{shown} ({reason})")

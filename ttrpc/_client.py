@@ -380,23 +380,24 @@ class _Connection(Endpoint):
     def received(self, data: memoryview) -> None:
         """See Endpoint.received."""
         try:
-            events = self.wire.receive(data)
+            for event in self.wire.receive(data):
+                self._handle(event)
         except RemoteProtocolError as error:
             self.ended(f"the server does not speak ttrpc: {error}")
             self.abort()
-            return
-        for event in events:
-            answer = self.answers.pop(event.stream_id, None)
-            if answer is None:
-                stream = self.streams.get(event.stream_id)
-                if stream is not None:
-                    stream.on_event(event)
-            elif answer.done():
-                pass  # it was cancelled or has expired, and its task has not run yet
-            elif type(event) is ResponseReceived and event.code is Code.OK:
-                answer.set_result(event.payload)
-            elif isinstance(event, (ResponseReceived, StreamFailed)):
-                answer.set_exception(RpcError(event.code, event.message))
+
+    def _handle(self, event: Event) -> None:
+        answer = self.answers.pop(event.stream_id, None)
+        if answer is None:
+            stream = self.streams.get(event.stream_id)
+            if stream is not None:
+                stream.on_event(event)
+        elif answer.done():
+            pass  # it was cancelled or has expired, and its task has not run yet
+        elif type(event) is ResponseReceived and event.code is Code.OK:
+            answer.set_result(event.payload)
+        elif isinstance(event, (ResponseReceived, StreamFailed)):
+            answer.set_exception(RpcError(event.code, event.message))
 
     def eof_received(self) -> bool:
         """See asyncio.BufferedProtocol."""

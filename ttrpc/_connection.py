@@ -9,7 +9,7 @@ memory is bounded by the streams that are open, not by those that were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from google.protobuf.message import DecodeError
 
@@ -110,30 +110,27 @@ class _Connection:
         else:
             self._streams[stream_id] = state
 
-    def _receive_data(self, stream_id: int, flags: int, data: bytes) -> list[Event]:
+    def _receive_data(self, stream_id: int, flags: int, data: bytes) -> Iterator[Event]:
         """A data frame on a stream that is open or done."""
-        if self.state(stream_id) is State.DONE:
-            return []
-        events: list[Event] = []
-        has_data = bool(data) or not flags & FLAG_NO_DATA
-        for action, wanted in (
-            (Action.RECEIVE_DATA, has_data),
-            (Action.RECEIVE_END, bool(flags & FLAG_REMOTE_CLOSED)),
-        ):
-            if not wanted:
-                continue
-            state = self.state(stream_id)
-            if not self._receive(stream_id, action):
-                return [
-                    *events,
-                    self._fail(stream_id, Code.INVALID_ARGUMENT, f"data on a stream that is {state.name}"),
-                ]
-            events.append(
-                DataReceived(stream_id, data) if action is Action.RECEIVE_DATA else EndReceived(stream_id)
-            )
-        return events
+        state = self.state(stream_id)
+        if state is State.DONE:
+            return
+        if data or not flags & FLAG_NO_DATA:
+            if not self._receive(stream_id, Action.RECEIVE_DATA):
+                yield self._fail(stream_id, Code.INVALID_ARGUMENT, f"data on a stream that is {state.name}")
+                return
+            yield DataReceived(stream_id, data)
+        if flags & FLAG_REMOTE_CLOSED:
+            if not self._receive(stream_id, Action.RECEIVE_END):
+                yield self._fail(
+                    stream_id, Code.INVALID_ARGUMENT, f"the end of a stream that is {state.name}"
+                )
+                return
+            yield EndReceived(stream_id)
 
     def _fail(self, stream_id: int, code: Code, message: str) -> StreamFailed:
+        """The stream ends here, so that what follows on it does not depend on when the shell answers."""
+        self._streams.pop(stream_id, None)
         return StreamFailed(stream_id, code, message)
 
 
@@ -188,9 +185,8 @@ class ClientConnection(_Connection):
         self._send(stream_id, Action.ABANDON)
         return data
 
-    def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Take the next bytes from the peer. Raises RemoteProtocolError."""
-        events: list[Event] = []
+    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
+        """Take the next bytes from the peer; to be iterated to its end. Raises RemoteProtocolError."""
         for stream_id, kind, flags, body, length in self._reader.feed(data):
             if kind not in (TYPE_RESPONSE, TYPE_DATA):
                 if kind == TYPE_REQUEST:
@@ -200,14 +196,11 @@ class ClientConnection(_Connection):
                 raise RemoteProtocolError(f"an answer on stream {stream_id}, which was never opened")
             if body is None:
                 if stream_id in self._streams:
-                    events.append(
-                        self._fail(stream_id, Code.RESOURCE_EXHAUSTED, _too_large(length, self._limit))
-                    )
+                    yield self._fail(stream_id, Code.RESOURCE_EXHAUSTED, _too_large(length, self._limit))
             elif kind == TYPE_DATA:
-                events += self._receive_data(stream_id, flags, body)
+                yield from self._receive_data(stream_id, flags, body)
             elif stream_id in self._streams:
-                events.append(self._receive_response(stream_id, body))
-        return events
+                yield self._receive_response(stream_id, body)
 
     def _receive_response(self, stream_id: int, body: bytes) -> Event:
         try:
@@ -217,10 +210,6 @@ class ClientConnection(_Connection):
         self._receive(stream_id, Action.RECEIVE_RESPONSE)
         status = response.status
         return ResponseReceived(stream_id, Code.of(status.code), status.message, response.payload)
-
-    def _fail(self, stream_id: int, code: Code, message: str) -> StreamFailed:
-        self._streams.pop(stream_id, None)
-        return StreamFailed(stream_id, code, message)
 
     def _was_used(self, stream_id: int) -> bool:
         return stream_id % 2 == 1 and stream_id < self._next_id
@@ -250,24 +239,20 @@ class ServerConnection(_Connection):
         self._last_id = -1
         self._skipped: dict[int, None] = {}  # ids below `_last_id` that were not used, oldest first
 
-    def receive(self, data: bytes | bytearray | memoryview) -> list[Event]:
-        """Take the next bytes from the peer. Raises RemoteProtocolError."""
-        events: list[Event] = []
+    def receive(self, data: bytes | bytearray | memoryview) -> Iterator[Event]:
+        """Take the next bytes from the peer; to be iterated to its end. Raises RemoteProtocolError."""
         for stream_id, kind, flags, body, length in self._reader.feed(data):
             if kind == TYPE_REQUEST:
-                events.append(self._receive_request(stream_id, flags, body, length))
+                yield self._receive_request(stream_id, flags, body, length)
             elif kind == TYPE_DATA:
                 if not self._was_used(stream_id):
-                    events.append(self._fail(stream_id, Code.INVALID_ARGUMENT, "data before a request"))
+                    yield self._fail(stream_id, Code.INVALID_ARGUMENT, "data before a request")
                 elif body is not None:
-                    events += self._receive_data(stream_id, flags, body)
+                    yield from self._receive_data(stream_id, flags, body)
                 elif stream_id in self._streams:
-                    events.append(
-                        self._fail(stream_id, Code.RESOURCE_EXHAUSTED, _too_large(length, self._limit))
-                    )
+                    yield self._fail(stream_id, Code.RESOURCE_EXHAUSTED, _too_large(length, self._limit))
             elif kind == TYPE_RESPONSE:
                 raise RemoteProtocolError("the client sent a response")
-        return events
 
     def _receive_request(self, stream_id: int, flags: int, body: bytes | None, length: int) -> Event:
         if stream_id % 2 == 0:
@@ -314,13 +299,12 @@ class ServerConnection(_Connection):
         self._send(stream_id, Action.SEND_RESPONSE)
         return self._status_frame(stream_id, code, message)
 
-    def reject(self, stream_id: int, code: Code, message: str) -> bytes:
-        """Answer a `StreamFailed`: ends the stream if it is open; returns the bytes to write."""
-        self._streams.pop(stream_id, None)
-        return self._status_frame(stream_id, code, message)
+    def reject(self, failed: StreamFailed) -> bytes:
+        """The answer to a `StreamFailed`; returns the bytes to write."""
+        return self._status_frame(failed.stream_id, failed.code, failed.message)
 
     def _status_frame(self, stream_id: int, code: Code, message: str) -> bytes:
-        text = message[: min(MAX_STATUS_TEXT, self._limit // 4)].encode(errors="replace").decode()
+        text = message[: min(MAX_STATUS_TEXT, self._limit // 8)].encode(errors="replace").decode()
         data = Response(status=Status(code=code, message=text)).SerializeToString()
         return encode_frame(stream_id, TYPE_RESPONSE, 0, data)
 

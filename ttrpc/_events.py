@@ -95,7 +95,7 @@ class ResponseReceived(Event):
 
 
 class StreamFailed(Event):
-    """The peer broke a rule that concerns one stream only; the connection lives.
+    """The peer broke a rule that concerns one stream only: the stream has ended, the connection lives.
 
     A server answers it with `ServerConnection.reject`; for a client the call has ended with `code`.
     """

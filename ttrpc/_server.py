@@ -22,7 +22,7 @@ from google.protobuf.message_factory import GetMessageClass
 from ._connection import MessageTooLarge, ServerConnection
 from ._endpoint import Endpoint, Inbox
 from ._errors import ConnectionClosed, RemoteProtocolError, RpcError
-from ._events import DataReceived, EndReceived, RequestReceived, StreamFailed
+from ._events import DataReceived, EndReceived, Event, RequestReceived, StreamFailed
 from ._frames import MAX_MESSAGE
 from ._names import snake_case
 from ._state import State
@@ -237,25 +237,25 @@ class _Connection(Endpoint):
     def received(self, data: memoryview) -> None:
         """See Endpoint.received."""
         try:
-            events = self.wire.receive(data)
+            for event in self.wire.receive(data):
+                self._handle(event)
         except RemoteProtocolError:
             self.abort()
+
+    def _handle(self, event: Event) -> None:
+        if type(event) is RequestReceived:
+            self._begin(event)
             return
-        for event in events:
-            if type(event) is RequestReceived:
-                self._begin(event)
-            elif type(event) is StreamFailed:
-                self.write(self.wire.reject(event.stream_id, event.code, event.message))
-                call = self.calls.get(event.stream_id)
-                if call is not None:
-                    call.give_up(RpcError(event.code, event.message))
-            else:
-                call = self.calls.get(event.stream_id)
-                if call is not None and call.inbox is not None:
-                    if type(event) is DataReceived:
-                        call.inbox.put(event.data)
-                    elif type(event) is EndReceived:
-                        call.inbox.finish()
+        call = self.calls.get(event.stream_id)
+        if type(event) is StreamFailed:
+            self.write(self.wire.reject(event))
+            if call is not None:
+                call.give_up(RpcError(event.code, event.message))
+        elif call is not None and call.inbox is not None:
+            if type(event) is DataReceived:
+                call.inbox.put(event.data)
+            elif type(event) is EndReceived:
+                call.inbox.finish()
 
     def ended(self, reason: str) -> None:
         """See Endpoint.ended."""
