@@ -10,6 +10,7 @@ works in every state and twice; finished execs are remembered for `FINISHED_MAX`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from agent import log
 from agent.crun import Crun
 from agent.process import Process
 from agent.reaper import Reaper
-from agent.spec import process_json
+from agent.spec import process_json, resources_json
 from agent.stdio import Ports, Stdio
 from agent.streams import StreamListener
 from ttrpc import Code, RpcError
@@ -100,8 +101,7 @@ class Container:
                 stdio.attach_console(pty, size.get("height", 0), size.get("width", 0))
             await task
             stdio.spawned()
-            with open(pid_path, encoding="ascii") as file:
-                pid = int(file.read())
+            pid = int(_read(pid_path))
             born = Process(exec_id, stdio)
             born.born(pid, self._reaper.watch(pid, since))
             log.debug(f"{what}: pid {pid}")
@@ -139,8 +139,7 @@ class Container:
         config = process_json(process)
         path = self._crun.scratch("process")
         try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file)
+            _write_json(path, config)
             arguments = ["exec", "--detach", "--process", path]
             what = f"exec {exec_id} in {self.id}"
             self.execs[exec_id] = await self._launch(what, exec_id, config, ports, arguments)
@@ -194,9 +193,8 @@ class Container:
         end = loop.time() + deadline
         while True:
             try:
-                with open(path, encoding="ascii") as file:
-                    if wanted in file.read().splitlines():
-                        return True
+                if wanted in _read(path).splitlines():
+                    return True
             except OSError:
                 return True  # the cgroup is gone
             if loop.time() > end:
@@ -204,16 +202,28 @@ class Container:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.1)
 
+    async def update(self, resources: oci_pb2.LinuxResources) -> None:
+        """`crun update`: new limits for the running container."""
+        path = self._crun.scratch("resources")
+        wanted = resources_json(resources)
+        # Device rules are a program that crun installs at creation only.
+        wanted.pop("devices", None)
+        if not wanted:
+            return
+        try:
+            _write_json(path, wanted)
+            await self._crun.run(f"updating {self.id}", "update", "--resources", path, self.id)
+        finally:
+            _unlink(path)
+
     # --- removing -----------------------------------------------------------------------------
 
     async def remove(self) -> None:
         """Kill what still runs, let crun forget the container, remove its bundle and cgroup."""
         self.kill_all()
         if self.init is not None and self.init.alive:
-            try:
+            with contextlib.suppress(RpcError):
                 self.init.signal(signal.SIGKILL)
-            except RpcError:
-                pass
         await self._until_event("populated", 0)
         await self._crun.run(f"removing {self.id}", "delete", "--force", self.id)
         if self.init is not None:
@@ -221,10 +231,8 @@ class Container:
         for process in self.execs.values():
             process.stdio.release()
         await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
-        try:
+        with contextlib.suppress(OSError):  # crun removed it already, as it should
             os.rmdir(self.cgroup)
-        except OSError:
-            pass  # crun removed it
 
 
 class _ConsoleSocket:
@@ -273,13 +281,21 @@ class _ConsoleSocket:
         _unlink(self.path)
 
 
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read()
+
+
+def _write_json(path: str, value: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(value, file)
+
+
 def _write(path: str, text: str) -> None:
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
 
 
 def _unlink(path: str) -> None:
-    try:
+    with contextlib.suppress(OSError):
         os.unlink(path)
-    except OSError:
-        pass

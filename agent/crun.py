@@ -11,6 +11,7 @@ Invariants: every run has a deadline and is killed at it; crun's own message is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 
@@ -103,7 +104,5 @@ class Crun:
             if code != 0:
                 raise complaint(what, _read_text(log_path), code)
         finally:
-            try:
+            with contextlib.suppress(OSError):
                 os.unlink(log_path)
-            except OSError:
-                pass

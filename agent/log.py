@@ -24,7 +24,7 @@ def _write(level: str, text: str) -> None:
     try:
         os.write(2, f"agent: {level}: {line}\n".encode(errors="replace"))
     except OSError:
-        pass  # no console: nobody to tell
+        return  # no console: nobody to tell
 
 
 def error(text: str) -> None:

@@ -349,7 +349,7 @@ class AgentService:
         """Name, address and raise a link."""
         from agent.network import update_interface
 
-        await update_interface(request.interface)
+        update_interface(request.interface)
         return request.interface
 
     async def list_interfaces(

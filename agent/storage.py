@@ -10,6 +10,7 @@ files; mount calls run outside the event loop and have a deadline; a failed `add
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -21,7 +22,7 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["DRIVERS", "ROOTS", "Storages", "in_thread"]
+__all__ = ["DRIVERS", "ROOTS", "Storages", "in_thread", "update_ephemeral"]
 
 ROOTS = ("/run/kata-containers/",)
 MOUNT_DEADLINE = 30.0  # seconds; a dead virtiofsd would make mount(2) wait for ever
@@ -63,7 +64,7 @@ def _number(text: str, base: int, what: str) -> int:
 def _own(path: str, gid: int) -> None:
     """Let group `gid` write: owner, mode, and setgid so that new files inherit it."""
     os.chown(path, -1, gid)
-    os.chmod(path, os.stat(path).st_mode & 0o7777 | 0o2070)
+    os.chmod(path, os.stat(path).st_mode & 0o7777 | 0o2070)  # noqa: S103  (what fsGroup means)
 
 
 async def _mount(storage: agent_pb2.Storage, source: str, fstype: str, options: Sequence[str]) -> None:
@@ -169,6 +170,12 @@ _DRIVERS: dict[str, Callable[[agent_pb2.Storage], Awaitable[None]]] = {
 DRIVERS = tuple(_DRIVERS)
 
 
+def _checked(target: str) -> str:
+    if not target.startswith(ROOTS) or os.path.normpath(target) != target.rstrip("/"):
+        raise RpcError(Code.INVALID_ARGUMENT, f"storage: {target[:200]!r} is no place to mount")
+    return target
+
+
 class Storages:
     """Everything mounted for the sandbox, counted by mount point."""
 
@@ -189,9 +196,7 @@ class Storages:
         return done
 
     async def _add(self, storage: agent_pb2.Storage) -> None:
-        target = storage.mount_point
-        if not target.startswith(ROOTS) or os.path.normpath(target) != target.rstrip("/"):
-            raise RpcError(Code.INVALID_ARGUMENT, f"storage: {target[:200]!r} is no place to mount")
+        target = _checked(storage.mount_point)
         driver = _DRIVERS.get(storage.driver)
         if driver is None:
             raise RpcError(
@@ -213,9 +218,21 @@ class Storages:
                     continue
                 self._users.pop(target, None)
                 try:
-                    await in_thread(f"unmounting {target}", lambda path=target: _unmount(path))
+                    await in_thread(f"unmounting {target}", functools.partial(_unmount, target))
                 except RpcError as error:
                     log.error(error.message)
+
+
+async def update_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
+    """UpdateEphemeralMounts: remount tmpfs storages with new options (their size)."""
+    for storage in storages:
+        if storage.driver != "ephemeral":
+            raise RpcError(Code.INVALID_ARGUMENT, f"storage driver {storage.driver[:60]!r} cannot be updated")
+        target = _checked(storage.mount_point)
+        _, options = _split(storage.options, "fsgid")
+        options.append("remount")
+        what = f"remounting {target}"
+        await in_thread(what, functools.partial(mount, storage.source, target, storage.fstype, options))
 
 
 def _unmount(target: str) -> None:

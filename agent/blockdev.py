@@ -1,0 +1,156 @@
+"""Block devices: from the host's name for them to the node in the guest's /dev.
+
+What: `find_device` waits until the kernel has the device and answers its path; `resolve_devices`
+puts guest numbers into a spec that was written with the host's.
+Why by uevent: hot-plug takes some 50 ms and the kernel announces its end; nothing is polled.
+Invariants: the host's text only selects among what sysfs lists, it never becomes a path of ours;
+waiting ends at `HOTPLUG_DEADLINE`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import stat
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ttrpc import Code, RpcError
+
+if TYPE_CHECKING:
+    from proto import agent_pb2
+
+__all__ = ["find_device", "pci_directory", "resolve_devices"]
+
+HOTPLUG_DEADLINE = 10.0  # seconds
+SYSFS = "/sys"
+_NETLINK_KOBJECT_UEVENT = 15
+_KERNEL_GROUP = 1
+
+
+def _listdir(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def pci_directory(path: str, sysfs: str = SYSFS) -> str | None:
+    """The sysfs directory of a Kata PCI path: hexadecimal `slot[.function]` joined by "/", from the
+    root bus. None while it does not exist. Raises RpcError(INVALID_ARGUMENT) for another text.
+    """
+    directory = f"{sysfs}/devices/pci0000:00"
+    bus = "0000:00"
+    for step in path.split("/"):
+        slot, _, function = step.partition(".")
+        try:
+            number, minor = int(slot, 16), int(function or "0", 16)
+        except ValueError:
+            raise RpcError(Code.INVALID_ARGUMENT, f"{path[:80]!r} is no PCI path") from None
+        if bus == "":
+            return None
+        directory += f"/{bus}:{number:02x}.{minor:x}"
+        # Behind a bridge the bus number is whatever the kernel gave it.
+        buses = _listdir(f"{directory}/pci_bus")
+        bus = buses[0] if buses else ""
+    return directory if os.path.isdir(directory) else None
+
+
+def _blk(source: str, sysfs: str) -> str | None:
+    if source.startswith("/dev/"):
+        return _node(source)
+    directory = pci_directory(source, sysfs)
+    if directory is None:
+        return None
+    for below in _listdir(directory):
+        for name in _listdir(f"{directory}/{below}/block") if below.startswith("virtio") else []:
+            return f"/dev/{name}"
+    return None
+
+
+def _scsi(source: str, sysfs: str) -> str | None:
+    target, _, lun = source.partition(":")
+    if not (target.isdigit() and lun.isdigit()):
+        raise RpcError(Code.INVALID_ARGUMENT, f"{source[:80]!r} is no SCSI address id:lun")
+    base = f"{sysfs}/class/scsi_device"
+    for address in _listdir(base):
+        if address.endswith(f":0:{int(target)}:{int(lun)}"):
+            for name in _listdir(f"{base}/{address}/device/block"):
+                return f"/dev/{name}"
+    return None
+
+
+def _node(source: str) -> str | None:
+    """A node that the host predicted, /dev/vdX or /dev/pmemN."""
+    if not source.startswith("/dev/") or not source[5:].isalnum():
+        raise RpcError(Code.INVALID_ARGUMENT, f"{source[:80]!r} is no device node")
+    return source if os.path.exists(source) else None
+
+
+def _find(driver: str, source: str, sysfs: str) -> str | None:
+    if driver == "blk":
+        return _blk(source, sysfs)
+    if driver == "scsi":
+        return _scsi(source, sysfs)
+    if driver in ("mmioblk", "nvdimm"):
+        return _node(source)
+    raise RpcError(Code.UNIMPLEMENTED, f"block driver {driver[:40]!r} is not supported by this agent")
+
+
+async def find_device(
+    driver: str, source: str, *, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE
+) -> str:
+    """The device node. Raises RpcError(NOT_FOUND) when it does not appear in `timeout` seconds."""
+    found = _find(driver, source, sysfs)
+    if found is not None:
+        return found
+    loop = asyncio.get_running_loop()
+    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT)
+    try:
+        events.bind((0, _KERNEL_GROUP))
+        events.setblocking(False)
+        _rescan_scsi(driver, sysfs)
+        async with asyncio.timeout(timeout):
+            # Listen first, look then: an event between the two is not missed.
+            while (found := _find(driver, source, sysfs)) is None:
+                await loop.sock_recv(events, 8192)
+    except TimeoutError:
+        raise RpcError(
+            Code.NOT_FOUND, f"no {driver} device {source[:80]} appeared within {timeout:g} s"
+        ) from None
+    finally:
+        events.close()
+    return found
+
+
+def _rescan_scsi(driver: str, sysfs: str) -> None:
+    """A SCSI host does not look by itself."""
+    if driver != "scsi":
+        return
+    for host in _listdir(f"{sysfs}/class/scsi_host"):
+        try:
+            with open(f"{sysfs}/class/scsi_host/{host}/scan", "w", encoding="ascii") as file:
+                file.write("- - -")
+        except OSError:
+            pass  # a host without scanning
+
+
+async def resolve_devices(devices: Iterable[agent_pb2.Device], linux: dict[str, Any]) -> None:
+    """Give the spec's device entries (and the cgroup rules about them) the guest's numbers."""
+    changed: dict[tuple[str, int, int], tuple[int, int]] = {}
+    entries = {entry["path"]: entry for entry in linux.get("devices", [])}
+    for device in devices:
+        node = await find_device(device.type, device.id or device.vm_path)
+        info = os.stat(node)
+        entry = entries.get(device.container_path)
+        if entry is None:
+            raise RpcError(Code.INVALID_ARGUMENT, f"the spec has no device {device.container_path[:200]!r}")
+        kind = "b" if stat.S_ISBLK(info.st_mode) else "c"
+        old = (kind, entry.get("major", -1), entry.get("minor", -1))
+        entry.update(major=os.major(info.st_rdev), minor=os.minor(info.st_rdev))
+        changed[old] = (entry["major"], entry["minor"])
+    for rule in linux.get("resources", {}).get("devices", []):
+        numbers = changed.get((rule.get("type", ""), rule.get("major", -1), rule.get("minor", -1)))
+        if numbers is not None:
+            rule["major"], rule["minor"] = numbers
