@@ -1,0 +1,226 @@
+"""`kata-ctl check`: can this host run containers in VMs, and if not, what to do.
+
+What: a list of `Finding`s: the configuration, the guest's files, vsock, virtiofsd, memory, cgroups, the
+state directory and containerd's way to the shim; and what the chosen hypervisor's plugin says of
+itself and the accelerator (`HypervisorPlugin.check`).
+Invariants: every check tells what it found, also when all is well; none changes anything, none raises.
+Exit code 1 if something fails; a warning is for what works, but worse than it could.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from devices.errors import KataError
+from shim.config import Config, load_config
+
+__all__ = ["Finding", "Host", "Level", "findings", "run"]
+
+
+class Level(Enum):
+    """How bad it is; the value is what is printed."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: what was looked at, what was found, and what to do about it."""
+
+    level: Level
+    name: str
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Where the facts are; a test gives it another place. `path` is where programs are looked for."""
+
+    root: str = "/"
+    path: str = os.defpath
+
+    def at(self, path: str) -> str:
+        """A path of this host."""
+        return os.path.join(self.root, path.lstrip("/"))
+
+
+def _ok(name: str, text: str) -> Finding:
+    return Finding(Level.OK, name, text)
+
+
+def _guest(config: Config) -> Iterator[Finding]:
+    section = config.hypervisor
+    for key in ("kernel", "initrd", "image"):
+        path = getattr(section, key, "")
+        if path:
+            size = os.stat(path).st_size
+            yield (
+                _ok(key, f"{path}, {size / 1048576:.1f} MiB")
+                if size
+                else Finding(Level.FAIL, key, f"{path} is empty", "build the guest again: `make guest`")
+            )
+    if not getattr(section, "kernel", "") or not (section.initrd or section.image):
+        yield Finding(
+            Level.FAIL,
+            "guest",
+            f"{config.path} names no kernel, or neither initrd nor image",
+            f"set kernel, initrd and image in [hypervisor.{config.hypervisor_name}]; `make install` does",
+        )
+
+
+def _vsock(host: Host, config: Config | None) -> Finding:
+    device = host.at("/dev/vhost-vsock")
+    try:
+        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        why = f"{device}: {error.strerror}"
+    else:
+        return _ok("vsock", f"{device} opens")
+    from devices.vsock_daemon import find_vsock_daemon
+
+    try:
+        daemon = find_vsock_daemon(getattr(config.hypervisor, "vsock_daemon", "") if config else "")
+    except KataError as error:
+        return Finding(Level.FAIL, "vsock", error.cause, error.hint)
+    return _ok("vsock", f"{why}; {daemon} serves instead")
+
+
+def _virtiofsd(config: Config | None) -> Finding:
+    section = config.hypervisor if config else None
+    if getattr(section, "shared_fs", "") == "none":
+        return _ok("virtiofsd", 'not needed: shared_fs = "none"')
+    from devices.share_fs import find_virtiofsd
+
+    try:
+        return _ok("virtiofsd", find_virtiofsd(getattr(section, "virtio_fs_daemon", "")))
+    except KataError as error:
+        return Finding(Level.FAIL, "virtiofsd", error.cause, error.hint)
+
+
+def _cgroup(host: Host) -> Finding:
+    mount = host.at("/sys/fs/cgroup")
+    if os.path.exists(os.path.join(mount, "cgroup.controllers")):
+        return _ok("cgroup", "version 2 (unified)")
+    try:
+        names = os.listdir(mount)
+    except OSError:
+        names = []
+    if "unified" in names:
+        return _ok("cgroup", "version 1, with version 2 beside it (hybrid)")
+    if names:
+        return _ok("cgroup", "version 1")
+    return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
+
+
+def _state(host: Host) -> Finding:
+    path = host.at("/run")
+    try:
+        facts = os.statvfs(path)
+    except OSError as error:
+        return Finding(Level.FAIL, "state", f"{path}: {error.strerror}", "a host needs a /run (tmpfs)")
+    free = facts.f_bavail * facts.f_frsize / 1048576
+    if not os.access(path, os.W_OK):
+        return Finding(Level.WARN, "state", f"{path} is not writable for this user", "run the check as root")
+    if free < 16:
+        return Finding(Level.FAIL, "state", f"{path} has {free:.0f} MiB left", "make room in it")
+    return _ok("state", f"{path} is writable, {free:.0f} MiB free")
+
+
+def _memory(host: Host, config: Config | None) -> Finding:
+    try:
+        with open(host.at("/proc/meminfo"), encoding="ascii") as file:
+            facts = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in file)}
+        free = facts["MemAvailable"] // 1024
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        return Finding(Level.WARN, "memory", f"/proc/meminfo cannot be read: {error}")
+    needed = getattr(config.hypervisor, "default_memory", 0) if config else 0
+    if needed and free < needed:
+        return Finding(
+            Level.WARN,
+            "memory",
+            f"{free} MiB available, and a VM may take {needed}",
+            "free some, or set a smaller default_memory",
+        )
+    return _ok("memory", f"{free} MiB available" + (f", a VM takes {needed} at most" if needed else ""))
+
+
+def _shim(host: Host) -> Finding:
+    name = "containerd-shim-kata-v2"
+    path = shutil.which(name, path=host.path)
+    if path is None:
+        return Finding(
+            Level.WARN,
+            "shim",
+            f"{name} is not on this user's PATH; containerd looks on its own",
+            "`make install` puts it into /usr/local/bin",
+        )
+    return _ok("shim", path)
+
+
+def _hypervisor(config: Config | None, get_plugin: Callable[[str], Any]) -> Iterator[Finding]:
+    name = config.hypervisor_name if config else "qemu"
+    try:
+        results = get_plugin(name).check()
+    except KataError as error:
+        yield Finding(Level.FAIL, name, error.cause, error.hint)
+        return
+    for result in results:
+        good = Level.WARN if result.hint else Level.OK
+        yield Finding(good if result.ok else Level.FAIL, result.name, result.text, result.hint)
+
+
+def findings(
+    config_path: str | None = None,
+    *,
+    host: Host | None = None,
+    get_plugin: Callable[[str], Any] | None = None,
+) -> list[Finding]:
+    """All findings, in the order in which a reader would want them. What the plugin says of a thing
+    counts more than what is said here of the same."""
+    if get_plugin is None:
+        from hypervisors.registry import get_plugin as from_registry
+
+        get_plugin = from_registry
+    host = host or Host(path=os.environ.get("PATH", os.defpath))
+    config: Config | None = None
+    found: list[Finding] = []
+    try:
+        config = load_config(config_path, env=os.environ, get_plugin=get_plugin)
+    except KataError as error:
+        found.append(Finding(Level.FAIL, "config", error.cause, error.hint))
+    else:
+        without = sum(not each.harmless for each in config.inactive)
+        found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
+        found += _guest(config)
+    own = [_vsock(host, config), _virtiofsd(config), _memory(host, config), _cgroup(host), _state(host)]
+    own.append(_shim(host))
+    theirs = list(_hypervisor(config, get_plugin))
+    told = {each.name for each in theirs}
+    return found + theirs + [each for each in own if each.name not in told]
+
+
+def run(config_path: str | None = None) -> int:
+    """The command; returns its exit code."""
+    found = findings(os.path.abspath(config_path) if config_path else None)
+    width = max(len(each.name) for each in found)
+    colours = {Level.OK: "32", Level.WARN: "33", Level.FAIL: "31"}
+    for each in found:
+        level = f"{each.level.value:<4}"
+        if sys.stdout.isatty():
+            level = f"\x1b[{colours[each.level]}m{level}\x1b[0m"
+        print(f"{level}  {each.name:<{width}}  {each.text}")
+        if each.hint:
+            print(f"      {'':<{width}}  -> {each.hint}")
+    failed = sum(each.level is Level.FAIL for each in found)
+    warned = sum(each.level is Level.WARN for each in found)
+    print(f"\n{failed} failed, {warned} to know" if failed else f"\nThis host can run it ({warned} to know).")
+    return 1 if failed else 0

@@ -1,0 +1,106 @@
+"""`kata-ctl`: look at the host, the configuration, the sandboxes and the times of their starts.
+
+What: parses the command line and calls the module of the command, which is imported only then.
+Invariants: exit code 0 is "fine", 1 "something is wrong, and was told", 2 a wrong command line. Errors
+of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from devices.errors import KataError
+
+__all__ = ["main"]
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from ctl.check import run
+
+    return run(arguments.config)
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from ctl.environment import run
+
+    return run(arguments.config, as_json=arguments.json)
+
+
+def _config_show(arguments: argparse.Namespace) -> int:
+    from ctl.configuration import show
+
+    return show(arguments.file)
+
+
+def _config_check(arguments: argparse.Namespace) -> int:
+    from ctl.configuration import check
+
+    return check(arguments.file)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from ctl.sandboxes import run
+
+    return run(as_json=arguments.json)
+
+
+def _trace(arguments: argparse.Namespace) -> int:
+    from ctl.trace import run
+
+    return run(arguments.run, svg=arguments.svg, listing=arguments.list, everything=arguments.all)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of kata-ctl."""
+    top = argparse.ArgumentParser(prog="kata-ctl", description="Look at kata-shim and its host.")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(
+        into: argparse._SubParsersAction[argparse.ArgumentParser],
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        text: str,
+    ) -> argparse.ArgumentParser:
+        command = into.add_parser(name, help=text, description=text)
+        command.set_defaults(call=run)
+        return command
+
+    check = add(commands, "check", _check, "Can this host run containers in VMs, and if not, what to do.")
+    env = add(commands, "env", _env, "Print versions and paths, for a bug report.")
+    for command in (check, env):
+        command.add_argument("--config", metavar="FILE", help="a configuration other than the shim's")
+    config = commands.add_parser("config", help="Read the configuration as the shim does.")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    show = add(actions, "show", _config_show, "Print the complete configuration, defaults filled in.")
+    verify = add(actions, "check", _config_check, "Tell every mistake, and every key without effect.")
+    for command in (show, verify):
+        command.add_argument("file", nargs="?", metavar="FILE", help="default: the shim's")
+    listing = add(commands, "list", _list, "List the sandboxes of this host.")
+    for command in (env, listing):
+        command.add_argument("--json", action="store_true", help="for programs")
+    trace = add(commands, "trace", _trace, "Print and draw the phases of one start.")
+    trace.add_argument(
+        "run", nargs="?", metavar="RUN", help="a sandbox id, its beginning, or a file; default: the newest"
+    )
+    trace.add_argument("--list", action="store_true", help="list the runs that are kept")
+    trace.add_argument("--all", action="store_true", help="also what came after the start (execs, stop)")
+    trace.add_argument("--svg", metavar="FILE", help="draw into FILE as well")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        code: int = arguments.call(arguments)
+        sys.stdout.flush()
+    except KataError as error:
+        print(f"kata-ctl: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `kata-ctl ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
