@@ -42,7 +42,7 @@ _MAX_SIGNAL = 64
 _EXEC_GRACE = 1.0
 _KILL_GRACE = 5.0
 _REMOVE_DEADLINE = 5.0
-_DEAD_DRAIN_IDLE, _DEAD_DRAIN_TOTAL = 0.2, 0.5
+_DEAD_DRAIN = (0.2, 0.5)  # without progress, and in total
 
 _log = structlog.get_logger("container")
 
@@ -307,11 +307,7 @@ class Container:
         dead = self.sandbox.died.done()
         if process.kind is Kind.INIT and not dead:
             await self._end_execs()
-        if dead:
-            drained = await process.stdio.drain(idle=_DEAD_DRAIN_IDLE, total=_DEAD_DRAIN_TOTAL)
-        else:
-            drained = await process.stdio.drain()
-        if not drained:
+        if not await process.stdio.drain(_DEAD_DRAIN if dead else None):
             _log.warning("output was not taken in time; the exit is told without it", process=process.name)
         if process.kind is Kind.INIT:
             self.quiet = True

@@ -101,6 +101,7 @@ class ContainerManager:
         self._containers: dict[str, Container] = {}
         self._creating: set[str] = set()
         self._over: set[str] = set()  # sandboxes whose own container has ended
+        self._stopped: set[str] = set()  # and those that were stopped
         self._work: set[asyncio.Task[Any]] = set()
         self._when_idle: Callable[[], None] | None = None
 
@@ -162,6 +163,7 @@ class ContainerManager:
             if sandbox.id in self._over:
                 raise CallerError(f"the sandbox {sandbox.id} has ended", phase="create")
             await sandbox.start()
+            self._stopped.discard(sandbox.id)
             mounts = [RootfsMount(m.type, m.source, m.target, tuple(m.options)) for m in rootfs]
             guest = await sandbox.prepare_container(container_id, bundle, spec, mounts)
             container = Container(
@@ -206,7 +208,7 @@ class ContainerManager:
 
     async def _delete(self, container: Container) -> Exit:
         async def remove() -> None:
-            if container.sandbox.id not in self._over or not self._alone(container):
+            if container.sandbox.id not in self._stopped:
                 await container.remove_from_guest()
             await self._release(container.sandbox, container.id)
             last = len(self._containers) == 1 and not self._creating
@@ -214,7 +216,7 @@ class ContainerManager:
                 await self._stop(container.sandbox)
             del self._containers[container.id]
             if last:
-                self._over.clear()
+                self._over.discard(container.sandbox.id)
 
         return await container.delete(remove)
 
@@ -281,6 +283,7 @@ class ContainerManager:
             await asyncio.shield(self._spawn(self._stop(container.sandbox)))
 
     async def _stop(self, sandbox: Sandbox) -> None:
+        self._stopped.add(sandbox.id)
         try:
             await sandbox.stop()
         except (KataError, OSError) as error:  # `delete` does it again, from the journal

@@ -175,8 +175,12 @@ class Stdio:
         if self._output_tasks:
             await asyncio.wait(self._output_tasks)
 
-    async def drain(self, *, idle: float = DRAIN_IDLE, total: float = DRAIN_TOTAL) -> bool:
-        """The process has exited: stop its stdin, wait for its output. False if that took too long."""
+    async def drain(self, limits: tuple[float, float] | None = None) -> bool:
+        """The process has exited: stop its stdin, wait for its output. False if that took too long.
+
+        `limits`: seconds without progress and in total, instead of DRAIN_IDLE and DRAIN_TOTAL.
+        """
+        idle, total = limits or (DRAIN_IDLE, DRAIN_TOTAL)
         await self._stop_input()
         loop = asyncio.get_running_loop()
         started = loop.time()

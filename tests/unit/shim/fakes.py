@@ -8,6 +8,7 @@ does. The agent answers illegal requests with the errors of the real one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -116,7 +117,8 @@ class GuestProcess:
         """The end of stdout and stderr, after what was written so far."""
         for sock in self.streams[1:]:
             if sock is not None and sock.fileno() >= 0:
-                sock.send(END)
+                with contextlib.suppress(OSError):  # the host has gone, or does not read
+                    sock.send(END)
         for queue in self.pieces.values():
             queue.put_nowait(b"")
 
