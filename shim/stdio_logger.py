@@ -28,7 +28,18 @@ __all__ = ["Logger"]
 _READY_DEADLINE = 10.0
 _EOF_GRACE = 3.0
 _TERM_GRACE = 1.0
+_PF_EXITING = 0x4
 _STDOUT, _STDERR, _READY = 3, 4, 5
+
+
+def _is_exiting(pid: int) -> bool:
+    """Whether a child (not reaped yet) is on its way out: its descriptors close before it is a zombie.
+
+    Field 9 of /proc/PID/stat, the task's flags: proc(5), linux/sched.h.
+    """
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        fields = stat.read().rpartition(b")")[2].split()
+    return bool(int(fields[6]) & _PF_EXITING)
 
 
 class Logger:
@@ -112,7 +123,7 @@ class Logger:
             ) from None
         finally:
             loop.remove_reader(fd)
-        if self._gone.done():
+        if self._gone.done() or _is_exiting(self.pid):
             raise HostError(f"the logger {self.path} ended at once", phase="stdio")
 
     def _reap(self) -> None:

@@ -430,9 +430,9 @@ async def test_wrong_stdio_is_refused_and_undone(
 
 LOGGER = """#!{python} -ISE
 import os, sys
-os.write(int(os.environ.get("LOUD", "5")), b"")
 out = open(sys.argv[2], "wb")
-out.write(repr((sys.argv[1:], os.environ["CONTAINER_ID"], os.environ["CONTAINER_NAMESPACE"])).encode() + b"\\n")
+seen = sys.argv[1:], os.environ["CONTAINER_ID"], os.environ["CONTAINER_NAMESPACE"]
+out.write(repr(seen).encode() + b"\\n")
 os.close(5)
 for number in (3, 4):
     while data := os.read(number, 1 << 16):
