@@ -14,9 +14,10 @@ only the second has fields above 2.
 
 from __future__ import annotations
 
+import errno
 import os
 
-__all__ = ["cgroup_directory", "decode"]
+__all__ = ["decode", "join_cgroup"]
 
 # Where each options type keeps its shim_cgroup.
 _SHIM_CGROUP = {b"containerd.runc.v1.Options": 3, b"containerd.linux.runc.CreateOptions": 9}
@@ -41,12 +42,26 @@ def decode(data: bytes) -> tuple[str, str]:
     return cgroup, socket_dir
 
 
-def cgroup_directory(root: str, path: str) -> str:
-    """The directory of cgroup `path` under `root`. Raises OSError(EINVAL) if it points outside."""
+def join_cgroup(root: str, path: str, pid: int) -> None:
+    """Move `pid` to the cgroup `path` below `root`, in every hierarchy that has it (v1 has many).
+
+    The client makes the cgroup. Raises OSError if `path` points outside of `root` or does not exist.
+    """
     clean = os.path.normpath("/" + path).lstrip("/")
     if ".." in path.split("/") or not clean:
-        raise OSError(22, f"shim_cgroup {path!a} is not a path below the cgroup root")
-    return os.path.join(root, clean)
+        raise OSError(errno.EINVAL, f"shim_cgroup {path!a} is not a path below the cgroup root")
+    unified = os.path.exists(os.path.join(root, "cgroup.controllers"))
+    hierarchies = [""] if unified else sorted(os.listdir(root))
+    joined = False
+    for hierarchy in hierarchies:
+        directory = os.path.join(root, hierarchy, clean)
+        # cpu and cpuacct may be links to one hierarchy, or a hierarchy may be none at all.
+        if os.path.isdir(directory):
+            with open(os.path.join(directory, "cgroup.procs"), "wb") as procs:
+                procs.write(b"%d" % pid)
+            joined = True
+    if not joined:
+        raise OSError(errno.ENOENT, f"shim_cgroup {path!a} does not exist below {root}")
 
 
 def _cgroup_of(any_fields: list[tuple[int, bytes]]) -> str:

@@ -270,12 +270,9 @@ def _adjust_daemon(pid: int, shim_cgroup: str) -> None:
     except (OSError, ValueError):
         pass  # not root, or containerd just went away: a preference, not a need
     if shim_cgroup:
-        from shim.bootstrap import cgroup_directory
+        from shim.bootstrap import join_cgroup
 
-        directory = cgroup_directory(_CGROUP_ROOT, shim_cgroup)
-        os.makedirs(directory, 0o755, exist_ok=True)
-        with open(os.path.join(directory, "cgroup.procs"), "wb") as procs:
-            procs.write(b"%d" % pid)
+        join_cgroup(_CGROUP_ROOT, shim_cgroup, pid)
 
 
 def _foreground(flags: Flags) -> int:

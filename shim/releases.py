@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 
 from shim.journalfile import Record
 
@@ -73,22 +74,31 @@ def _mount(facts: Facts, _timeout: float) -> None:
 
 
 def _cgroup(facts: Facts, timeout: float) -> None:
-    """A cgroup v2 directory: kill what is in it, wait until it is empty, remove it."""
-    import select
+    """A cgroup directory of either version: kill what is in it, wait for its end, remove it."""
+    from shim.procfs import kill_process, start_time
 
     path = _path(facts)
-    if not os.path.isdir(path):
+    until = time.monotonic() + timeout
+    try:
+        with open(os.path.join(path, "cgroup.procs")) as procs:
+            pids = [int(word) for word in procs.read().split()]
+    except FileNotFoundError:
         return
-    kill = os.path.join(path, "cgroup.kill")
-    if os.path.exists(kill):
-        with open(kill, "w") as file:
-            file.write("1")
-    with open(os.path.join(path, "cgroup.events")) as events:
-        poll = select.poll()
-        poll.register(events, select.POLLPRI)
-        if "populated 1" in events.read():
-            poll.poll(timeout * 1000)
-    os.rmdir(path)
+    for pid in pids:
+        try:
+            kill_process(pid, start_time(pid), max(0.0, until - time.monotonic()))
+        except ProcessLookupError:
+            continue
+    while True:
+        try:
+            os.rmdir(path)
+            return
+        except FileNotFoundError:
+            return
+        except OSError:  # the kernel lets go of the dead a moment later, and tells nobody
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
 
 
 _KINDS = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from google.protobuf.any_pb2 import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
 from proto import bootstrap_pb2, linux_runc_pb2, runc_options_pb2, runtimeoptions_pb2
-from shim.bootstrap import cgroup_directory, decode
+from shim.bootstrap import decode, join_cgroup
 
 
 def _any(type_url: str, value: bytes) -> bytes:
@@ -60,9 +62,31 @@ def test_any_bytes(data: bytes) -> None:
     assert "\0" not in cgroup + socket_dir
 
 
-def test_cgroup_directory() -> None:
-    """A path below the root, never above it."""
-    assert cgroup_directory("/sys/fs/cgroup", "/a/b") == "/sys/fs/cgroup/a/b"
-    for path in ("..", "/a/../../b", "/", ""):
-        with pytest.raises(OSError, match="not a path below"):
-            cgroup_directory("/sys/fs/cgroup", path)
+def test_join_unified(tmp_path: Path) -> None:
+    """With cgroup v2 there is one place."""
+    (tmp_path / "cgroup.controllers").write_text("")
+    (tmp_path / "pods" / "x").mkdir(parents=True)
+
+    join_cgroup(str(tmp_path), "/pods/x", 42)
+
+    assert (tmp_path / "pods" / "x" / "cgroup.procs").read_text() == "42"
+
+
+def test_join_v1(tmp_path: Path) -> None:
+    """With cgroup v1 there is one place in each hierarchy that has the cgroup."""
+    for hierarchy in ("cpu/x", "memory/x", "pids"):
+        (tmp_path / hierarchy).mkdir(parents=True)
+
+    join_cgroup(str(tmp_path), "/x", 42)
+
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("cgroup.procs"))] == [
+        "cpu/x/cgroup.procs",
+        "memory/x/cgroup.procs",
+    ]
+
+
+@pytest.mark.parametrize("path", ["..", "/a/../../b", "/", "", "/missing"])
+def test_join_refuses(tmp_path: Path, path: str) -> None:
+    """A cgroup above the root, or none at all, is an error."""
+    with pytest.raises(OSError, match="shim_cgroup"):
+        join_cgroup(str(tmp_path), path, 42)
