@@ -26,6 +26,7 @@ from typing import Any
 from devices.errors import KataError
 
 from . import contents, cpio, debian
+from .bundle import make_bundles
 from .image import write_ext4
 from .kernel import ModuleTree, extract_vmlinux, strip_module
 
@@ -110,7 +111,9 @@ class Builder:
             "packages": _digest(self.versions),
             "kernel": _digest(self.versions[self.kernel_package], self.own, self.tools),
             "python": _digest(self.versions, self.own, metadata_of(self.protobuf_files)),
-            "agent": _digest(self.versions, self.own, _hashes(self.agent_files)),
+            "agent": _digest(
+                self.versions, self.own, metadata_of(self.protobuf_files), _hashes(self.agent_files)
+            ),
         }
         self.key = _digest(FORMAT, self.keys, EPOCH)
 
@@ -188,13 +191,15 @@ class Builder:
 
         return self._stage("python", "compile the standard library and protobuf", make)
 
-    def agent(self, root: str) -> str:
+    def agent(self, root: str, compiled: str) -> str:
         """Our agent and what it imports of this repository, compiled."""
-        return self._stage(
-            "agent",
-            "compile the agent",
-            lambda directory: _compile_and_copy(root, self.agent_files, directory, optimize=0),
-        )
+
+        def make(directory: str) -> None:
+            _compile_and_copy(root, self.agent_files, directory, optimize=0)
+            os.mkdir(f"{directory}/bundles")
+            make_bundles(root, contents.places(compiled, directory), f"{directory}/bundles")
+
+        return self._stage("agent", "compile and bundle the agent", make)
 
     def run(self) -> dict[str, Any]:
         """Build all; return the manifest."""
@@ -202,7 +207,7 @@ class Builder:
         root = self.packages()
         kernel = self.kernel(root)
         compiled = self.python(root)
-        agent = self.agent(root)
+        agent = self.agent(root, compiled)
         release = self.kernel_package.removeprefix("linux-image-")
         work = os.path.join(self.cache, "out.new")
         shutil.rmtree(work, ignore_errors=True)

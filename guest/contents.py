@@ -9,11 +9,13 @@ hoped); nothing of the building machine enters except through packages, protobuf
 
 from __future__ import annotations
 
+import marshal
 import os
 import re
 import subprocess
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 from devices.errors import HostError
 
@@ -99,6 +101,10 @@ import sys
 
 sys.path.append("/usr/lib/kata-agent")
 
+import quickstart
+
+quickstart.install("/usr/lib/kata-agent/bundles")
+
 from agent.main import main
 
 sys.exit(main())
@@ -113,6 +119,17 @@ _ETC = {
     "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     "profile": "export PS1='guest# '\n",
 }
+
+
+_COMPILER = """\
+import marshal, os, py_compile, sys
+target, optimize, sources = marshal.loads(sys.stdin.buffer.read())
+for name, source in sorted(sources.items()):
+    out = os.path.join(target, name + "c")
+    os.makedirs(os.path.dirname(out), exist_ok=True)
+    py_compile.compile(source, out, "/" + name, True, optimize,
+                       py_compile.PycInvalidationMode.UNCHECKED_HASH, quiet=1)
+"""
 
 
 def protobuf_files() -> dict[str, str]:
@@ -152,34 +169,31 @@ def compile_python(root: str, sources: dict[str, str], target: str, *, optimize:
     Hash-based and unchecked: no time enters the file, and the guest never looks for the source.
     Raises `HostError` with the compiler's message.
     """
-    program = (
-        "import json, os, py_compile, sys\n"
-        "target, optimize, sources = json.load(sys.stdin)\n"
-        "for name, source in sorted(sources.items()):\n"
-        "    out = os.path.join(target, name + 'c')\n"
-        "    os.makedirs(os.path.dirname(out), exist_ok=True)\n"
-        "    py_compile.compile(source, out, '/' + name, True, optimize,\n"
-        "                       py_compile.PycInvalidationMode.UNCHECKED_HASH, quiet=1)\n"
-    )
-    import json
+    os.makedirs(target, exist_ok=True)
+    run_guest_python(root, _COMPILER, (target, optimize, sources), "compile Python modules")
 
+
+def run_guest_python(root: str, program: str, argument: tuple[Any, ...], what: str) -> None:
+    """Run a program in the guest's Python here; it finds `argument` marshalled on its stdin.
+
+    Raises `HostError` with its last words.
+    """
     done = subprocess.run(
         [*guest_python(root), "-S", "-c", program],
-        input=json.dumps([target, optimize, sources]),
+        # Format 4 is the guest's, whatever this Python's is.
+        input=marshal.dumps(argument, 4),
         capture_output=True,
-        text=True,
         check=False,
         env={
-            "PYTHONHOME": root + "/usr",
+            "PYTHONHOME": f"{root}/usr",
             "PYTHONHASHSEED": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
             "LC_ALL": "C.UTF-8",
         },
     )
     if done.returncode != 0:
-        raise HostError(
-            f"the guest's Python cannot compile: {done.stderr.strip()[-300:]}", phase="guest build"
-        )
+        words = done.stderr.decode("utf-8", "replace").strip()[-400:]
+        raise HostError(f"the guest's Python cannot {what}: {words}", phase="guest build")
 
 
 def guest_python(root: str) -> list[str]:
@@ -198,16 +212,27 @@ def agent_sources(repository: str) -> dict[str, str]:
                 if name.endswith(".py"):
                     path = os.path.join(folder, name)
                     found[os.path.relpath(path, repository)] = path
+    found["quickstart.py"] = os.path.join(
+        os.path.dirname(os.path.abspath(__file__)), "runtime", "quickstart.py"
+    )
     for module in _AGENT_PROTO:
         found[f"proto/{module}.py"] = os.path.join(repository, "proto", f"{module}.py")
-    missing = [
-        name for name in ("agent/main.py", *found) if not os.path.exists(os.path.join(repository, name))
-    ]
+    missing = [name for name in ("agent/main.py", *found) if not os.path.exists(found.get(name, ""))]
     if missing:
         raise HostError(
             f"{repository} lacks {missing[0]}, which is part of the guest's agent", phase="guest build"
         )
     return found
+
+
+def places(compiled: str, agent: str) -> dict[str, str]:
+    """The directories on the agent's sys.path: where they are here -> where they are in the guest."""
+    return {
+        f"{compiled}/stdlib": _PYTHON,
+        f"{compiled}/stdlib/lib-dynload": f"{_PYTHON}/lib-dynload",
+        f"{compiled}/protobuf": _PROTOBUF,
+        agent: _PROTOBUF,
+    }
 
 
 def assemble(root: str, modules: ModuleTree, compiled: str, agent: str) -> Tree:
