@@ -19,6 +19,7 @@ from devices.tail import TailBuffer
 __all__ = ["Console"]
 
 _READ_SIZE = 64 << 10
+_PANIC = "Kernel panic - not syncing: "
 
 
 class Console:
@@ -46,8 +47,17 @@ class Console:
             self._theirs = None
 
     def tail(self, lines: int = 10) -> str:
-        """The guest's last lines, cleaned of control characters."""
-        return self.output.tail(lines)
+        """The guest's last lines, cleaned of control characters; after a panic, those that led to it
+        (the call trace that follows says less)."""
+        said = self.output.lines()
+        end = next((i + 1 for i in reversed(range(len(said))) if _PANIC in said[i]), len(said))
+        return "\n".join(said[max(0, end - lines) : end])
+
+    def panic(self) -> str:
+        """The kernel's reason if it panicked, else "". The guest's own words."""
+        return next(
+            (line.partition(_PANIC)[2] for line in reversed(self.output.lines()) if _PANIC in line), ""
+        )
 
     def drain(self) -> None:
         """Read what is there, without waiting: for the moment after the VMM's death."""

@@ -74,6 +74,7 @@ async def connect_when_listening(path: str, daemon: Child, timeout: float) -> so
                         f"{daemon.name} {daemon.describe()} before it was ready",
                         phase="devices",
                         details={f"{daemon.name} stderr": daemon.stderr_tail()},
+                        hint=f"start {daemon.name} by hand to see why it does not run on this host",
                     )
     except TimeoutError:
         raise HostError(

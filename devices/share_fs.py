@@ -30,6 +30,8 @@ __all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "virtiofsd_arguments"]
 
 _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
+# What the C version says whenever its VMM is gone: no evidence of anything.
+_NOISE = "virtio_loop: Unexpected poll revents"
 _PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
 
 
@@ -78,7 +80,14 @@ def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> lis
     if flavour is Flavour.C:
         cache = "none" if config.cache is CacheMode.NEVER else config.cache.value
         argv += ["-f", "-o", f"source={config.source}", "-o", f"cache={cache}", "-o", "sandbox=chroot"]
-        argv += ["-o", "announce_submounts", "-o", "xattr" if config.xattr else "no_xattr"]
+        argv += [
+            "-o",
+            "log_level=warn",
+            "-o",
+            "announce_submounts",
+            "-o",
+            "xattr" if config.xattr else "no_xattr",
+        ]
     else:
         argv += [f"--shared-dir={config.source}", f"--cache={config.cache.value}", "--sandbox=chroot"]
         argv += ["--seccomp=kill", "--announce-submounts"]
@@ -128,6 +137,11 @@ class Virtiofsd:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         return cls(child, connection)
+
+    def stderr_tail(self, lines: int = 10) -> str:
+        """Its last lines, without what it says at every end."""
+        said = [line for line in self.child.output.lines() if _NOISE not in line]
+        return "\n".join(said[-lines:])
 
     async def stop(self) -> None:
         """Kill it. Idempotent."""

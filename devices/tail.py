@@ -41,10 +41,12 @@ class TailBuffer:
         """The bytes as they came, escape sequences included."""
         return bytes(self._data)
 
-    def tail(self, lines: int = 10) -> str:
-        """The last non-empty lines, cleaned, joined by newlines; long lines are cut."""
+    def lines(self) -> list[str]:
+        """All non-empty lines, cleaned; long lines are cut."""
         text = _ESCAPES.sub(b"", self._data).decode("utf-8", "replace").translate(_CONTROLS)
         kept = [line.rstrip() for line in text.split("\n") if line.strip()]
-        return "\n".join(
-            line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + "..." for line in kept[-lines:]
-        )
+        return [line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + "..." for line in kept]
+
+    def tail(self, lines: int = 10) -> str:
+        """The last of `lines()`, joined by newlines."""
+        return "\n".join(self.lines()[-lines:])

@@ -48,7 +48,7 @@ __all__ = ["VHOST_VSOCK", "Qemu"]
 VHOST_VSOCK = "/dev/vhost-vsock"
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
-_GATHER = 0.2  # seconds: who died of the other's death, and who first
+_GATHER = 0.25  # seconds in which one death follows from another
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _FIRST_SLOT, _LAST_SLOT = 0x1, 0x1E  # on pcie.0; 0 is the host bridge, 1f the ISA bridge
 
@@ -308,7 +308,8 @@ class Qemu:
         """See `Hypervisor.diagnostics`."""
         parts = self._parts
         evidence = {"vmm stderr": parts.process.stderr_tail() if parts.process else ""}
-        evidence |= {f"{daemon.name} stderr": daemon.stderr_tail() for daemon in parts.daemons}
+        evidence["virtiofsd stderr"] = parts.share_fs.stderr_tail() if parts.share_fs else ""
+        evidence["vhost-device-vsock stderr"] = parts.vsock.child.stderr_tail() if parts.vsock else ""
         evidence["guest console"] = parts.console.tail() if parts.console else ""
         return {name: text for name, text in evidence.items() if text}
 
@@ -408,32 +409,30 @@ class Qemu:
         if self._ended.done():
             if not connecting.cancelled() and connecting.exception() is None:
                 await connecting.result().close()
-            raise HypervisorError(self._ended.result().reason, phase="boot")
+            raise self._death_error(self._ended.result())
         self._parts.qmp = connecting.result()
 
     async def _watch(self) -> None:
         """Wait for the first death, end the others, tell everybody."""
         parts = self._parts
         assert parts.process is not None
-        children = [parts.process, *parts.daemons]
-        exits: set[asyncio.Future[int]] = {child.exited for child in children}
+        exits: set[asyncio.Future[int]] = {child.exited for child in (parts.process, *parts.daemons)}
         await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
-        if not self._stopping:
-            # A daemon's death kills QEMU within moments and QEMU's ends its daemons: let the dust settle.
-            await asyncio.wait(exits, timeout=0.02)
-        dead = [child for child in parts.daemons if not child.alive]
-        culprit = self._culprit(dead)
+        first = None if not parts.process.alive else next(one for one in parts.daemons if not one.alive)
+        if first is not None and not self._stopping:
+            # Either the daemon died and QEMU follows or hangs, or QEMU is ending in good order and has
+            # closed the daemon's socket first: its own end a moment later tells which.
+            await asyncio.wait({parts.process.exited}, timeout=_GATHER)
+        hung = parts.process.alive
         await parts.process.kill()
         if parts.console is not None:
             parts.console.drain()
         await self._end_daemons()
-        reason = f"{culprit.name} {culprit.describe()}"
-        if culprit is parts.process and self._shutdown_reason:
-            reason = self._shutdown_reason
+        reason = self._reason(parts.process, first, hung)
         ended = VmExit(
             code=parts.process.exited.result(),
             reason="the VM was stopped" if self._stopping else reason,
-            stderr_tail=culprit.stderr_tail(),
+            stderr_tail=parts.process.stderr_tail(),
             console_tail=parts.console.tail() if parts.console else "",
             expected=self._stopping,
         )
@@ -441,15 +440,18 @@ class Qemu:
             _log.error("the VM died", reason=reason, stderr=ended.stderr_tail)
         self._settle(ended)
 
-    def _culprit(self, dead: list[Child]) -> Child:
-        """Who died first: daemons end with code 0 when QEMU closes their socket, so they count only with
-        another code or while QEMU still lives."""
-        process = self._parts.process
-        assert process is not None
-        for child in dead:
-            if process.alive or child.exited.result() != 0:
-                return child
-        return process
+    def _reason(self, process: Child, first: Child | None, hung: bool) -> str:
+        """One sentence. `first`: the daemon that died before QEMU; `hung`: QEMU outlived it by far."""
+        panic = self._parts.console.panic() if self._parts.console else ""
+        if panic:
+            return f"the guest kernel panicked: {panic}"
+        if self._shutdown_reason:
+            return self._shutdown_reason
+        if first is None or (not hung and process.exited.result() < 0):
+            return f"{process.name} {process.describe()}"
+        if hung or first.exited.result() != 0:
+            return f"{first.name} {first.describe()}"
+        return f"{first.name} {first.describe()}, then {process.name} {process.describe()}"
 
     def _settle(self, ended: VmExit) -> None:
         if self._ended is not None and not self._ended.done():
@@ -458,7 +460,19 @@ class Qemu:
             self._parts.channel.fail(lambda: self._death_error(ended))
 
     def _death_error(self, ended: VmExit) -> KataError:
-        return HypervisorError(f"the VM is gone: {ended.reason}", phase="boot", details=self.diagnostics())
+        """A new error each time: several callers may raise it."""
+        hint = ""
+        if ended.expected:
+            pass
+        elif self._parts.console is not None and self._parts.console.panic():
+            hint = "check kernel, initrd, image, rootfs_type and kernel_params of [hypervisor.qemu]"
+        elif ended.code > 0 and self._parts.qmp is None:
+            hint = "see QEMU's message; check the [hypervisor.qemu] section"
+        elif ended.code < 0:
+            hint = "see the kernel log of the host: out of memory, or killed by somebody"
+        return HypervisorError(
+            f"the VM is gone: {ended.reason}", phase="boot", hint=hint, details=self.diagnostics()
+        )
 
     async def _end_daemons(self) -> None:
         parts = self._parts
@@ -473,8 +487,6 @@ class Qemu:
         _log.debug("QMP event", event_name=str(name)[:50], data=repr(data)[:200])
         if name == "SHUTDOWN" and isinstance(data, dict) and data.get("guest"):
             self._shutdown_reason = f"the guest ended the VM ({str(data.get('reason'))[:50]})"
-        elif name == "GUEST_PANICKED":
-            self._shutdown_reason = "the guest kernel panicked"
 
     def _with_evidence(self, error: KataError) -> KataError:
         return error.with_context(phase="boot", details=self.diagnostics())
