@@ -74,7 +74,7 @@ def draw_text(title: str, bars: Sequence[Bar], width: int = 0) -> list[str]:
 
 
 # Dark on a white card, readable on any page; a failed phase is red.
-_ROW, _LEFT, _WIDTH, _TOP = 22, 230, 900, 46
+_ROW, _LEFT, _RIGHT, _WIDTH, _TOP = 22, 230, 180, 940, 46
 _COLOURS = ("#3366aa", "#bb3333")
 
 
@@ -84,7 +84,7 @@ def draw_svg(title: str, bars: Sequence[Bar]) -> str:
     first = min(bar.start for bar in bars)
     total = max(max(bar.end for bar in bars) - first, 1e-6)
     height = _TOP + _ROW * len(bars) + 34
-    plot = _WIDTH - _LEFT - 90
+    plot = _WIDTH - _LEFT - _RIGHT
     parts = [
         (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
@@ -104,7 +104,7 @@ def draw_svg(title: str, bars: Sequence[Bar]) -> str:
             f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle" fill="#555555">{tick:g}</text>'
         )
         tick += step
-    parts.append(f'<text x="{_WIDTH - 60}" y="{bottom + 16}" fill="#555555">ms</text>')
+    parts.append(f'<text x="{_WIDTH - _RIGHT + 40}" y="{bottom + 16}" fill="#555555">ms</text>')
     for row, (bar, label) in enumerate(zip(bars, labels, strict=True)):
         y = _TOP + _ROW * row
         took = max(0.0, bar.end - bar.start)

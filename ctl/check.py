@@ -174,8 +174,18 @@ def _hypervisor(config: Config | None, get_plugin: Callable[[str], Any]) -> Iter
         yield Finding(Level.FAIL, name, error.cause, error.hint)
         return
     for result in results:
-        good = Level.WARN if result.hint else Level.OK
-        yield Finding(good if result.ok else Level.FAIL, result.name, result.text, result.hint)
+        if not result.ok:
+            yield Finding(Level.FAIL, result.name, result.text, result.hint)
+        elif result.name == "accelerator" and result.text.startswith("tcg"):
+            yield Finding(Level.WARN, result.name, result.text, _NO_KVM)
+        else:
+            yield _ok(result.name, result.text)
+
+
+_NO_KVM = (
+    "it works, but the guest runs many times slower: switch virtualization on in the firmware, or on a VM's "
+    "host (nested), and load kvm_intel or kvm_amd"
+)
 
 
 def findings(
@@ -184,8 +194,11 @@ def findings(
     host: Host | None = None,
     get_plugin: Callable[[str], Any] | None = None,
 ) -> list[Finding]:
-    """All findings, in the order in which a reader would want them. What the plugin says of a thing
-    counts more than what is said here of the same."""
+    """All findings, in the order in which a reader would want them.
+
+    What is said here of a thing counts more than what the plugin says of the same: the plugin does not
+    know the paths in the configuration.
+    """
     if get_plugin is None:
         from hypervisors.registry import get_plugin as from_registry
 
@@ -201,11 +214,13 @@ def findings(
         without = sum(not each.harmless for each in config.inactive)
         found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
         found += _guest(config)
+        if getattr(config.hypervisor, "path", ""):
+            found.append(_ok(config.hypervisor_name, config.hypervisor.path))
     own = [_vsock(host, config), _virtiofsd(config), _memory(host, config), _cgroup(host), _state(host)]
     own.append(_shim(host))
-    theirs = list(_hypervisor(config, get_plugin))
-    told = {each.name for each in theirs}
-    return found + theirs + [each for each in own if each.name not in told]
+    told = {each.name for each in found + own}
+    theirs = [each for each in _hypervisor(config, get_plugin) if each.name not in told]
+    return found + theirs + own
 
 
 def run(config_path: str | None = None) -> int:

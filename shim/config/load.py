@@ -60,13 +60,9 @@ PATH_KEYS: Mapping[str, str] = {
 class ConfigFileError(ConfigError):
     """Several mistakes in one file. The cause tells the first; `problems` has them all."""
 
-    def __init__(self, path: str, problems: list[str]) -> None:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        super().__init__(
-            f"{problems[0]}{more}",
-            phase="config",
-            hint=f"correct the file; `kata-ctl config check {path}` shows everything it finds",
-        )
+    def __init__(self, path: str, problems: list[str], *, hint: str = "correct the file") -> None:
+        more = f" (and {len(problems) - 1} more: `kata-ctl config check {path}`)" if problems[1:] else ""
+        super().__init__(f"{problems[0]}{more}", phase="config", hint=hint)
         self.problems = tuple(problems)
 
 
@@ -180,7 +176,9 @@ def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlug
         raise ConfigFileError(base, problems)
 
     section = plugin.adjust_config(plugin.section(**values))
-    _check_paths(section, table, problems)
+    problems += _check_paths(section, table)
+    if problems:
+        raise ConfigFileError(base, problems, hint=_PATH_HINT)
     ours = bool(getattr(section, "initrd", "")) and bool(getattr(section, "image", ""))
     runtime_config = RuntimeConfig(
         **{"use_passfd_io": ours, **runtime, "hypervisor_name": hypervisor_name, "agent_name": agent_name}
@@ -272,8 +270,12 @@ def _check_agent(agent: AgentConfig, table: Table) -> list[str]:
     return problems
 
 
-def _check_paths(section: Any, table: Table, problems: list[str]) -> None:
+_PATH_HINT = "correct the path, or install what it names (`make guest` builds kernel, initrd and image)"
+
+
+def _check_paths(section: Any, table: Table) -> list[str]:
     """What the section names must be there: said now, not when the VMM has been started."""
+    problems = []
     for key, kind in PATH_KEYS.items():
         path = getattr(section, key, "")
         if not path or (key == "virtio_fs_daemon" and getattr(section, "shared_fs", "") == "none"):
@@ -288,3 +290,4 @@ def _check_paths(section: Any, table: Table, problems: list[str]) -> None:
             problems.append(f"{what} is not a regular file")
         elif not os.access(path, os.X_OK if kind == "program" else os.R_OK):
             problems.append(f"{what} is not {'executable' if kind == 'program' else 'readable'}")
+    return problems
