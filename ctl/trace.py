@@ -10,6 +10,7 @@ later (execs, the stop) is another stretch, so that a pod's month does not flatt
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -70,7 +71,10 @@ def read_phases(path: str) -> tuple[list[Phase], int]:
         except (ValueError, KeyError, TypeError, AttributeError):
             bad += 1
         else:
-            phases.append(phase)
+            if math.isfinite(phase.start) and math.isfinite(phase.end):
+                phases.append(phase)
+            else:  # json reads NaN and Infinity
+                bad += 1
     return sorted(phases), bad
 
 

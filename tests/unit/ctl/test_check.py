@@ -1,0 +1,219 @@
+"""`kata-ctl check` promises a line for each thing a VM needs, and for each failure a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ctl import check
+from ctl.check import Finding, Host, Level, findings
+from devices.errors import ConfigError
+from hypervisors.base import CheckResult
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    path: str = ""
+    kernel: str = ""
+    initrd: str = ""
+    image: str = ""
+    default_memory: int = 64
+    shared_fs: str = "virtio-fs"
+    virtio_fs_daemon: str = ""
+    vsock_daemon: str = ""
+
+
+class Plugin:
+    section = Section
+
+    def __init__(self, results: list[CheckResult]) -> None:
+        self.results = results
+
+    def adjust_config(self, section: Section) -> Section:
+        return section
+
+    def validate_config(self, section: Section) -> None:
+        pass
+
+    def check(self) -> list[CheckResult]:
+        return self.results
+
+
+class World:
+    """A host below a directory, on which everything is well until a test changes it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.results = [CheckResult("accelerator", True, "kvm", "not shown")]
+        for folder in ("dev", "run", "proc", "sys/fs/cgroup", "bin"):
+            (root / folder).mkdir(parents=True)
+        (root / "dev/vhost-vsock").write_text("")
+        (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory\n")
+        (root / "proc/meminfo").write_text("MemTotal: 4096000 kB\nMemAvailable: 2048000 kB\n")
+        for name in ("containerd-shim-kata-v2", "virtiofsd", "vsockd", "qemu"):
+            self.program(name)
+        for name in ("vmlinux", "initrd", "image"):
+            (root / name).write_bytes(b"x" * (1 << 20))
+        self.config = root / "c.toml"
+        self.write(
+            f'path = "{root}/bin/qemu"\nkernel = "{root}/vmlinux"\ninitrd = "{root}/initrd"\n'
+            f'image = "{root}/image"\nvirtio_fs_daemon = "{root}/bin/virtiofsd"\n'
+            f'vsock_daemon = "{root}/bin/vsockd"\n'
+        )
+
+    def program(self, name: str) -> None:
+        path = self.root / "bin" / name
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+
+    def write(self, section: str) -> None:
+        self.config.write_text(f"[hypervisor.qemu]\n{section}")
+
+    def get_plugin(self, name: str) -> Any:
+        assert name == "qemu"
+        return Plugin(self.results)
+
+    def look(self) -> dict[str, Finding]:
+        host = Host(str(self.root), str(self.root / "bin"))
+        found = findings(str(self.config), host=host, get_plugin=self.get_plugin)
+        names = [each.name for each in found]
+        assert len(names) == len(set(names)), names
+        return {each.name: each for each in found}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_good_host_has_a_line_for_everything_and_no_complaint(world: World) -> None:
+    found = world.look()
+    assert {name: each.level for name, each in found.items() if each.level is not Level.OK} == {}
+    assert list(found) == [
+        "config",
+        "kernel",
+        "initrd",
+        "image",
+        "qemu",
+        "accelerator",
+        "vsock",
+        "virtiofsd",
+        "memory",
+        "cgroup",
+        "state",
+        "shim",
+    ]
+    assert found["kernel"].text == f"{world.root}/vmlinux, 1.0 MiB"
+    assert not any(each.hint for each in found.values())
+
+
+def test_a_bad_configuration_fails_and_the_rest_is_looked_at_all_the_same(world: World) -> None:
+    world.write("kernal = 1\n")
+    found = world.look()
+    assert found["config"].level is Level.FAIL
+    assert 'the nearest is "kernel"' in found["config"].text
+    assert found["cgroup"].level is Level.OK
+
+
+def test_a_guest_that_is_not_named_or_empty(world: World) -> None:
+    world.write("")
+    assert world.look()["guest"].level is Level.FAIL
+    (world.root / "image").write_bytes(b"")
+    world.write(f'kernel = "{world.root}/vmlinux"\nimage = "{world.root}/image"\n')
+    found = world.look()
+    assert "guest" not in found
+    assert (found["image"].level, found["image"].hint) == (Level.FAIL, "build the guest again: `make guest`")
+
+
+def test_vsock_by_the_daemon_where_the_kernel_has_none(world: World) -> None:
+    (world.root / "dev/vhost-vsock").unlink()
+    found = world.look()["vsock"]
+    assert found.level is Level.OK
+    assert "bin/vsockd serves instead" in found.text
+    world.write(f'kernel = "{world.root}/vmlinux"\nimage = "{world.root}/image"\n')
+    path = os.environ["PATH"]
+    os.environ["PATH"] = str(world.root / "nothing")
+    try:
+        missing = world.look()["vsock"]
+    finally:
+        os.environ["PATH"] = path
+    assert missing.level is Level.FAIL
+    assert "vhost-device-vsock" in missing.hint
+
+
+def test_virtiofsd_is_not_needed_without_a_shared_file_system(world: World) -> None:
+    world.write(f'shared_fs = "none"\nkernel = "{world.root}/vmlinux"\nimage = "{world.root}/image"\n')
+    assert "not needed" in world.look()["virtiofsd"].text
+
+
+def test_what_the_plugin_finds(world: World) -> None:
+    world.results = [
+        CheckResult("accelerator", True, "tcg: /dev/kvm does not open"),
+        CheckResult("firmware", False, "missing", "install it"),
+        CheckResult("virtiofsd", False, "not where the plugin looks", "the configuration knows better"),
+    ]
+    found = world.look()
+    assert found["accelerator"].level is Level.WARN
+    assert found["firmware"] == Finding(Level.FAIL, "firmware", "missing", "install it")
+    assert found["virtiofsd"].level is Level.OK
+
+
+def test_an_unknown_hypervisor_is_one_failure(world: World) -> None:
+    def refuse(name: str) -> Any:
+        raise ConfigError("there is no hypervisor", hint="install it")
+
+    found = findings(str(world.config), host=Host(str(world.root)), get_plugin=refuse)
+    assert {each.name for each in found if each.level is Level.FAIL} == {"config", "qemu"}
+
+
+@pytest.mark.parametrize(
+    ("entries", "level", "text"),
+    [
+        (["cgroup.controllers"], Level.OK, "version 2 (unified)"),
+        (["memory", "unified"], Level.OK, "version 1, with version 2 beside it (hybrid)"),
+        (["memory", "cpu"], Level.OK, "version 1"),
+        ([], Level.FAIL, "nothing is mounted"),
+    ],
+)
+def test_cgroup_modes(world: World, entries: list[str], level: Level, text: str) -> None:
+    (world.root / "sys/fs/cgroup/cgroup.controllers").unlink()
+    for entry in entries:
+        (world.root / "sys/fs/cgroup" / entry).mkdir()
+    found = world.look()["cgroup"]
+    assert found.level is level
+    assert found.text.startswith(text)
+
+
+def test_memory_below_what_a_vm_takes(world: World) -> None:
+    (world.root / "proc/meminfo").write_text("MemAvailable: 32768 kB\n")
+    found = world.look()["memory"]
+    assert (found.level, found.text) == (Level.WARN, "32 MiB available, and a VM may take 64")
+    (world.root / "proc/meminfo").write_text("nothing\n")
+    assert world.look()["memory"].level is Level.WARN
+
+
+def test_a_shim_that_is_not_installed(world: World) -> None:
+    (world.root / "bin/containerd-shim-kata-v2").unlink()
+    assert world.look()["shim"].level is Level.WARN
+
+
+def test_the_exit_code_and_the_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [Finding(Level.OK, "a", "fine"), Finding(Level.WARN, "bb", "so so", "do this")]
+    monkeypatch.setattr(check, "findings", lambda _: lines)
+    assert check.run() == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "ok    a   fine",
+        "warn  bb  so so",
+        "          -> do this",
+        "",
+        "This host can run it (1 to know).",
+    ]
+    lines.append(Finding(Level.FAIL, "c", "bad"))
+    assert check.run() == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 failed, 1 to know"
