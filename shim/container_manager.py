@@ -82,7 +82,7 @@ def load_spec(bundle: str) -> dict[str, Any]:
             f"cannot read {path}: {error.strerror}",
             phase="bundle",
             hint="a bundle needs the OCI spec of its container as config.json",
-            code="NOT_FOUND" if isinstance(error, FileNotFoundError) else "",
+            code="INVALID_ARGUMENT",
         ) from error
     except (ValueError, RecursionError) as error:
         raise CallerError(

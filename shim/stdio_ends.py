@@ -74,8 +74,8 @@ def check_path(path: str, stream: str) -> str:
 
 
 def _unusable(stream: str, path: str, error: OSError) -> CallerError:
-    code = "NOT_FOUND" if isinstance(error, FileNotFoundError) else "FAILED_PRECONDITION"
-    return CallerError(f"cannot open {stream} {path}: {error.strerror}", phase="stdio", code=code)
+    # Not NOT_FOUND, even if the path is missing: clients would take that for a missing task.
+    return CallerError(f"cannot open {stream} {path}: {error.strerror}", phase="stdio")
 
 
 def open_input(path: str) -> InputEnd:

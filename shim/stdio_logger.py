@@ -37,8 +37,11 @@ def _is_exiting(pid: int) -> bool:
 
     Field 9 of /proc/PID/stat, the task's flags: proc(5), linux/sched.h.
     """
-    with open(f"/proc/{pid}/stat", "rb") as stat:
-        fields = stat.read().rpartition(b")")[2].split()
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return True
     return bool(int(fields[6]) & _PF_EXITING)
 
 

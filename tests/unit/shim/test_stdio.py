@@ -409,8 +409,8 @@ async def test_dev_null_and_plain_files_are_outputs_too(shim: TaskClient, tmp_pa
 @pytest.mark.parametrize(
     ("stdio", "code", "text"),
     [
-        ({"stdin": "/nonexistent/stdin"}, "NOT_FOUND", "cannot open stdin /nonexistent/stdin"),
-        ({"stdout": "/nonexistent/stdout"}, "NOT_FOUND", "cannot open stdout"),
+        ({"stdin": "/nonexistent/stdin"}, "FAILED_PRECONDITION", "cannot open stdin /nonexistent/stdin"),
+        ({"stdout": "/nonexistent/stdout"}, "FAILED_PRECONDITION", "cannot open stdout"),
         ({"stdin": "/dev/null"}, "INVALID_ARGUMENT", "is not a FIFO"),
         ({"stdout": "relative"}, "INVALID_ARGUMENT", "absolute path"),
         ({"stderr": "gopher://x/y"}, "INVALID_ARGUMENT", "gopher:// is not supported"),
