@@ -69,8 +69,7 @@ class Container:
         """`crun create`: the init process exists afterwards and waits for `start`."""
         os.makedirs(self.bundle, mode=0o700)
         try:
-            with open(f"{self.bundle}/config.json", "w", encoding="utf-8") as file:
-                json.dump(self.config, file)
+            _write_json(f"{self.bundle}/config.json", self.config)
             arguments = ["create", "--bundle", self.bundle]
             self.init = await self._launch(
                 f"container {self.id}", "", self.config["process"], ports, arguments

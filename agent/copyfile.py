@@ -10,6 +10,7 @@ Invariants: every step below `BASE` is opened with O_NOFOLLOW relative to its pa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from typing import TYPE_CHECKING
@@ -115,10 +116,8 @@ def copy_file(request: agent_pb2.CopyFileRequest, base: str = BASE) -> None:
 
 
 def _make_directory(name: str, parent: int, request: agent_pb2.CopyFileRequest) -> None:
-    try:
+    with contextlib.suppress(FileExistsError):
         os.mkdir(name, 0o700, dir_fd=parent)
-    except FileExistsError:
-        pass
     fd = os.open(name, _DIRECTORY, dir_fd=parent)
     try:
         os.fchown(fd, request.uid, request.gid)

@@ -41,7 +41,7 @@ _ADDRESSES_MAX = 256
 
 
 class _Link(NamedTuple):
-    index: int
+    number: int  # IFLA's index
     name: str
     mac: str
     mtu: int
@@ -81,7 +81,7 @@ def _pack_ip(address: str) -> tuple[int, bytes]:
     return (socket.AF_INET if parsed.version == 4 else socket.AF_INET6), parsed.packed
 
 
-def _family(family: int) -> types_pb2.IPFamily:
+def _family(family: int) -> types_pb2.IPFamily.ValueType:
     return types_pb2.v4 if family == socket.AF_INET else types_pb2.v6
 
 
@@ -106,7 +106,7 @@ def list_interfaces() -> list[types_pb2.Interface]:
     for link in links:
         interface = types_pb2.Interface(device=link.name, name=link.name, mtu=link.mtu, hwAddr=link.mac)
         for index, family, packed, prefix in addresses:
-            if index == link.index:
+            if index == link.number:
                 address = str(ipaddress.ip_address(packed))
                 interface.IPAddresses.add(family=_family(family), address=address, mask=str(prefix))
         result.append(interface)
@@ -144,11 +144,11 @@ def _update_interface(netlink: nl.Netlink, wanted: types_pb2.Interface) -> None:
         if any(other.name == wanted.name for other in links):
             _make_room(netlink, links, wanted.name)
         if link.flags & _IFF_UP:
-            _set_link(netlink, link.index, 0, b"")  # a link that is up cannot be renamed
+            _set_link(netlink, link.number, 0, b"")  # a link that is up cannot be renamed
         change += nl.attribute(_IFLA_IFNAME, wanted.name)
-    _set_link(netlink, link.index, 0 if change else _IFF_UP, change)
-    _replace_addresses(netlink, link.index, wanted.IPAddresses)
-    _set_link(netlink, link.index, _IFF_UP | (wanted.raw_flags & _IFF_NOARP), b"")
+    _set_link(netlink, link.number, 0 if change else _IFF_UP, change)
+    _replace_addresses(netlink, link.number, wanted.IPAddresses)
+    _set_link(netlink, link.number, _IFF_UP | (wanted.raw_flags & _IFF_NOARP), b"")
 
 
 def _set_link(netlink: nl.Netlink, index: int, flags: int, change: bytes) -> None:
@@ -161,7 +161,7 @@ def _make_room(netlink: nl.Netlink, links: list[_Link], name: str) -> None:
     other = _named(links, name)
     taken = {link.name for link in links}
     aside = next(f"kata{number}" for number in range(len(links) + 1) if f"kata{number}" not in taken)
-    _set_link(netlink, other.index, 0, nl.attribute(_IFLA_IFNAME, aside))
+    _set_link(netlink, other.number, 0, nl.attribute(_IFLA_IFNAME, aside))
 
 
 def _replace_addresses(netlink: nl.Netlink, index: int, wanted: Iterable[types_pb2.IPAddress]) -> None:
@@ -201,7 +201,7 @@ def _main_routes(netlink: nl.Netlink) -> list[tuple[bytes, dict[int, bytes]]]:
 def list_routes() -> list[types_pb2.Route]:
     """ListRoutes: the main table of both families."""
     with nl.Netlink() as netlink:
-        names = {link.index: link.name for link in _links(netlink)}
+        names = {link.number: link.name for link in _links(netlink)}
         routes = _main_routes(netlink)
     result = []
     for body, have in routes:
@@ -222,7 +222,7 @@ def update_routes(wanted: Iterable[types_pb2.Route]) -> None:
     """UpdateRoutes: these instead of what an earlier call set; the kernel's own stay."""
     routes = sorted(wanted, key=lambda route: bool(route.gateway))
     with nl.Netlink() as netlink:
-        names = {link.name: link.index for link in _links(netlink)}
+        names = {link.name: link.number for link in _links(netlink)}
         try:
             for body, _ in _main_routes(netlink):
                 if _rtmsg.unpack_from(body)[5] != _RTPROT_KERNEL:
@@ -240,7 +240,7 @@ def update_routes(wanted: Iterable[types_pb2.Route]) -> None:
 def _route(route: types_pb2.Route, index: int) -> bytes:
     prefix = 0
     tail = nl.attribute(_RTA_OIF, index)
-    family = socket.AF_INET6 if route.family == types_pb2.v6 else socket.AF_INET
+    family = int(socket.AF_INET6 if route.family == types_pb2.v6 else socket.AF_INET)
     if route.dest and route.dest not in ("default", "0.0.0.0/0", "::/0"):
         try:
             network = ipaddress.ip_network(route.dest, strict=False)
@@ -267,7 +267,7 @@ def _route(route: types_pb2.Route, index: int) -> bytes:
 def add_neighbors(wanted: Iterable[types_pb2.ARPNeighbor]) -> None:
     """AddARPNeighbors."""
     with nl.Netlink() as netlink:
-        names = {link.name: link.index for link in _links(netlink)}
+        names = {link.name: link.number for link in _links(netlink)}
         for neighbor in wanted:
             if neighbor.device not in names:
                 raise RpcError(Code.NOT_FOUND, f"the guest has no interface {neighbor.device[:40]!r}")

@@ -1,7 +1,8 @@
 """A process' standard streams: what crun gets, and what the host gets.
 
 What: `Stdio.open` makes the pipes (or asks for a console), and connects them to the host's stream
-connections (direct: the request names them in its *_port fields) or keeps them for ReadStdout/WriteStdin calls.
+connections (direct: the request names them in its *_port fields) or keeps them for ReadStdout and
+WriteStdin calls.
 Why pipes and not the vsock sockets themselves: programs reopen /dev/stdout and fstat it; that fails
 on sockets.
 Invariants: by call, the pipe itself is the bounded buffer (64 KiB), so a container that nobody reads
