@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import ConfigError, KataError
@@ -180,10 +181,18 @@ def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlug
     if problems:
         raise ConfigFileError(base, problems, hint=_PATH_HINT)
     ours = bool(getattr(section, "initrd", "")) and bool(getattr(section, "image", ""))
-    runtime_config = RuntimeConfig(
-        **{"use_passfd_io": ours, **runtime, "hypervisor_name": hypervisor_name, "agent_name": agent_name}
-    )
     agent_config = _agent({"home_call": ours, **agent, "name": agent_name}, moved)
+    if not agent_config.home_call and runtime.pop("use_passfd_io", False):
+        locate = partial(source.locate, "runtime", "use_passfd_io")
+        inactive.append(Inactive("runtime", "use_passfd_io", True, False, locate))
+    runtime_config = RuntimeConfig(
+        **{
+            "use_passfd_io": agent_config.home_call,
+            **runtime,
+            "hypervisor_name": hypervisor_name,
+            "agent_name": agent_name,
+        }
+    )
     problems += _check_runtime(runtime_config, source.table("runtime"))
     problems += _check_agent(agent_config, agent_table)
     if problems:
@@ -201,7 +210,7 @@ def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlug
 
 
 # Keys that have an effect, but through a field of another name or section.
-_RUNTIME_READ_HERE: Mapping[str, Any] = {"passfd_listener_port": 1027, "create_container_timeout": 30.0}
+_RUNTIME_READ_HERE: Mapping[str, Any] = {"create_container_timeout": 30.0}
 _AGENT_READ_HERE: Mapping[str, Any] = {"dial_timeout": 0}
 _RUNTIME_KEYS = {**RUNTIME_INACTIVE, **_RUNTIME_READ_HERE}
 _AGENT_KEYS = {**AGENT_INACTIVE, **_AGENT_READ_HERE}
@@ -216,13 +225,12 @@ def _only_section(source: Source, kind: str, default: str) -> str:
 def _agent(arguments: dict[str, Any], moved: Mapping[str, Any]) -> AgentConfig:
     """The agent's section with what other keys say of it, where it does not itself.
 
-    [runtime] passfd_listener_port (both sections have it), [runtime] create_container_timeout and
-    [agent] dial_timeout in seconds (Kata's Go runtime). A dial_timeout_ms above reconnect_timeout_ms's
-    default raises that: Kata's own Firecracker file relies on it.
+    [runtime] create_container_timeout and [agent] dial_timeout in seconds are of Kata's Go runtime. A
+    dial_timeout_ms above reconnect_timeout_ms's default raises that: Kata's own Firecracker file relies
+    on it.
     """
-    for key in ("passfd_listener_port", "create_container_timeout"):
-        if key in moved:
-            arguments.setdefault(key, moved[key])
+    if "create_container_timeout" in moved:
+        arguments.setdefault("create_container_timeout", moved["create_container_timeout"])
     if "dial_timeout" in moved:
         arguments.setdefault("reconnect_timeout_ms", moved["dial_timeout"] * 1000)
     agent = AgentConfig(**arguments)
@@ -255,11 +263,7 @@ def _check_agent(agent: AgentConfig, table: Table) -> list[str]:
                 f"{table.at(key)}: [{table.name}] {key} must be {rule}, not {getattr(agent, key)}"
             )
 
-    for key in ("server_port", "passfd_listener_port"):
-        expect(0 < getattr(agent, key) < 1 << 32, key, "a vsock port (1 to 4294967295)")
-    expect(
-        agent.passfd_listener_port != agent.server_port, "passfd_listener_port", "another than server_port"
-    )
+    expect(0 < agent.server_port < 1 << 32, "server_port", "a vsock port (1 to 4294967295)")
     expect(agent.dial_timeout_ms > 0, "dial_timeout_ms", "above 0")
     expect(
         agent.reconnect_timeout_ms >= agent.dial_timeout_ms,

@@ -43,7 +43,7 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: str = "info"  # trace | debug | info | warn | error
     disable_guest_seccomp: bool = False
-    use_passfd_io: bool = True  # resolved: absent is true for our guest, false for a stock one (Kata: false)
+    use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,6 @@ class AgentConfig:
     name: str = "kata"  # resolved: the section's name
     enable_debug: bool = False
     server_port: int = 1024
-    passfd_listener_port: int = 1027
     dial_timeout_ms: int = 10
     reconnect_timeout_ms: int = 3000
     create_container_timeout: float = 30.0
@@ -145,6 +144,7 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "jaeger_user": "",
     "keep_abnormal": False,
     "kubelet_root_dir": "/var/lib/kubelet",
+    "passfd_listener_port": 1027,
     "pod_resource_api_sock": "",
     "sandbox_bind_mounts": (),
     "sandbox_cgroup_only": False,
@@ -164,6 +164,7 @@ AGENT_INACTIVE: Mapping[str, Any] = {
     "launch_process_timeout": 0,
     "log_level": "info",
     "log_port": 1025,
+    "passfd_listener_port": 1027,
     "mem_agent": {},
     "policy": "",
     "visible_cdi_devices": False,

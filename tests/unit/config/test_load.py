@@ -40,7 +40,6 @@ def test_an_empty_file_gives_the_defaults(files: Files) -> None:
     assert config.agent.name == config.runtime.agent_name == "kata"
     assert config.runtime.log_level == "info"
     assert config.agent.server_port == 1024
-    assert config.agent.passfd_listener_port == 1027
     assert config.agent.boot_deadline == 10.0
     assert config.agent.request_deadline == 30.0
     assert config.inactive == ()
@@ -182,7 +181,7 @@ def test_sections_must_be_tables(files: Files) -> None:
     [
         ('[runtime]\nname = "wasm"', 'FILE:2: [runtime] name must be "virt_container", not "wasm"'),
         ("[agent.kata]\nserver_port = 0", "server_port must be a vsock port (1 to 4294967295), not 0"),
-        ("[agent.kata]\nserver_port = 1027", "passfd_listener_port must be another than server_port"),
+        ("[agent.kata]\nserver_port = 4294967296", "server_port must be a vsock port (1 to 4294967295)"),
         ("[agent.kata]\ndial_timeout_ms = 0", "dial_timeout_ms must be above 0, not 0"),
         (
             "[agent.kata]\ndial_timeout_ms = 50\nreconnect_timeout_ms = 40",
@@ -212,21 +211,16 @@ def test_katas_firecracker_file_with_a_long_dial_timeout_loads(files: Files) -> 
 
 
 def test_keys_of_katas_go_runtime_arrive_in_their_fields(files: Files) -> None:
-    agent = files.load(
-        "[agent.kata]\ndial_timeout = 45\n[runtime]\ncreate_container_timeout = 60\n"
-        "passfd_listener_port = 9\n"
-    ).agent
+    agent = files.load("[agent.kata]\ndial_timeout = 45\n[runtime]\ncreate_container_timeout = 60\n").agent
     assert agent.reconnect_timeout_ms == 45000
     assert agent.create_container_timeout == 60.0
-    assert agent.passfd_listener_port == 9
 
 
 def test_the_agents_own_section_wins_over_the_runtimes(files: Files) -> None:
     agent = files.load(
-        "[runtime]\ncreate_container_timeout = 60\npassfd_listener_port = 9\n"
-        "[agent.kata]\ncreate_container_timeout = 5\npassfd_listener_port = 8\n"
+        "[runtime]\ncreate_container_timeout = 60\n[agent.kata]\ncreate_container_timeout = 5\n"
     ).agent
-    assert (agent.create_container_timeout, agent.passfd_listener_port) == (5.0, 8)
+    assert agent.create_container_timeout == 5.0
 
 
 def test_our_guest_calls_home_and_takes_streams_and_a_stock_one_does_not(
@@ -237,8 +231,19 @@ def test_our_guest_calls_home_and_takes_streams_and_a_stock_one_does_not(
     assert (ours.agent.home_call, ours.runtime.use_passfd_io) == (True, True)
     stock = files.load("[hypervisor.qemu]\n" + image)
     assert (stock.agent.home_call, stock.runtime.use_passfd_io) == (False, False)
-    told = files.load("[runtime]\nuse_passfd_io = true\n[agent.kata]\nhome_call = true\n")
+    told = files.load("[agent.kata]\nhome_call = true\n")
     assert (told.agent.home_call, told.runtime.use_passfd_io) == (True, True)
+    off = files.load("[runtime]\nuse_passfd_io = false\n[agent.kata]\nhome_call = true\n")
+    assert (off.agent.home_call, off.runtime.use_passfd_io) == (True, False)
+
+
+def test_streams_that_a_stock_guest_cannot_take_are_off_and_said_to_be(files: Files) -> None:
+    config = files.load("[runtime]\nuse_passfd_io = true\n")
+    assert config.runtime.use_passfd_io is False
+    (note,) = config.inactive
+    assert str(note).startswith(f"{files.base}:2: [runtime] use_passfd_io = true has no effect")
+    assert not note.harmless
+    assert files.load("[runtime]\nuse_passfd_io = false\n").inactive == ()
 
 
 # --- paths
