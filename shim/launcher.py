@@ -178,7 +178,8 @@ def _bind(path: str) -> int:
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     for attempt in (1, 2):
         try:
-            listener.bind(path)  # 0600 by the umask
+            os.umask(0o177)  # the mode that a socket is bound with: 0600
+            listener.bind(path)
             break
         except OSError as error:
             if error.errno != errno.EADDRINUSE or attempt == 2:
@@ -187,6 +188,8 @@ def _bind(path: str) -> int:
                 listener.close()
                 return -1
             _unlink(path)  # left by a shim that was killed
+        finally:
+            os.umask(0o077)
     listener.listen(BACKLOG)
     return listener.detach()
 

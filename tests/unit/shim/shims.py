@@ -1,0 +1,182 @@
+"""Starts real shim processes as containerd would, on directories of the test's own.
+
+`Shims` is a fixture's object: `bundle` makes a bundle, `start` and `delete` run the binary, and at
+the end nothing of it may be left: `close` kills what is, and fails the test for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shim import bundle as bundles
+
+REPO = Path(__file__).parents[3]
+STUB = Path(__file__).parent / "stub"
+GRPC = "/run/containerd/containerd.sock"
+NAMESPACE = "test-ns"
+
+_SCRIPT = """#!{python} -IS
+import sys
+sys.path[:0] = {paths!r}
+import shim
+shim.__path__.insert(0, {stub!r})
+from shim.launcher import main
+sys.exit(main())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle directory and the id that it is for."""
+
+    id: str
+    path: Path
+
+    def read(self, name: str) -> str:
+        return (self.path / name).read_text()
+
+    @property
+    def pid(self) -> int:
+        return int(self.read("shim.pid"))
+
+    @property
+    def socket(self) -> Path:
+        return Path(self.read("address").removeprefix("unix://"))
+
+
+class Shims:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/tmp"))  # short: sockets live below
+        self.program = self.root / "containerd-shim-kata-v2"
+        site = [path for path in sys.path if path.endswith("site-packages")]
+        text = _SCRIPT.format(python=sys.executable, paths=[str(REPO), *site], stub=str(STUB))
+        self.program.write_text(text)
+        self.program.chmod(0o755)
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "KATA_SHIM_PREFIX": str(self.root),
+            "TTRPC_ADDRESS": str(self.root / "containerd.sock.ttrpc"),
+        }
+        self._fifos: dict[str, int] = {}
+
+    def bundle(self, container_id: str, annotations: dict[str, str] | None = None) -> Bundle:
+        """A bundle as containerd makes it, with its log FIFO."""
+        path = self.root / "b" / container_id
+        path.mkdir(parents=True)
+        spec = {"ociVersion": "1.0.2", "annotations": annotations or {}}
+        (path / "config.json").write_text(json.dumps(spec))
+        os.mkfifo(path / "log", 0o700)
+        self._fifos[container_id] = os.open(path / "log", os.O_RDWR | os.O_NONBLOCK)
+        return Bundle(container_id, path)
+
+    def log(self, container_id: str) -> str:
+        """What the shim has logged since the last call."""
+        try:
+            return os.read(self._fifos[container_id], 1 << 16).decode()
+        except BlockingIOError:
+            return ""
+
+    def argv(self, bundle: Bundle, action: str, *more: str) -> list[str]:
+        flags = ["-namespace", NAMESPACE, "-address", GRPC, "-publish-binary", "/usr/bin/containerd"]
+        return [str(self.program), *flags, "-id", bundle.id, *more, action]
+
+    def start(
+        self,
+        bundle: Bundle,
+        *more: str,
+        env: dict[str, str] | None = None,
+        stdin: bytes | None = None,
+        pass_fds: tuple[int, ...] = (),
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run `start`; stdout is also stderr, as with containerd."""
+        return subprocess.run(
+            self.argv(bundle, "start", *more),
+            cwd=bundle.path,
+            env=self.env | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=30,
+            check=False,
+            pass_fds=pass_fds,
+            input=stdin or b"",
+        )
+
+    def delete(self, bundle: Bundle) -> subprocess.CompletedProcess[bytes]:
+        """Run `delete` within containerd's five seconds."""
+        return subprocess.run(
+            self.argv(bundle, "delete", "-bundle", str(bundle.path)),
+            cwd=bundle.path,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=5,
+            check=False,
+        )
+
+    def state_dir(self, sandbox_id: str) -> Path:
+        return Path(str(self.root) + bundles.state_dir(sandbox_id))
+
+    def processes(self) -> list[int]:
+        """Live processes that were started with this object's environment."""
+        marker = f"KATA_SHIM_PREFIX={self.root}".encode()
+        found = []
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if (
+                    name.isdigit()
+                    and marker in Path(f"/proc/{name}/environ").read_bytes().split(b"\0")
+                    and Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+                ):
+                    found.append(int(name))
+        return found
+
+    def wait_gone(self, pid: int, seconds: float = 10) -> bool:
+        """Whether that process ends in time."""
+        until = time.monotonic() + seconds
+        while pid in self.processes():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def leftovers(self) -> list[str]:
+        """Everything that shims made and that is still there: processes, sockets, directories."""
+        left = [f"process {pid}" for pid in self.processes()]
+        for where in ("/run/containerd/s", "/run/kata", "/run/kata-containers/shared/sandboxes"):
+            with contextlib.suppress(FileNotFoundError):
+                left += [f"{where}/{name}" for name in os.listdir(f"{self.root}{where}")]
+        return left
+
+    def close(self) -> list[str]:
+        """Remove everything; returns what shims had left."""
+        left = self.leftovers()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for fd in self._fifos.values():
+            os.close(fd)
+        shutil.rmtree(self.root)
+        return left
+
+
+def shims_fixture() -> Iterator[Shims]:
+    """The body of a fixture: fails the test if a shim left anything behind."""
+    shims = Shims()
+    try:
+        yield shims
+    finally:
+        left = shims.close()
+    assert left == []
