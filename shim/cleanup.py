@@ -35,13 +35,16 @@ _BUDGET = 4.5  # seconds in total; containerd gives up at 5
 def delete(namespace: str, container_id: str, grpc_address: str, where: str) -> int:
     """Clean up after `container_id`, whose bundle is the directory `where`. Returns the exit code."""
     started = time.monotonic()
-    group = _group(where, container_id)
+    group = _group(where, namespace, container_id, grpc_address)
     problems: list[str] = []
     pid = _read_pid(where)
     if group.is_member:
         _delete_member(group.sandbox_id, container_id, problems)
     else:
-        path = _socket_of(where) or bundle.socket_path(grpc_address, namespace, group.sandbox_id)
+        path = bundle.socket_path(grpc_address, namespace, group.sandbox_id)
+        told = _socket_of(where)  # containerd 2.3 may have put it elsewhere, under the same name
+        if os.path.basename(told) == os.path.basename(path):
+            path = told
         pid = _delete_sandbox(group.sandbox_id, path, started, problems) or pid
     _unmount(os.path.join(where, "rootfs"), problems)
     os.write(1, _response(pid, time.time()))
@@ -50,7 +53,7 @@ def delete(namespace: str, container_id: str, grpc_address: str, where: str) -> 
     return 1 if problems else 0
 
 
-def _group(where: str, container_id: str) -> bundle.Group:
+def _group(where: str, namespace: str, container_id: str, grpc_address: str) -> bundle.Group:
     """The sandbox of the container; its own when the bundle does not tell (any more)."""
     try:
         group = bundle.find_group(where, container_id)
@@ -58,21 +61,13 @@ def _group(where: str, container_id: str) -> bundle.Group:
         return group
     except (bundle.BundleError, FlagError):
         pass
-    if not os.path.isdir(bundle.state_dir(container_id)):
-        owner = _owner_by_share(container_id)
-        if owner:
-            return bundle.Group(owner, True)
+    told = os.path.basename(_socket_of(where))
+    for sandbox_id in sorted({*_list(bundle.KATA_RUN), *_list(bundle.SHARED_ROOT)} - {container_id}):
+        # It has our address, or a place for the container in what it shares with its guest.
+        socket = os.path.basename(bundle.socket_path(grpc_address, namespace, sandbox_id))
+        if told == socket or any(map(os.path.isdir, _member_dirs(sandbox_id, container_id))):
+            return bundle.Group(sandbox_id, True)
     return bundle.Group(container_id, False)
-
-
-def _owner_by_share(container_id: str) -> str:
-    """The sandbox whose shared directory has a place for this container."""
-    for sandbox_id in _list(bundle.SHARED_ROOT):
-        if sandbox_id != container_id and any(
-            os.path.isdir(path) for path in _member_dirs(sandbox_id, container_id)
-        ):
-            return sandbox_id
-    return ""
 
 
 def _member_dirs(sandbox_id: str, container_id: str) -> list[str]:

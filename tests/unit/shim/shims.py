@@ -68,7 +68,6 @@ class Shims:
         self.env = {
             "PATH": os.environ["PATH"],
             "KATA_SHIM_PREFIX": str(self.root),
-            "TTRPC_ADDRESS": str(self.root / "containerd.sock.ttrpc"),
         }
         self._fifos: dict[str, int] = {}
 

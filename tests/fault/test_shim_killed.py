@@ -1,0 +1,275 @@
+"""After kill -9 at any phase `delete` leaves nothing behind, answers 137, and may be run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from proto import task_v2_pb2
+from shim.journalfile import encode
+from shim.mounts import bind, mounts_below
+from shim.procfs import start_time
+from tests.unit.shim.shims import Bundle, Shims, shims_fixture
+from ttrpc import Client
+
+_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
+_KEY = "io.kubernetes.cri."
+
+
+@pytest.fixture
+def shims() -> Iterator[Shims]:
+    yield from shims_fixture()
+
+
+async def _call(bundle: Bundle, name: str, request: object) -> object:
+    async with await Client.connect_unix(str(bundle.socket), timeout=5) as client:
+        return await getattr(client.stub(_TASK, default_timeout=20), name)(request)
+
+
+async def _create(bundle: Bundle, *, helper: bool = True) -> int:
+    request = task_v2_pb2.CreateTaskRequest(
+        id=bundle.id, bundle=str(bundle.path), stdin="helper" if helper else ""
+    )
+    response = await _call(bundle, "create", request)
+    assert isinstance(response, task_v2_pb2.CreateTaskResponse)
+    return response.pid
+
+
+def _wait_removed(path: Path) -> None:
+    until = time.monotonic() + 10
+    while path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def _response(result: subprocess.CompletedProcess[bytes]) -> task_v2_pb2.DeleteResponse:
+    assert (result.returncode, result.stderr) == (0, b"")
+    response = task_v2_pb2.DeleteResponse.FromString(result.stdout)
+    assert response.exit_status == 137
+    assert abs(response.exited_at.ToNanoseconds() / 1e9 - time.time()) < 30
+    return response
+
+
+async def test_killed_with_a_container(shims: Shims) -> None:
+    """The helper dies, mount and directories go, the response names the helper; a new start works."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle)
+    helper = await _create(bundle)
+    os.kill(bundle.pid, signal.SIGKILL)
+    assert shims.wait_gone(bundle.pid)
+    assert helper in shims.processes()
+
+    assert _response(shims.delete(bundle)).pid == helper
+    assert shims.leftovers() == []
+    _response(shims.delete(bundle))  # idempotent
+
+    assert shims.start(bundle).returncode == 0
+    await _create(bundle, helper=False)
+    await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    _response(shims.delete(bundle))
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05, 0.1, 0.2, 0.4])
+def test_killed_while_starting(shims: Shims, delay: float) -> None:
+    """Killed at any moment of its own start, the daemon leaves nothing that `delete` does not find."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle)
+    time.sleep(delay)  # the point in time is the parameter
+    os.kill(bundle.pid, signal.SIGKILL)
+
+    _response(shims.delete(bundle))
+
+    assert shims.leftovers() == []
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+async def test_delete_of_a_live_shim(shims: Shims, stopped: bool) -> None:
+    """containerd has given up on a shim that lives (or hangs): `delete` ends it and its helper."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle)
+    await _create(bundle)
+    if stopped:
+        os.kill(bundle.pid, signal.SIGSTOP)
+
+    _response(shims.delete(bundle))
+
+    assert shims.leftovers() == []
+
+
+async def test_delete_waits_for_a_clean_end(shims: Shims) -> None:
+    """A shim that is shutting down gets the time to finish by itself."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle, env={"STUB_CLOSE_SECONDS": "1"})
+    await _create(bundle, helper=False)
+    await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    _wait_removed(bundle.socket)
+
+    _response(shims.delete(bundle))
+
+    assert "done" in shims.log("c1")
+    assert shims.leftovers() == []
+
+
+async def test_shutdown_that_hangs(shims: Shims) -> None:
+    """A shim that does not finish is killed within containerd's five seconds."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle, env={"STUB_CLOSE_SECONDS": "100"})
+    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    _wait_removed(bundle.socket)
+
+    _response(shims.delete(bundle))
+
+    assert shims.leftovers() == []
+
+
+async def test_member_of_a_live_pod(shims: Shims) -> None:
+    """Deleting one container does not touch the pod that lives on."""
+    pod = shims.bundle("p1", {_KEY + "container-type": "sandbox", _KEY + "sandbox-id": "p1"})
+    member = shims.bundle("c1", {_KEY + "container-type": "container", _KEY + "sandbox-id": "p1"})
+    shims.start(pod)
+    shims.start(member)
+    helper = await _create(pod)
+    await _create(member, helper=False)
+
+    _response(shims.delete(member))
+
+    assert helper in shims.processes()
+    await _call(pod, "state", task_v2_pb2.StateRequest(id="p1"))
+    (member.path / "config.json").unlink()  # half-made
+    _response(shims.delete(member))
+    assert helper in shims.processes()
+    assert pod.socket.exists()
+    _response(shims.delete(pod))
+
+
+async def test_member_of_a_dead_pod(shims: Shims) -> None:
+    """With the shim dead, a member's share goes with the member, the rest with the pod."""
+    pod = shims.bundle("p1", {_KEY + "container-type": "sandbox", _KEY + "sandbox-id": "p1"})
+    member = shims.bundle("c1", {_KEY + "container-type": "container", _KEY + "sandbox-id": "p1"})
+    shims.start(pod)
+    helper = await _create(pod)
+    share = shims.root / "run/kata-containers/shared/sandboxes/p1/rw/passthrough"
+    for name in ("p1", "c1"):
+        (share / name / "rootfs").mkdir(parents=True)
+    os.kill(pod.pid, signal.SIGKILL)
+    assert shims.wait_gone(pod.pid)
+
+    _response(shims.delete(member))
+
+    assert [path.name for path in share.iterdir()] == ["p1"]
+    assert helper in shims.processes()
+    _response(shims.delete(pod))
+    assert shims.leftovers() == []
+
+
+def test_nothing_there(shims: Shims) -> None:
+    """`delete` without any state, or even the config.json, succeeds."""
+    bundle = shims.bundle("c1")
+    (bundle.path / "config.json").unlink()
+
+    _response(shims.delete(bundle))
+
+
+@pytest.mark.parametrize("journal", [b"garbage\n", encode({"journal": 99, "sandbox": "c1"})])
+def test_unreadable_journal(shims: Shims, journal: bytes) -> None:
+    """A journal that cannot be read is told, by exit code and text; what lies at known places goes."""
+    bundle = shims.bundle("c1")
+    directory = shims.state_dir("c1")
+    directory.mkdir(parents=True)
+    (directory / "journal").write_bytes(journal)
+
+    result = shims.delete(bundle)
+
+    assert result.returncode == 1
+    assert b"journal" in result.stderr
+    assert task_v2_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
+    assert shims.leftovers() == []
+    _response(shims.delete(bundle))
+
+
+def _write_journal(shims: Shims, *changes: dict[str, object]) -> Path:
+    directory = shims.state_dir("c1")
+    directory.mkdir(parents=True)
+    lines = [encode({"journal": 1, "sandbox": "c1"}), *map(encode, changes)]
+    (directory / "journal").write_bytes(b"".join(lines))
+    return directory
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "1000"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_pid_of_somebody_else(shims: Shims, sleeper: subprocess.Popen[bytes]) -> None:
+    """A recorded pid that now belongs to another process is left alone."""
+    facts = {"name": "qemu", "pid": sleeper.pid, "start": start_time(sleeper.pid) - 1}
+    _write_journal(shims, {"op": "record", "n": 1, "kind": "process", "facts": facts})
+
+    _response(shims.delete(shims.bundle("c1")))
+
+    assert sleeper.poll() is None
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_helper_that_never_reached_the_journal(shims: Shims, recorded: bool) -> None:
+    """Recorded without a pid: the process is known by our directory in its command line, else untouched."""
+    bundle = shims.bundle("c1")
+    changes = [{"op": "record", "n": 1, "kind": "process", "facts": {"name": "x"}}] if recorded else []
+    directory = _write_journal(shims, *changes)
+    with subprocess.Popen(["tail", "-f", "/dev/null", f"{directory}/journal"]) as helper:
+        try:
+            _response(shims.delete(bundle))
+            if recorded:
+                assert helper.wait(5) == -9
+            else:
+                assert helper.poll() is None
+        finally:
+            helper.kill()
+
+
+def test_hostile_journal_paths(shims: Shims, tmp_path: Path) -> None:
+    """Records that do not name what they should are reported; nothing else happens."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    _write_journal(
+        shims,
+        {"op": "record", "n": 1, "kind": "file", "facts": {"path": str(precious)}},
+        {"op": "record", "n": 2, "kind": "dir", "facts": {"path": f"{tmp_path}/x/../precious"}},
+        {"op": "record", "n": 3, "kind": "process", "facts": {"pid": 1, "start": 0}},
+        {"op": "record", "n": 4, "kind": "unheard-of", "facts": {}},
+    )
+
+    result = shims.delete(shims.bundle("c1"))
+
+    assert result.returncode == 1
+    for text in (b"recorded as a file", b"not an absolute path", b"pid 1", b"unheard-of"):
+        assert text in result.stderr
+    assert precious.exists()
+
+
+def test_mount_of_a_volume_survives(shims: Shims) -> None:
+    """What is mounted below the share is detached, its content is not removed."""
+    bundle = shims.bundle("c1")
+    volume = shims.root / "volume"
+    volume.mkdir()
+    (volume / "data").write_text("precious")
+    target = shims.root / "run/kata-containers/shared/sandboxes/c1/rw/passthrough/c1/data"
+    target.mkdir(parents=True)
+    bind(str(volume), str(target))
+
+    _response(shims.delete(bundle))
+
+    assert (volume / "data").read_text() == "precious"
+    assert mounts_below(str(shims.root)) == []
+    assert shims.leftovers() == []
