@@ -188,6 +188,8 @@ def run_guest_python(root: str, program: str, argument: tuple[Any, ...], what: s
             "PYTHONHOME": f"{root}/usr",
             "PYTHONHASHSEED": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
+            # Lines in tracebacks are enough; columns would be a fifth of the code.
+            "PYTHONNODEBUGRANGES": "1",
             "LC_ALL": "C.UTF-8",
         },
     )
