@@ -35,7 +35,7 @@ def compile_to(out: Path, package: Path = PACKAGE) -> dict[str, bytes]:
     with file and line, to stderr.
     """
     try:
-        from grpc_tools import protoc  # type: ignore[import-untyped]
+        from grpc_tools import protoc
     except ImportError as error:
         raise BuildError(f"{error}; install the development tools: pip install grpcio-tools") from error
     plugin = Path(sysconfig.get_path("scripts")) / "protoc-gen-mypy"
