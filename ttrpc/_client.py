@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
 from typing import Any, Self
 
@@ -225,7 +225,7 @@ class Stub:
         self._default_timeout = default_timeout
         self._by_name = {snake_case(method.name): method for method in service.methods}
 
-    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+    def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
         method = self._by_name.get(name)
         if method is None:
             raise AttributeError(f"{self._service} has no RPC {name}")
@@ -233,13 +233,13 @@ class Stub:
         setattr(self, name, bound)  # found without __getattr__ from now on
         return bound
 
-    def _bind(self, method: MethodDescriptor) -> Callable[..., Awaitable[Any]]:
+    def _bind(self, method: MethodDescriptor) -> Callable[..., Coroutine[Any, Any, Any]]:
         client = self._client
         default = self._default_timeout
 
         def unary(
             request: Message, *, timeout: float | None = default, metadata: Metadata | None = None
-        ) -> Awaitable[Any]:
+        ) -> Coroutine[Any, Any, Any]:
             return client.call(method, request, timeout=timeout, metadata=metadata)
 
         def stream(
@@ -247,7 +247,7 @@ class Stub:
             *,
             timeout: float | None = default,
             metadata: Metadata | None = None,
-        ) -> Awaitable[ClientStream]:
+        ) -> Coroutine[Any, Any, ClientStream]:
             return client.stream(method, request, timeout=timeout, metadata=metadata)
 
         return stream if method.client_streaming or method.server_streaming else unary

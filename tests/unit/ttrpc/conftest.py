@@ -35,7 +35,7 @@ class Pair:
         reader, writer = await asyncio.open_unix_connection(self.path)
 
         async def close() -> None:
-            writer.close()
+            writer.transport.abort()
             with suppress(ConnectionError):
                 await writer.wait_closed()
 
