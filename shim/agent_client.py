@@ -17,6 +17,7 @@ import ttrpc
 from devices.errors import CallerError, GuestError, KataError
 from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
 from shim.protocols import Deadlines, GuestContainer
+from shim.trace import Trace
 
 __all__ = ["GuestAgent"]
 
@@ -39,9 +40,10 @@ def _bounded(text: str) -> str:
 class GuestAgent:
     """The agent of one guest. Implements `shim.protocols.AgentClient`."""
 
-    def __init__(self, client: ttrpc.Client, deadlines: Deadlines) -> None:
+    def __init__(self, client: ttrpc.Client, deadlines: Deadlines, trace: Trace) -> None:
         self._client = client
         self._deadlines = deadlines
+        self._trace = trace
 
     async def close(self) -> None:
         """Drop the connection; calls under way end with GuestError."""
@@ -117,11 +119,13 @@ class GuestAgent:
             sandbox_pidns=guest.sandbox_pidns,
         )
         _set_ports(request, ports)
-        await self._call("CreateContainer", request)
+        with self._trace.phase("agent.create_container", id=container_id):
+            await self._call("CreateContainer", request)
 
     async def start_container(self, container_id: str) -> None:
         """StartContainer."""
-        await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id))
+        with self._trace.phase("agent.start_container", id=container_id):
+            await self._call("StartContainer", agent_pb2.StartContainerRequest(container_id=container_id))
 
     async def remove_container(self, container_id: str) -> None:
         """RemoveContainer; the guest must be done within the stop deadline."""
@@ -139,7 +143,8 @@ class GuestAgent:
         """ExecProcess: the process runs afterwards."""
         request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
         _set_ports(request, ports)
-        await self._call("ExecProcess", request)
+        with self._trace.phase("agent.exec_process", id=f"{container_id}/{exec_id}"):
+            await self._call("ExecProcess", request)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """SignalProcess; an empty exec id with SIGKILL means every process of the container."""

@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
+from shim.procfs import start_time
 from shim.protocols import Deadlines
 from shim.sandbox import SandboxSettings, VirtSandbox
 from shim.task_service import TaskService
@@ -69,6 +71,7 @@ class VirtContainer:
         self._sandbox: VirtSandbox | None = None
         self._config: Config | None = None
         self.trace = Trace(context.sandbox_id, context.state_dir)
+        self.trace.mark("daemon", start_time(os.getpid()) / os.sysconf("SC_CLK_TCK"), time.monotonic())
         self.manager: ContainerManager | None = None
 
     async def sandbox_for(

@@ -231,7 +231,7 @@ class VirtSandbox:
             await self._channel.wait_ready(settings.deadlines.boot)
         with self._trace.phase("agent.connect"):
             sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
-            self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines)
+            self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines, self._trace)
         with self._trace.phase("agent.create_sandbox"):
             await self._agent.create_sandbox(
                 sandbox_id=self.id,

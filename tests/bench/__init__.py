@@ -1,0 +1,1 @@
+"""`make bench`: speed and memory as ratios against a peer, measured in one run."""

@@ -1,0 +1,351 @@
+"""The rows of the bench: each measures ours and a peer alternately and answers with samples.
+
+Invariants: what is timed is checked to have happened (an exit code, a byte, an answer of the agent);
+everything started is ended; no row reads a figure from anywhere but this run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import ttrpc
+from guest.boot import GuestVM
+from proto import health_pb2, task_v2_pb2
+from testing import leaks
+from testing.containerd import KATA, RUNC, Containerd
+from testing.guest import GUEST, PROJECT
+from tests.bench.figures import Row, Series
+
+__all__ = ["boot", "execs", "memory", "round_trip", "start", "stdout"]
+
+IMAGE = "local/busybox:1"
+Progress = Callable[[str], None]
+
+
+def _alternate(rounds: int, contenders: dict[str, Callable[[], float]], say: Progress) -> dict[str, Series]:
+    """Run all contenders in each round, every other round backwards (A B, B A, ...)."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        names = list(contenders)
+        for name in names if number % 2 == 0 else reversed(names):
+            samples[name].append(contenders[name]())
+        say(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {samples[n][-1]:.1f}" for n in names))
+    return {name: Series(name, tuple(values)) for name, values in samples.items()}
+
+
+# --- (a) start
+
+
+def _start_once(binary: str, grpc: str) -> float:
+    """Milliseconds of `BINARY ... start`; the daemon is told to shut down afterwards."""
+    bundle = tempfile.mkdtemp(prefix="bench-", dir="/tmp")
+    container = os.path.basename(bundle)
+    try:
+        Path(bundle, "config.json").write_text('{"ociVersion": "1.0.2", "annotations": {}}')
+        os.mkfifo(f"{bundle}/log", 0o700)
+        log = os.open(f"{bundle}/log", os.O_RDWR | os.O_NONBLOCK)
+        argv = [binary, "-namespace", "bench", "-address", grpc, "-publish-binary", "/bin/true"]
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [*argv, "-id", container, "start"],
+            cwd=bundle,
+            capture_output=True,
+            check=True,
+            timeout=20,
+            env={**os.environ, "TTRPC_ADDRESS": ""},
+        )
+        took = (time.perf_counter() - begin) * 1000
+        asyncio.run(_shut_down(done.stdout.decode().strip(), container))
+        os.close(log)
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+    return took
+
+
+async def _shut_down(address: str, container: str) -> None:
+    """Task.Shutdown, and wait until the daemon is gone: the next start shall have the machine alone."""
+    assert address.startswith("unix://"), address
+    client = await ttrpc.Client.connect_unix(address.removeprefix("unix://"), timeout=10)
+    method = task_v2_pb2.DESCRIPTOR.services_by_name["Task"].methods_by_name["Shutdown"]
+    with contextlib.suppress(ttrpc.ConnectionClosed, ttrpc.RpcError):
+        await client.call(method, task_v2_pb2.ShutdownRequest(id=container, now=True), timeout=10)
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(client.closed, 10)
+    await client.close()
+
+
+def start(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(a) `start` of our shim against runc's."""
+    ours = str(containerd.root / "bin" / "containerd-shim-kata-v2")
+    runc = shutil.which("containerd-shim-runc-v2") or "containerd-shim-runc-v2"
+    series = _alternate(
+        rounds,
+        {
+            "kata-shim": lambda: _start_once(ours, containerd.address),
+            "runc's shim": lambda: _start_once(runc, containerd.address),
+        },
+        say,
+    )
+    return [
+        Row(
+            key="a",
+            title="start",
+            unit="ms",
+            ours=series["kata-shim"],
+            peer=series["runc's shim"],
+            target=4.0,
+        )
+    ]
+
+
+# --- (b) boot to first output
+
+
+class Twin(GuestVM):
+    """The VM of a running shim once more, bare: the same QEMU arguments, but for sockets' paths."""
+
+    def __init__(self, argv: list[str], share: str) -> None:
+        super().__init__(GUEST, share=share)
+        self._template = argv
+        self.began = 0.0
+
+    def argv(self) -> list[str]:
+        """The template with its inherited descriptors replaced; QEMU is started right after this call."""
+        places = {
+            "qmp": f"path={self.directory}/qmp,server=on,wait=off",
+            "char-vsock": f"path={self.directory}/vsock",
+            "char-share-fs": f"path={self.directory}/fs",
+        }
+        argv = []
+        for word in self._template:
+            found = re.match(r"socket,id=([^,]+),fd=\d+", word)
+            if found is None:
+                argv.append(word)
+            elif found[1] in places:
+                argv.append(f"socket,id={found[1]},{places[found[1]]}")
+            else:
+                argv.append(f"stdio,id={found[1]}")  # the console
+        self.began = time.perf_counter()
+        return argv
+
+
+async def _boot_bare(argv: list[str]) -> float:
+    """Milliseconds from QEMU's exec to the agent's answer to Health.Check."""
+    share = tempfile.mkdtemp(prefix="bench-share-")
+    service = health_pb2.DESCRIPTOR.services_by_name["Health"]
+    try:
+        async with Twin(argv, share) as vm:
+            await vm.wait_home(60)
+            sock, _ = await vm.connect(1024)
+            client = ttrpc.Client(sock)
+            answer = await client.call(
+                service.methods_by_name["Check"], health_pb2.CheckRequest(), timeout=60
+            )
+            took = (time.perf_counter() - vm.began) * 1000
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            await client.close()
+    finally:
+        shutil.rmtree(share, ignore_errors=True)
+    return took
+
+
+def _first_byte(containerd: Containerd, runtime: str) -> float:
+    """Milliseconds from `ctr run --rm` to the first byte of its container's output."""
+    argv = containerd.ctr_argv("run", "--rm", "--runtime", runtime, IMAGE, containerd.new_id(), "echo", "x")
+    begin = time.perf_counter()
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, env=containerd.environment) as process:
+        assert process.stdout is not None
+        first = os.read(process.stdout.fileno(), 1)
+        took = (time.perf_counter() - begin) * 1000
+        process.stdout.read()
+        code = process.wait(60)
+    assert first == b"x"
+    assert code == 0
+    return took
+
+
+def _processes(containerd: Containerd, name: str, word: str = "") -> list[leaks.Process]:
+    """Those of the container `name` whose program is called `word...`."""
+    return [
+        process
+        for process in leaks.own_processes(containerd.tag, str(containerd.root))
+        if any(name in part for part in process.argv) and (not word or word in process.argv[0])
+    ]
+
+
+@contextlib.contextmanager
+def _detached(containerd: Containerd, runtime: str) -> Iterator[str]:
+    name = containerd.new_id("bench")
+    containerd.ctr("run", "-d", "--runtime", runtime, IMAGE, name, "sleep", "100000", timeout=120)
+    try:
+        yield name
+    finally:
+        containerd.remove(name)
+
+
+def _qemu_argv(containerd: Containerd) -> list[str]:
+    """The QEMU arguments that the shim uses, from a running container."""
+    with _detached(containerd, KATA) as name:
+        (qemu,) = _processes(containerd, name, "qemu-system")
+        return list(qemu.argv)
+
+
+def boot(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(b) `ctr run` to the first output, against the bare boot of the same VM, and against runc."""
+    os.environ.setdefault("VHOST_DEVICE_VSOCK", str(PROJECT / "build/vsock/usr/bin/vhost-device-vsock"))
+    argv = _qemu_argv(containerd)
+    series = _alternate(
+        rounds,
+        {
+            "kata-shim": lambda: _first_byte(containerd, KATA),
+            "bare QEMU to agent-ready": lambda: asyncio.run(_boot_bare(argv)),
+            "runc": lambda: _first_byte(containerd, RUNC),
+        },
+        say,
+    )
+    ours, bare, runc = (series[n] for n in ("kata-shim", "bare QEMU to agent-ready", "runc"))
+    difference = ours.median - bare.median
+    return [
+        Row(
+            key="b1",
+            title="ctr run to first output",
+            unit="ms",
+            ours=ours,
+            peer=bare,
+            target=1.25,
+            notes={"ours minus bare, ms": round(difference, 1), "qemu argv": argv},
+        ),
+        Row(key="b2", title="ctr run to first output", unit="ms", ours=ours, peer=runc),
+    ]
+
+
+# --- (c) exec
+
+
+def execs(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(c) `ctr task exec ... true` against runc's."""
+    number = iter(range(1, 1 << 30))
+
+    def once(name: str) -> float:
+        begin = time.perf_counter()
+        containerd.ctr("task", "exec", "--exec-id", f"e{next(number)}", name, "true")
+        return (time.perf_counter() - begin) * 1000
+
+    with _detached(containerd, KATA) as kata, _detached(containerd, RUNC) as runc:
+        series = _alternate(rounds, {"kata-shim": lambda: once(kata), "runc": lambda: once(runc)}, say)
+    return [
+        Row(key="c", title="ctr task exec true", unit="ms", ours=series["kata-shim"], peer=series["runc"])
+    ]
+
+
+# --- (d) ttrpc
+
+
+def round_trip(_containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(d) a ttrpc round trip against Go's implementation."""
+    from tests.bench import ttrpc_roundtrip
+
+    return ttrpc_roundtrip.rows(rounds, say)
+
+
+# --- (e) memory
+
+
+def _pss(pid: int) -> float:
+    """Proportional set size in MB (smaps_rollup)."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"no Pss of {pid}")
+
+
+def _pss_by_program(containerd: Containerd, name: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for process in _processes(containerd, name):
+        # The shim is an interpreter with a script; the others are themselves.
+        programs = [os.path.basename(word) for word in process.argv[:3]]
+        kinds = ("qemu-system", "virtiofsd", "vhost-device-vsock", "containerd-shim")
+        kind = next((k for k in kinds if any(program.startswith(k) for program in programs)), "")
+        if kind:
+            found[kind] = found.get(kind, 0.0) + _pss(process.pid)
+    return found
+
+
+def memory(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(e) PSS of an idle pod's processes; the shim against runc's, and the whole pod against its VMM."""
+    samples: dict[str, list[float]] = {}
+    for number in range(max(2, rounds // 5)):
+        with _detached(containerd, KATA) as kata, _detached(containerd, RUNC) as runc:
+            ours = _pss_by_program(containerd, kata)
+            for kind, value in ours.items():
+                samples.setdefault(kind, []).append(value)
+            samples.setdefault("pod", []).append(sum(ours.values()))
+            samples.setdefault("runc", []).append(_pss_by_program(containerd, runc)["containerd-shim"])
+        say(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.1f} MB" for k, v in samples.items()))
+    series = {kind: Series(kind, tuple(values)) for kind, values in samples.items()}
+    notes = {kind: round(each.median, 1) for kind, each in series.items()}
+    return [
+        Row(
+            key="e1",
+            title="PSS of the shim",
+            unit="MB",
+            ours=Series("kata-shim", series["containerd-shim"].samples),
+            peer=Series("runc's shim", series["runc"].samples),
+            notes=notes,
+        ),
+        Row(
+            key="e2",
+            title="PSS of the whole pod",
+            unit="MB",
+            ours=Series("shim + QEMU + daemons", series["pod"].samples),
+            peer=Series("QEMU alone", series["qemu-system"].samples),
+            notes=notes,
+        ),
+    ]
+
+
+# --- (f) stdout
+
+
+def stdout(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(f) MB/s through a container's stdout, from the first byte to the end."""
+    size = 64 << 20
+
+    def once(runtime: str) -> float:
+        command = ("dd", "if=/dev/zero", "bs=65536", f"count={size >> 16}")
+        argv = containerd.ctr_argv("run", "--rm", "--runtime", runtime, IMAGE, containerd.new_id(), *command)
+        with subprocess.Popen(
+            argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=containerd.environment
+        ) as process:
+            assert process.stdout is not None
+            got = len(os.read(process.stdout.fileno(), 1))
+            begin = last = time.perf_counter()
+            while chunk := os.read(process.stdout.fileno(), 1 << 20):
+                got += len(chunk)
+                last = time.perf_counter()
+            assert process.wait(60) == 0
+        assert got == size, f"{got} of {size} bytes arrived"
+        return size / 1e6 / (last - begin)
+
+    series = _alternate(
+        max(3, rounds // 4), {"kata-shim": lambda: once(KATA), "runc": lambda: once(RUNC)}, say
+    )
+    return [
+        Row(
+            key="f",
+            title="container stdout",
+            unit="MB/s",
+            ours=series["kata-shim"],
+            peer=series["runc"],
+            more_is_better=True,
+        )
+    ]
