@@ -25,7 +25,7 @@ from shim import bundle
 from shim.flags import FlagError, check_id
 from shim.journalfile import JournalError, Record, load
 
-__all__ = ["delete"]
+__all__ = ["clear_remains", "delete"]
 
 _EXIT_STATUS = 128 + 9
 _WAIT_FOR_DAEMON = 3.0  # seconds that a daemon may take to finish by itself
@@ -142,6 +142,24 @@ def _delete_sandbox(sandbox_id: str, socket: str, started: float, problems: list
     for path in (bundle.share_dir(sandbox_id), directory):
         _remove(path, problems)
     return pid
+
+
+def clear_remains(sandbox_id: str, keep: str) -> list[str]:
+    """Undo what a shim that is gone has left of this sandbox; returns what could not be undone.
+
+    `keep` is the socket of the caller, the next shim of the same sandbox: it has the same path. While
+    the earlier shim lives nothing is touched.
+    """
+    directory = bundle.state_dir(sandbox_id)
+    problems: list[str] = []
+    records = _load(directory, problems)
+    if problems or _daemon(records) is not None:
+        return problems or [f"the shim of sandbox {sandbox_id} still runs"]
+    _release_all([record for record in records if record.facts.get("path") != keep], problems)
+    if not problems:
+        for path in (bundle.share_dir(sandbox_id), directory):
+            _remove(path, problems)
+    return problems
 
 
 def _load(directory: str, problems: list[str]) -> list[Record]:

@@ -24,7 +24,10 @@ import socket
 from typing import NoReturn
 
 import structlog
+from google.protobuf.empty_pb2 import Empty
 
+from devices.errors import CallerError, KataError
+from proto import task_v2_pb2, task_v3_pb2
 from shim import logs, syscalls
 from shim.bundle import state_dir
 from shim.context import DaemonContext, ShimService
@@ -34,7 +37,7 @@ from shim.journal import Journal
 from shim.mounts import make_private
 from shim.procfs import start_time
 from shim.reaper import Reaper
-from ttrpc import Server
+from ttrpc import CallContext, Server
 
 __all__ = ["run"]
 
@@ -43,6 +46,7 @@ IDLE_LIMIT = 120.0
 _FLUSH_LIMIT = 5.0  # seconds for the last events
 _CLOSE_LIMIT = 30.0  # seconds for containers and VM; they have deadlines of their own underneath
 _REPLY_GRACE = 1.0  # seconds for replies in flight
+_REFUSAL_LIMIT = 60.0  # seconds that a daemon which cannot work stays to say so
 
 _log = structlog.get_logger("daemon")
 
@@ -79,13 +83,73 @@ def _prepare_process() -> None:
 
 
 async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, listener: int) -> int:
+    """Set up, serve, take down; returns the exit code."""
+    sock = socket.socket(fileno=listener)
+    sock.setblocking(False)
+    server = Server(allowed_uids={0, os.geteuid()})
+    stop = asyncio.Event()
+    try:
+        return await _serve_tasks(flags, sandbox_id, bundle, address, server, sock, stop)
+    except KataError as error:
+        # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
+        # so it stays for the Create that will come and answers that.
+        _log.error("cannot serve", error=str(error))
+        await _serve_refusal(error, server, sock, stop)
+        _unlink(address)
+        return 1
+
+
+async def _serve_refusal(error: KataError, server: Server, sock: socket.socket, stop: asyncio.Event) -> None:
+    """Answer every Create with `error` until Shutdown, for a minute at most."""
+    for package in (task_v2_pb2, task_v3_pb2):
+        server.register(package.DESCRIPTOR.services_by_name["Task"], _Refusal(error, stop))
+    serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REFUSAL_LIMIT):
+            await stop.wait()
+    await server.close(_REPLY_GRACE)
+    await serving
+
+
+class _Refusal:
+    """The Task service of a daemon that cannot work."""
+
+    def __init__(self, error: KataError, stop: asyncio.Event) -> None:
+        self._error = error
+        self._stop = stop
+
+    async def create(self, _context: CallContext, _request: object) -> NoReturn:
+        raise self._error
+
+    async def state(self, _context: CallContext, _request: object) -> NoReturn:
+        raise CallerError("no container was created", code="NOT_FOUND")
+
+    delete = state
+
+    async def shutdown(self, _context: CallContext, _request: object) -> Empty:
+        self._stop.set()
+        return Empty()
+
+
+async def _serve_tasks(
+    flags: Flags,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    server: Server,
+    sock: socket.socket,
+    stop: asyncio.Event,
+) -> int:
     loop = asyncio.get_running_loop()
     directory = state_dir(sandbox_id)
+    if os.path.exists(directory):
+        await asyncio.to_thread(_recover, sandbox_id, address)
     journal = Journal.create(directory, sandbox_id)
-    own = journal.record("process", name="shim", pid=os.getpid(), start=start_time(os.getpid()))
+    # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
+    own = {"pid": os.getpid(), "start": start_time(os.getpid())}
+    journal.record("process", lambda: None, name="shim", **own)
     listening = journal.record("socket", path=address.removeprefix("unix://"))
     events = EventPublisher(flags.namespace, os.environ.get("TTRPC_ADDRESS", ""))
-    stop = asyncio.Event()
     context = DaemonContext(
         namespace=flags.namespace,
         id=flags.id,
@@ -102,16 +166,13 @@ async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, liste
     from shim.runtime import build_service
 
     service: ShimService = build_service(context)
-    server = Server(allowed_uids={0, os.geteuid()})
     service.register(server)
     reaper = Reaper(loop)
     _handle_signals(loop, service, stop)
-    sock = socket.socket(fileno=listener)
-    sock.setblocking(False)
     serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
     idle = asyncio.create_task(_end_when_idle(service, stop), name="idle timer")
-    gc.collect()
     gc.freeze()  # what is loaded now stays; the collector need not walk it again
+    gc.enable()
     _log.info("serving", address=address, pid=os.getpid(), container=flags.id)
 
     stopping = asyncio.create_task(stop.wait(), name="stop")
@@ -132,14 +193,27 @@ async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, liste
         await serving
     await events.close()
     reaper.close()
-    journal.forget(own)
     errors = await journal.release_all()
-    for error in errors:
-        _log.error("not undone", error=str(error))
     if not errors:
-        journal.remove()
+        try:
+            await asyncio.to_thread(journal.remove)
+        except OSError as error:
+            errors.append(error)
+    for left in errors:
+        _log.error("not undone", error=str(left))
     _log.info("done", leftovers=len(errors))
     return 1 if failed or errors else 0
+
+
+def _recover(sandbox_id: str, address: str) -> None:
+    """Clean up after an earlier shim of this sandbox that was killed, if `delete` never came. Blocks.
+
+    What cannot be cleaned up stays in the journal, and `Journal.create` refuses.
+    """
+    from shim.cleanup import clear_remains
+
+    problems = clear_remains(sandbox_id, keep=address.removeprefix("unix://"))
+    _log.warning("remains of an earlier shim", problems=problems)
 
 
 def _handle_signals(loop: asyncio.AbstractEventLoop, service: ShimService, stop: asyncio.Event) -> None:

@@ -16,7 +16,7 @@ from shim.journalfile import encode
 from shim.mounts import bind, mounts_below
 from shim.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
-from ttrpc import Client
+from ttrpc import Client, Code, RpcError
 
 _TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 _KEY = "io.kubernetes.cri."
@@ -273,3 +273,37 @@ def test_mount_of_a_volume_survives(shims: Shims) -> None:
     assert (volume / "data").read_text() == "precious"
     assert mounts_below(str(shims.root)) == []
     assert shims.leftovers() == []
+
+
+async def test_next_start_without_a_delete(shims: Shims) -> None:
+    """When `delete` never came, the next shim of the same id cleans up after the killed one and serves."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle)
+    helper = await _create(bundle)
+    os.kill(bundle.pid, signal.SIGKILL)
+    assert shims.wait_gone(bundle.pid)
+
+    assert shims.start(bundle).returncode == 0
+    await _create(bundle)
+
+    assert helper not in shims.processes()
+    assert "remains of an earlier shim" in shims.log("c1")
+    _response(shims.delete(bundle))
+
+
+async def test_daemon_that_cannot_work_says_why(shims: Shims) -> None:
+    """A journal of another version: Create is answered with the reason, Shutdown ends the daemon."""
+    bundle = shims.bundle("c1")
+    _write_journal(shims).joinpath("journal").write_bytes(encode({"journal": 99, "sandbox": "c1"}))
+    shims.start(bundle)
+
+    with pytest.raises(RpcError, match=r"version 99.*try: remove") as caught:
+        await _create(bundle)
+    assert caught.value.code is Code.FAILED_PRECONDITION
+    with pytest.raises(RpcError, match="no container"):
+        await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+
+    assert shims.wait_gone(bundle.pid)
+    assert not bundle.socket.exists()
+    assert shims.delete(bundle).returncode == 1
