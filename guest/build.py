@@ -37,6 +37,8 @@ FORMAT = 1  # of the manifest
 # The time of every file in the guest: like SOURCE_DATE_EPOCH, but nothing here depends on its value.
 EPOCH = 1_767_225_600  # 2026-01-01
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_STUB_FLAGS = ("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s")
+_STUB_FLAGS += ("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0")
 _CFLAGS = ("-static", "-Os", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none", "-s")
 
 
@@ -97,7 +99,7 @@ class Builder:
             {
                 name: os.path.join(own, name)
                 for name in os.listdir(own)
-                if name.endswith((".py", ".c")) and name != "boot.py"
+                if name.endswith((".py", ".c", ".map")) and name != "boot.py"
             }
         )
         self.agent_files = contents.agent_sources(repository)
@@ -165,8 +167,11 @@ class Builder:
             with open(f"{root}/boot/vmlinuz-{release}", "rb") as stream:
                 _write(f"{directory}/vmlinux", extract_vmlinux(stream.read()))
             init = f"{directory}/init"
-            source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "init.c")
-            subprocess.run(["gcc", *_CFLAGS, "-o", init, source], check=True)
+            own = os.path.dirname(os.path.abspath(__file__))
+            subprocess.run(["gcc", *_CFLAGS, "-o", init, f"{own}/init.c"], check=True)
+            script = f"-Wl,--version-script={own}/nosystemd.map"
+            stub = f"{directory}/{contents.SYSTEMD_STUB}"
+            subprocess.run(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"], check=True)
             modules = ModuleTree(f"{root}/lib/modules/{release}")
             names = modules.order(contents.EARLY_MODULES)
             entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]
@@ -214,7 +219,8 @@ class Builder:
         os.makedirs(work)
         with self.progress.step("root image"):
             modules = ModuleTree(f"{root}/lib/modules/{release}")
-            tree = contents.assemble(root, modules, compiled, agent)
+            stub = f"{kernel}/{contents.SYSTEMD_STUB}"
+            tree = contents.assemble(root, modules, compiled, agent, stub)
             write_ext4(tree, f"{work}/rootfs.img", time=EPOCH)
         for name in ("vmlinux", "initrd.img"):
             shutil.copyfile(f"{kernel}/{name}", f"{work}/{name}")

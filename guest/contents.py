@@ -48,15 +48,10 @@ PACKAGES = (
     "libexpat1",
     "zlib1g",
     "libffi8",
-    "libsystemd0",
     "libseccomp2",
     "libcap2",
     "libyajl2",
-    "libgcrypt20",
-    "libgpg-error0",
     "liblzma5",
-    "libzstd1",
-    "liblz4-1",
 )
 
 # In the initramfs: without these there is no root disk, no agent channel and no shared directory.
@@ -93,6 +88,7 @@ _AGENT_PROTO = ("__init__", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "hea
 _PYTHON = "/usr/lib/python3.11"
 _PROTOBUF = "/usr/lib/kata-agent"
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+SYSTEMD_STUB = "libsystemd.so.0"
 _NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
 
 _INIT = """\
@@ -237,11 +233,12 @@ def places(compiled: str, agent: str) -> dict[str, str]:
     }
 
 
-def assemble(root: str, modules: ModuleTree, compiled: str, agent: str) -> Tree:
+def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, systemd_stub: str) -> Tree:
     """The image's tree.
 
     `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
-    directory with the compiled agent. Raises `HostError` if a library is missing.
+    directory with the compiled agent; `systemd_stub`: what stands in for libsystemd (nosystemd.c).
+    Raises `HostError` if a library is missing.
     """
     tree = Tree()
     for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
@@ -279,6 +276,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str) -> Tree:
         tree.copy_tree(folder, prefix)
     tree.file("/usr/bin/init", _INIT, 0o755)
     _add_modules(tree, modules)
+    tree.copy(systemd_stub, f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
     _add_libraries(tree, root)
     return tree
 
@@ -301,7 +299,7 @@ def _add_libraries(tree: Tree, root: str) -> None:
     folders = (f"{root}/lib/x86_64-linux-gnu", root + _LIBRARIES, f"{root}/lib64")
     loader = "ld-linux-x86-64.so.2"
     tree.copy(f"{root}/lib64/{loader}", f"/usr/lib64/{loader}", 0o755)
-    present = {loader}
+    present = {loader, SYSTEMD_STUB}
     pending: list[tuple[str, bytes]] = [(path, node.data) for path, node in tree.nodes.items()]
     while pending:
         user, data = pending.pop()
