@@ -31,7 +31,9 @@ def _spawn(reaper: Reaper, null: int, script: str) -> tuple[int, asyncio.Future[
     return reaper.spawn(["/bin/sh", "-c", script], env={}, stdin=null, stdout=null, stderr=null)
 
 
-@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 42", 42), ("kill -9 $$", 137), ("kill $$", 143)])
+@pytest.mark.parametrize(
+    ("script", "code"), [("exit 0", 0), ("exit 42", 42), ("kill -9 $$", 137), ("kill $$", 143)]
+)
 async def test_exit_codes_are_exact(reaper: Reaper, null: int, script: str, code: int) -> None:
     _, ended = _spawn(reaper, null, script)
 

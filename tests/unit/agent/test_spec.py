@@ -78,9 +78,7 @@ def test_a_full_spec() -> None:
         },
         "root": {"path": "/run/rootfs", "readonly": True},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]}],
-        "hooks": {
-            "startContainer": [{"path": "/hook", "args": ["hook", "a"], "env": ["E=1"], "timeout": 5}]
-        },
+        "hooks": {"startContainer": [{"path": "/hook", "args": ["hook", "a"], "env": ["E=1"], "timeout": 5}]},
         "annotations": {"io.example": "yes"},
         "linux": {
             "uidMappings": [{"hostID": 1, "containerID": 2, "size": 3}],
