@@ -37,8 +37,10 @@ FORMAT = 1  # of the manifest
 # The time of every file in the guest: like SOURCE_DATE_EPOCH, but nothing here depends on its value.
 EPOCH = 1_767_225_600  # 2026-01-01
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_STUB_FLAGS = ("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s")
-_STUB_FLAGS += ("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0")
+_STUB_FLAGS = (
+    *("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
+    *("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0"),
+)
 _CFLAGS = ("-static", "-Os", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none", "-s")
 
 

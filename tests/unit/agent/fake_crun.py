@@ -5,31 +5,31 @@
 `exec --detach` leaves the program itself. A terminal is sent over the console socket.
 """
 
-import array
 import fcntl
 import json
 import os
 import socket
 import sys
 import termios
+from typing import Any, NoReturn
 
 
-def fail(log, message):
+def fail(log: str, message: str) -> NoReturn:
     with open(log, "w") as file:
         file.write(message + "\n")
     sys.exit(1)
 
 
-def option(args, name, default=None):
+def option(args: list[str], name: str) -> str:
     for at, word in enumerate(args):
         if word == name:
             return args[at + 1]
         if word.startswith(name + "="):
             return word.split("=", 1)[1]
-    return default
+    raise SystemExit(f"fake crun: no {name} in {args}")
 
 
-def launch(args, log, process, fifo):
+def launch(args: list[str], log: str, process: dict[str, Any], fifo: str | None) -> None:
     program = process["args"][0]
     paths = [f"{folder}/{program}" for folder in ("", "/bin", "/usr/bin")]
     if not any(os.access(path, os.X_OK) for path in paths):
@@ -56,7 +56,7 @@ def launch(args, log, process, fifo):
         file.write(str(pid))
 
 
-def main():
+def main() -> None:
     args = sys.argv[1:]
     root, log = option(args, "--root"), option(args, "--log")
     with open(f"{root}/calls", "a") as file:

@@ -1,4 +1,4 @@
-"""The guest's links, addresses, routes and neighbours become what the host asks, and again if it asks again."""
+"""The guest's links, addresses, routes and neighbours become what the host asks, however often it asks."""
 
 from __future__ import annotations
 

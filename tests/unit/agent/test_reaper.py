@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -13,7 +13,7 @@ from agent.reaper import Reaper, exit_code
 
 
 @pytest.fixture
-async def reaper() -> Iterator[Reaper]:
+async def reaper() -> AsyncIterator[Reaper]:
     made = Reaper(asyncio.get_running_loop())
     made.start()
     yield made
@@ -21,7 +21,7 @@ async def reaper() -> Iterator[Reaper]:
 
 
 @pytest.fixture
-def null() -> Iterator[int]:
+def null() -> AsyncIterator[int]:
     fd = os.open(os.devnull, os.O_RDWR)
     yield fd
     os.close(fd)

@@ -13,7 +13,8 @@ from ttrpc import Code, RpcError
 
 def test_a_full_cgroup(tmp_path: Path) -> None:
     files = {
-        "cpu.stat": "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 4\nnr_throttled 3\nthrottled_usec 2\n",
+        "cpu.stat": "usage_usec 30\nuser_usec 20\nsystem_usec 10\n"
+        "nr_periods 4\nnr_throttled 3\nthrottled_usec 2\n",
         "memory.stat": "anon 5\nfile 6\nkernel 7\n",
         "memory.events": "low 0\nmax 9\noom 1\noom_kill 1\n",
         "memory.current": "100\n",

@@ -31,7 +31,8 @@ for name in ("lower", "upper", "work", "vol", "rovol"):
     os.makedirs(f"{base}/{name}")
 open(f"{base}/lower/file", "w").write("below")
 open(f"{base}/rovol/file", "w").write("x")
-overlay = RootfsMount("overlay", "overlay", "", [f"lowerdir={base}/lower", f"upperdir={base}/upper", f"workdir={base}/work"])
+options = [f"lowerdir={base}/lower", f"upperdir={base}/upper", f"workdir={base}/work"]
+overlay = RootfsMount("overlay", "overlay", "", options)
 volumes = [
     Volume(0, f"{base}/vol", "/v", False, True, "c1-v"),
     Volume(1, f"{base}/rovol", "/r", True, True, "c1-r"),
@@ -73,7 +74,12 @@ print(json.dumps(out))
 def test_a_share_from_set_up_to_tear_down(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     out = json.loads(done.stdout)

@@ -46,7 +46,7 @@ class Stub:
             undo.record("mount", path=target)
             mount("t", target, "tmpfs", 0, "")
             entry = undo.record("process", name="helper")
-            helper = subprocess.Popen(["sleep", "1000"])  # noqa: ASYNC220  (a test's stand-in)
+            helper = subprocess.Popen(["sleep", "1000"])
             undo.update(entry, pid=helper.pid, start=start_time(helper.pid))
         self.containers[request.id] = helper
         event = events_pb2.TaskCreate(container_id=request.id, bundle=request.bundle, pid=os.getpid())
