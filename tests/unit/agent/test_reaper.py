@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -21,7 +21,7 @@ async def reaper() -> AsyncIterator[Reaper]:
 
 
 @pytest.fixture
-def null() -> AsyncIterator[int]:
+def null() -> Iterator[int]:
     fd = os.open(os.devnull, os.O_RDWR)
     yield fd
     os.close(fd)
