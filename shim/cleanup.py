@@ -137,7 +137,7 @@ def _delete_sandbox(sandbox_id: str, socket: str, started: float, problems: list
     pid = next((int(record.facts["pid"]) for record in vmm if "pid" in record.facts), 0)
     _release_all(records, problems, started)
     if problems or any(record.kind == "process" and "pid" not in record.facts for record in records):
-        _kill_strays(directory, problems)
+        _kill_strays(sandbox_id, problems)
     _unlink(socket, problems)
     for path in (bundle.share_dir(sandbox_id), directory):
         _remove(path, problems)
@@ -215,22 +215,25 @@ def _release_all(records: list[Record], problems: list[str], started: float | No
             problems.append(f"{record.kind}: {error}")
 
 
-def _kill_strays(directory: str, problems: list[str]) -> None:
+def _kill_strays(sandbox_id: str, problems: list[str]) -> None:
     """Kill what was started for this sandbox but never reached the journal.
 
     Between fork and the journal's next line a helper runs whose pid nobody wrote down. Such a one is
-    known by our private directory (0700, one sandbox's) in its command line.
+    known by its command line: it names a directory of this sandbox (0700), or, a VMM whose sockets
+    are passed as descriptors, the sandbox itself as its `-name`.
     """
     from shim.procfs import kill_process, start_time
 
-    needle = directory.encode() + b"/"
+    directories = (bundle.state_dir(sandbox_id), bundle.share_dir(sandbox_id))
+    needles = [f"{path}/".encode() for path in directories] + [f"\0sandbox-{sandbox_id},".encode()]
     for name in _list("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         try:
             with open(f"/proc/{name}/cmdline", "rb") as file:
-                if needle not in file.read(1 << 16):
-                    continue
+                words = file.read(1 << 16)
+            if not any(needle in words for needle in needles):
+                continue
             if os.stat(f"/proc/{name}").st_uid not in (0, os.geteuid()):
                 continue
             if not kill_process(int(name), start_time(int(name)), 1.0):

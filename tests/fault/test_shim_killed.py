@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,13 +222,15 @@ def test_pid_of_somebody_else(shims: Shims, sleeper: subprocess.Popen[bytes]) ->
     assert sleeper.poll() is None
 
 
+@pytest.mark.parametrize("argument", ["{directory}/journal", "sandbox-c1,debug-threads=on"])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_helper_that_never_reached_the_journal(shims: Shims, recorded: bool) -> None:
-    """Recorded without a pid: the process is known by our directory in its command line, else untouched."""
+def test_helper_that_never_reached_the_journal(shims: Shims, recorded: bool, argument: str) -> None:
+    """Recorded without a pid: the process is known by our name in its command line, else untouched."""
     bundle = shims.bundle("c1")
     changes = [{"op": "record", "n": 1, "kind": "process", "facts": {"name": "x"}}] if recorded else []
     directory = _write_journal(shims, *changes)
-    with subprocess.Popen(["tail", "-f", "/dev/null", f"{directory}/journal"]) as helper:
+    argv = [sys.executable, "-c", "import time; time.sleep(1000)", argument.format(directory=directory)]
+    with subprocess.Popen(argv) as helper:
         try:
             _response(shims.delete(bundle))
             if recorded:
