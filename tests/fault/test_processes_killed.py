@@ -171,3 +171,25 @@ def test_shim_stopped_and_given_up(containerd: Containerd) -> None:
     assert _status(containerd, name) == ""
     assert not _pid(containerd, name, "containerd-shim")
     containerd.ctr("container", "rm", name)
+
+
+def test_exit_while_containerd_is_away(containerd: Containerd, api: Api) -> None:
+    """A container that ends while containerd is down: its exit code is there when containerd is back."""
+    name = containerd.new_id("away")
+    script = "until [ -e /go ]; do sleep 0.1; done; sleep 1; exit 7"
+    containerd.ctr("run", "--detach", "--runtime", KATA, BUSYBOX, name, "sh", "-c", script)
+    containerd.ctr("task", "exec", "--exec-id", "e", name, "touch", "/go")
+    containerd.halt()
+    qemu = _wait_for(containerd, name, "qemu-system")
+    until = time.monotonic() + 20
+    while _pid(containerd, name, "qemu-system") == qemu:  # the VM ends with its container
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    containerd.boot()
+
+    assert _status(containerd, name) == "STOPPED"
+    assert api.call(TASKS, "Wait", container_id=name).exit_status == 7
+    containerd.ctr("task", "rm", name)
+    containerd.ctr("container", "rm", name)
+    lost = [line for line in containerd.log_tail(200).splitlines() if "events lost" in line]
+    assert lost == []

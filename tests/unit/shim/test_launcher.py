@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 from proto import introspection_pb2, task_v2_pb2
 from shim import launcher_script
 from shim.bundle import socket_path
+from shim.launcher import VERSION
 from tests.unit.shim.shims import GRPC, NAMESPACE, REPO, Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError
 
@@ -101,6 +103,13 @@ def test_version_and_help(shims: Shims) -> None:
 
     assert version.stdout.startswith("containerd-shim-kata-v2 ")
     assert "-publish-binary" in usage.stdout
+
+
+def test_version_is_the_distribution() -> None:
+    """The number that -v prints is the one that pyproject.toml gives the distribution."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())
+
+    assert project["project"]["version"] == VERSION
 
 
 def test_info(shims: Shims) -> None:
