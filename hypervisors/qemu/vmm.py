@@ -462,12 +462,19 @@ class Qemu:
     def _death_error(self, ended: VmExit) -> KataError:
         """A new error each time: several callers may raise it."""
         hint = ""
+        section = self._section
+        guest = ", ".join(
+            f"{key} = {getattr(section, key)}"
+            for key in ("kernel", "initrd", "image")
+            if getattr(section, key)
+        )
+        panicked = self._parts.console is not None and self._parts.console.panic()
         if ended.expected:
             pass
-        elif self._parts.console is not None and self._parts.console.panic():
-            hint = "check kernel, initrd, image, rootfs_type and kernel_params of [hypervisor.qemu]"
+        elif panicked or self._shutdown_reason:
+            hint = f"see the guest's last lines; check [hypervisor.qemu]: {guest}, rootfs_type, kernel_params"
         elif ended.code > 0 and self._parts.qmp is None:
-            hint = "see QEMU's message; check the [hypervisor.qemu] section"
+            hint = f"see QEMU's message; check [hypervisor.qemu]: {guest}, and the other keys"
         elif ended.code < 0:
             hint = "see the kernel log of the host: out of memory, or killed by somebody"
         return HypervisorError(

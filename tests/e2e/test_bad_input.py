@@ -112,7 +112,7 @@ def test_an_image_that_is_no_file_system(
 
 def test_an_agent_that_never_answers(broken: Broken, no_leaks: Callable[[], None], tmp_path: Path) -> None:
     sleeping = initrd(tmp_path, "echo the guest only sleeps > /dev/console\nexec /bin/busybox sleep 1000000")
-    result = broken(initrd=sleeping, boot_ms=1)  # ten seconds are the least that the shim grants
+    result = broken(initrd=sleeping, boot_ms=10)  # ten seconds are the least that the shim grants
     assert_explains(result, "boot", "the guest only sleeps")
     assert result.seconds < 40
 
