@@ -194,7 +194,7 @@ class Container:
             await self._try_resize(process)
 
     async def add_exec(self, exec_id: str, spec: oci_pb2.Process, stdio: StdioSpec) -> None:
-        """Remember a process to be run by Start. Its FIFOs are taken now: CloseIO may precede Start."""
+        """Remember a process to be run by Start. Its output FIFOs are taken now, stdin at Start."""
         self._check_takes_execs()
         if exec_id in self._exec_specs:
             raise CallerError(f"exec {exec_id} of {self.id}: already exists", code="ALREADY_EXISTS")

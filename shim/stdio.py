@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from devices.errors import CallerError
 from shim import stdio_pump
-from shim.stdio_ends import InputEnd, OutputEnd, open_file, open_input, open_output
+from shim.stdio_ends import InputEnd, OutputEnd, check_input, open_file, open_input, open_output
 
 if TYPE_CHECKING:
     from shim.protocols import AgentClient, Sandbox
@@ -57,6 +57,7 @@ class Stdio:
     def __init__(self, spec: StdioSpec) -> None:
         self.spec = spec
         self._input: InputEnd | None = None
+        self._input_ended = False  # CloseIO came, perhaps before the input was opened
         self._outputs: list[OutputEnd | None] = []
         self._loggers: dict[str, Logger] = {}
         self._sockets: list[socket.socket] = []
@@ -70,7 +71,7 @@ class Stdio:
         stdio = cls(spec)
         try:
             if spec.stdin:
-                stdio._input = open_input(_fifo_path(spec.stdin))
+                check_input(_fifo_path(spec.stdin))
             outputs = {"stdout": spec.stdout}
             if not spec.terminal:
                 outputs["stderr"] = spec.stderr
@@ -110,6 +111,17 @@ class Stdio:
             code="INVALID_ARGUMENT",
         )
 
+    def _open_input(self) -> None:
+        """Take the host's end of stdin, as late as possible.
+
+        A client writes once the FIFO has a reader, and says CloseIO at the end of its input; `ctr exec`
+        can say it only when Exec was answered, and forgets it before (runc opens at Start too).
+        """
+        if self.spec.stdin and self._input is None:
+            self._input = open_input(_fifo_path(self.spec.stdin))
+            if self._input_ended:
+                self._input.end()
+
     async def connect(self, sandbox: Sandbox) -> tuple[int, int, int]:
         """Direct mode: open a connection for each stream and start to copy; their names for the agent.
 
@@ -117,6 +129,7 @@ class Stdio:
         GuestError if the guest does not take a connection; `close` cleans up.
         """
         names = [0, 0, 0]
+        self._open_input()
         if self._input is not None:
             sock, names[0] = await self._open_stream(sandbox)
             self._input_task = asyncio.create_task(self._input_to_socket(self._input, sock))
@@ -141,6 +154,7 @@ class Stdio:
                 return data
 
             self._copy_output(stdio_pump.calls_to_output(next_piece, out, self._moved))
+        self._open_input()
         self._input_task = asyncio.create_task(self._input_to_calls(agent, container_id, exec_id))
 
     def _copy_output(self, copy: Coroutine[Any, Any, None]) -> None:
@@ -167,6 +181,7 @@ class Stdio:
 
     def end_input(self) -> None:
         """CloseIO: the process's stdin ends after what was written so far."""
+        self._input_ended = True
         if self._input is not None:
             self._input.end()
 

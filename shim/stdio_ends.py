@@ -20,7 +20,7 @@ import stat
 
 from devices.errors import CallerError
 
-__all__ = ["InputEnd", "OutputEnd", "check_path", "open_file", "open_input", "open_output"]
+__all__ = ["InputEnd", "OutputEnd", "check_input", "check_path", "open_file", "open_input", "open_output"]
 
 
 def _close(fd: int) -> int:
@@ -76,6 +76,17 @@ def check_path(path: str, stream: str) -> str:
 def _unusable(stream: str, path: str, error: OSError) -> CallerError:
     # Not NOT_FOUND, even if the path is missing: clients would take that for a missing task.
     return CallerError(f"cannot open {stream} {path}: {error.strerror}", phase="stdio")
+
+
+def check_input(path: str) -> None:
+    """Raise CallerError unless there is a FIFO at `path`; it is opened later."""
+    check_path(path, "stdin")
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise _unusable("stdin", path, error) from error
+    if not stat.S_ISFIFO(mode):
+        raise CallerError(f"stdin {path} is not a FIFO", phase="stdio", code="INVALID_ARGUMENT")
 
 
 def open_input(path: str) -> InputEnd:

@@ -175,15 +175,28 @@ async def test_without_stdin_the_process_sees_its_end_at_once(shim: TaskClient) 
         await until(lambda: shim.guest().stdin_closed)
 
 
+async def test_the_exec_stdin_has_no_reader_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
+    # `ctr task exec` forgets CloseIO when its input ends before Exec was answered.
+    await shim.create()
+    await shim.start()
+    await shim.exec(**paths(fifos))
+    with pytest.raises(OSError, match="No such device"):
+        fifos["stdin"].open_writer()
+    await shim.start(exec_id="e")
+    fifos["stdin"].open_writer()
+    fifos["stdin"].close()
+
+
 async def test_close_io_may_come_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
     await shim.create()
     await shim.start()
     await shim.exec(**paths(fifos))
-    fifos["stdin"].open_writer()
+    # Nobody reads before Start, so a client's open waits; opened both ways it does not.
+    fifos["stdin"].fd = os.open(fifos["stdin"].path, os.O_RDWR | os.O_NONBLOCK)
     await fifos["stdin"].write(b"early")
     await shim.call("CloseIO", id="c", exec_id="e", stdin=True)
-    fifos["stdin"].close()
     await shim.start(exec_id="e")
+    fifos["stdin"].close()
     async with asyncio.timeout(5):
         assert await heard(shim, "e") == b"early"
 
