@@ -155,8 +155,8 @@ class Sandbox:
                 wanted.setdefault("pid", {"type": "pid"})["path"] = path
             elif kind != "pid" and kind in wanted:
                 wanted[kind]["path"] = path
-        if share_pid:
-            wanted.setdefault("pid", {"type": "pid"})
+        # The host leaves it out: by sandbox_pidns it is the pod's, else the container's own.
+        wanted.setdefault("pid", {"type": "pid"})
         linux["namespaces"] = list(wanted.values())
 
     def _hold_namespaces(self, container: Container, share_pid: bool) -> None:
