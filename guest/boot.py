@@ -34,17 +34,19 @@ KERNEL_COMMAND_LINE = (
     "console=ttyS0 quiet reboot=t panic=-1 cryptomgr.notests swiotlb=noforce "
     f"root=/dev/vda rootfstype=ext4 ro agent.home_vport={HOME_PORT} agent.passfd_listener_port={STDIO_PORT}"
 )
+_REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_SETUP_VSOCK = os.path.join(_REPOSITORY, "build", "vsock", "usr", "bin", "vhost-device-vsock")
 _VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 _CONSOLE_LIMIT = 256 * 1024
 _GUEST_CID = 3
 
 
 def find_vsock_daemon() -> str:
-    """vhost-device-vsock: $VHOST_DEVICE_VSOCK, or PATH. Raises `HostError`."""
-    found = os.environ.get("VHOST_DEVICE_VSOCK") or shutil.which("vhost-device-vsock")
-    if not found:
+    """vhost-device-vsock: $VHOST_DEVICE_VSOCK, on PATH, or where `make setup` puts it. Raises `HostError`."""
+    found = os.environ.get("VHOST_DEVICE_VSOCK") or shutil.which("vhost-device-vsock") or _SETUP_VSOCK
+    if not os.access(found, os.X_OK):
         raise HostError(
-            "there is no vhost-device-vsock",
+            f"there is no vhost-device-vsock (looked at PATH and {found})",
             phase="guest boot",
             hint="make setup, or set VHOST_DEVICE_VSOCK to its path",
         )

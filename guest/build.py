@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from . import contents, cpio, debian
 from .bundle import make_bundles
 from .image import write_ext4
 from .kernel import ModuleTree, extract_vmlinux, strip_module
+from .tools import run_tool
 
 __all__ = ["OUTPUTS", "build", "main"]
 
@@ -82,8 +82,7 @@ def _hashes(files: Mapping[str, str]) -> dict[str, str]:
 
 def _tool_version(*argv: str) -> str:
     """The first line of what a tool says of its version: tools are inputs too."""
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    return (done.stdout or done.stderr).strip().partition("\n")[0]
+    return run_tool(list(argv)).strip().partition("\n")[0]
 
 
 class Builder:
@@ -94,8 +93,7 @@ class Builder:
         self.cache = os.path.join(out, "cache")
         self.repository = repository
         self.progress = progress
-        self.kernel_package = debian.kernel_package(contents.KERNEL_META)
-        self.versions = debian.candidates([self.kernel_package, *contents.PACKAGES])
+        self.kernel_package, self.versions = self._ask_apt()
         own = os.path.dirname(os.path.abspath(__file__))
         self.own = _hashes(
             {
@@ -114,12 +112,29 @@ class Builder:
         self.keys = {
             "packages": _digest(self.versions),
             "kernel": _digest(self.versions[self.kernel_package], self.own, self.tools),
-            "python": _digest(self.versions, self.own, metadata_of(self.protobuf_files)),
+            "python": _digest(self.versions, self.own, _hashes(self.protobuf_files)),
             "agent": _digest(
-                self.versions, self.own, metadata_of(self.protobuf_files), _hashes(self.agent_files)
+                self.versions, self.own, _hashes(self.protobuf_files), _hashes(self.agent_files)
             ),
         }
         self.key = _digest(FORMAT, self.keys, EPOCH)
+
+    def _ask_apt(self) -> tuple[str, dict[str, str]]:
+        """The kernel's package, and all versions. apt takes 0.7 s to say so: its answer is kept."""
+        memory = os.path.join(self.cache, "apt.json")
+        question = _digest(debian.apt_state(), contents.KERNEL_META, contents.PACKAGES)
+        try:
+            with open(memory, encoding="utf-8") as stream:
+                asked, kernel, versions = json.load(stream)
+            if asked == question:
+                return str(kernel), dict(versions)
+        except (OSError, ValueError, TypeError):
+            pass
+        kernel = debian.kernel_package(contents.KERNEL_META)
+        versions = debian.candidates([kernel, *contents.PACKAGES])
+        os.makedirs(self.cache, exist_ok=True)
+        _write(memory, json.dumps([question, kernel, versions]).encode())
+        return kernel, versions
 
     # ---- what is there already ---------------------------------------------------------------
 
@@ -170,10 +185,10 @@ class Builder:
                 _write(f"{directory}/vmlinux", extract_vmlinux(stream.read()))
             init = f"{directory}/init"
             own = os.path.dirname(os.path.abspath(__file__))
-            subprocess.run(["gcc", *_CFLAGS, "-o", init, f"{own}/init.c"], check=True)
+            run_tool(["gcc", *_CFLAGS, "-o", init, f"{own}/init.c"])
             script = f"-Wl,--version-script={own}/nosystemd.map"
             stub = f"{directory}/{contents.SYSTEMD_STUB}"
-            subprocess.run(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"], check=True)
+            run_tool(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"])
             modules = ModuleTree(f"{root}/lib/modules/{release}")
             names = modules.order(contents.EARLY_MODULES)
             entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]
@@ -246,11 +261,6 @@ class Builder:
         os.replace(f"{work}/manifest.json", os.path.join(self.out, "manifest.json"))
         shutil.rmtree(work)
         return manifest
-
-
-def metadata_of(files: Mapping[str, str]) -> dict[str, str]:
-    """The hashes of protobuf's files: its version alone would miss a local change."""
-    return _hashes(files)
 
 
 def _write(path: str, data: bytes) -> None:

@@ -277,6 +277,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, systemd_
     tree.file("/usr/bin/init", _INIT, 0o755)
     _add_modules(tree, modules)
     tree.copy(systemd_stub, f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
+    _check_stub(tree)
     _add_libraries(tree, root)
     return tree
 
@@ -318,6 +319,19 @@ def _add_libraries(tree: Tree, root: str) -> None:
             present.add(name)
             tree.copy(source, f"{_LIBRARIES}/{name}", 0o644)
             pending.append((name, tree.nodes[f"{_LIBRARIES}/{name}"].data))
+
+
+def _check_stub(tree: Tree) -> None:
+    """The stand-in for libsystemd has every function that crun wants from it. Raises `HostError`."""
+    _, wanted = Elf(tree.nodes["/usr/bin/crun"].data).dynamic_symbols()
+    defined, _ = Elf(tree.nodes[f"{_LIBRARIES}/{SYSTEMD_STUB}"].data).dynamic_symbols()
+    missing = sorted(name for name in wanted - defined if name.startswith("sd_"))
+    if missing:
+        raise HostError(
+            f"crun wants {', '.join(missing)} from libsystemd",
+            phase="guest build",
+            hint="add them to guest/nosystemd.c and guest/nosystemd.map",
+        )
 
 
 def _needed(data: bytes) -> Iterable[str]:

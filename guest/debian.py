@@ -13,37 +13,29 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 
 from devices.errors import HostError
 
-__all__ = ["candidates", "deb_name", "download", "kernel_package", "unpack"]
+from .tools import PHASE, run_tool
 
-_PHASE = "guest build"
+__all__ = ["apt_state", "candidates", "deb_name", "download", "kernel_package", "unpack"]
+
+_UPDATE = "have Debian 12's sources in apt, run `apt-get update`, and try again"
+_APT_STATE = ("/var/lib/apt/lists", "/var/lib/dpkg/status", "/etc/apt/sources.list", "/etc/apt/preferences")
 _APT = ("-q", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3")
 
 
-def _run(argv: list[str], what: str, cwd: str | None = None) -> str:
-    """The program's output. Raises `HostError` with its last words if it fails or does not exist."""
-    try:
-        done = subprocess.run(
-            argv, cwd=cwd, capture_output=True, text=True, check=False, env={**os.environ, "LC_ALL": "C"}
-        )
-    except FileNotFoundError as error:
-        raise HostError(
-            f"{what}: there is no program {argv[0]}", phase=_PHASE, hint="use a Debian 12 machine"
-        ) from error
-    if done.returncode != 0:
-        words = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise HostError(f"{what}: {' '.join(words)}", phase=_PHASE, hint="run `apt-get update` and try again")
-    return done.stdout
+def apt_state() -> list[tuple[str, int]]:
+    """What apt's answers depend on, as modification times: while it is the same, so are they."""
+    watched = [*_APT_STATE, *sorted(glob.glob("/etc/apt/*.d/*"))]
+    return [(path, os.stat(path).st_mtime_ns) for path in watched if os.path.exists(path)]
 
 
 def kernel_package(meta: str) -> str:
     """The package with the newest kernel that the meta package depends on. Raises `HostError`."""
-    output = _run(["apt-cache", "depends", "--important", meta], f"look up {meta}")
+    output = run_tool(["apt-cache", "depends", "--important", meta], hint=_UPDATE)
     found = re.search(r"Depends: (linux-image-\d[\w.+-]*)", output)
     if found is None:
         raise _unknown([meta])
@@ -53,7 +45,7 @@ def kernel_package(meta: str) -> str:
 def candidates(names: Iterable[str]) -> dict[str, str]:
     """The version that apt would install now, for each package. Raises `HostError` naming the unknown."""
     wanted = list(names)
-    output = _run(["apt-cache", "policy", *wanted], "ask apt for versions")
+    output = run_tool(["apt-cache", "policy", *wanted], hint=_UPDATE)
     found = dict(re.findall(r"^(\S+):\n(?:  .*\n)*?  Candidate: (\S+)", output, re.MULTILINE))
     missing = [name for name in wanted if found.get(name, "(none)") == "(none)"]
     if missing:
@@ -64,7 +56,7 @@ def candidates(names: Iterable[str]) -> dict[str, str]:
 def _unknown(names: list[str]) -> HostError:
     return HostError(
         f"apt does not know the package{'s' if len(names) > 1 else ''} {', '.join(names)}",
-        phase=_PHASE,
+        phase=PHASE,
         hint="the guest is built from Debian 12 (bookworm): have its sources in apt and run `apt-get update`",
     )
 
@@ -85,7 +77,7 @@ def download(versions: Mapping[str, str], directory: str) -> list[str]:
     if missing:
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             exact = [f"{name}={versions[name]}" for name in missing]
-            _run(["apt-get", *_APT, "download", *exact], f"download {', '.join(missing)}", cwd=scratch)
+            run_tool(["apt-get", *_APT, "download", *exact], cwd=scratch, hint=_UPDATE)
             for name in missing:
                 final = deb_name(name, versions[name])
                 (fetched,) = glob.glob(f"{glob.escape(scratch)}/{final.removesuffix('.deb')}_*.deb")
@@ -97,4 +89,7 @@ def unpack(versions: Mapping[str, str], directory: str, root: str) -> None:
     """Extract the packages into `root`, which must not exist. Raises `HostError`."""
     shutil.rmtree(root, ignore_errors=True)
     for name, version in versions.items():
-        _run(["dpkg-deb", "-x", f"{directory}/{deb_name(name, version)}", root], f"unpack {name}")
+        run_tool(
+            ["dpkg-deb", "-x", f"{directory}/{deb_name(name, version)}", root],
+            hint=f"remove {directory} and build again",
+        )

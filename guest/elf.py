@@ -20,6 +20,7 @@ _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _NOTE = struct.Struct("<III")
 _DYNAMIC = struct.Struct("<qQ")
+_SYMBOL = struct.Struct("<IBBHQQ")
 _SHT_NOBITS = 8
 _DT_NEEDED = 1
 
@@ -80,6 +81,19 @@ class Elf:
                 if tag == _DT_NEEDED:
                     names.append(self._string(strings + value))
         return names
+
+    def dynamic_symbols(self) -> tuple[set[str], set[str]]:
+        """The names in `.dynsym`: those that this file defines, and those that it wants from others."""
+        defined: set[str] = set()
+        wanted: set[str] = set()
+        for section in self.sections:
+            if section.name != ".dynsym":
+                continue
+            strings = self.sections[section.link].offset
+            raw = self.data[section.offset : section.offset + section.size]
+            for name, _, _, index, _, _ in _SYMBOL.iter_unpack(raw[: len(raw) - len(raw) % _SYMBOL.size]):
+                (defined if index else wanted).add(self._string(strings + name))
+        return defined - {""}, wanted - {""}
 
     def modinfo(self) -> dict[str, list[str]]:
         """A kernel module's `.modinfo`: each key with its values ("depends", "alias", "softdep", ...)."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from devices.errors import HostError
+
+from .tools import run_tool
 
 __all__ = ["Node", "Tree", "write_ext4"]
 
@@ -107,7 +108,7 @@ def write_ext4(tree: Tree, target: str, *, time: int) -> None:
     inodes = len(nodes) + 16
     size = (sum(_blocks(node) for _, node in nodes) * _BLOCK + inodes * 256) * 103 // 100 + (2 << 20)
     size = -(-size // (1 << 20)) << 20
-    environment = {**os.environ, "LC_ALL": "C", "E2FSPROGS_FAKE_TIME": str(time), "MKE2FS_SKIP_PROGRESS": "1"}
+    environment = {"E2FSPROGS_FAKE_TIME": str(time), "MKE2FS_SKIP_PROGRESS": "1"}
     with open(target, "wb") as stream:
         stream.truncate(size)
     make = [
@@ -126,16 +127,16 @@ def write_ext4(tree: Tree, target: str, *, time: int) -> None:
         str(inodes),
     ]
     make += ["-U", _UUID, "-L", "kata-guest", "-E", f"hash_seed={_UUID},lazy_itable_init=0,nodiscard", target]
-    _run(make, environment)
+    run_tool(make, env=environment)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(os.path.abspath(target))) as scratch:
         script = os.path.join(scratch, "script")
         with open(script, "w", encoding="utf-8") as stream:
             stream.write("\n".join(_script(nodes, scratch, time)) + "\n")
-        output = _run(["debugfs", "-w", "-f", script, target], environment)
+        output = run_tool(["debugfs", "-w", "-f", script, target], env=environment)
     complaints = [
         line
         for line in output.splitlines()
-        if line and not line.startswith(("debugfs:", "Allocated inode", "Setting current time"))
+        if line and not line.startswith(("debugfs", "Allocated inode", "Setting current time"))
     ]
     if complaints:
         raise HostError(f"debugfs could not write the image: {complaints[0]}", phase="guest build")
@@ -163,17 +164,3 @@ def _script(nodes: list[tuple[str, Node]], scratch: str, time: int) -> list[str]
         lines.append(f"set_inode_field {path} mode 0{node.mode:o}")
         lines += [f"set_inode_field {path} {name} @{time}" for name in ("atime", "ctime", "mtime", "crtime")]
     return lines
-
-
-def _run(argv: list[str], environment: dict[str, str]) -> str:
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, env=environment)
-    except FileNotFoundError as error:
-        raise HostError(
-            f"there is no program {argv[0]}", phase="guest build", hint="apt-get install e2fsprogs"
-        ) from error
-    if done.returncode != 0:
-        raise HostError(f"{argv[0]} failed: {done.stderr.strip()[-300:]}", phase="guest build")
-    return done.stdout + "\n".join(
-        line for line in done.stderr.splitlines() if not line.startswith("debugfs ")
-    )

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from devices.errors import HostError
 
 from .elf import Elf, ElfError
+from .tools import run_tool
 
 __all__ = ["ModuleTree", "extract_vmlinux", "strip_module"]
 
@@ -173,6 +174,6 @@ def strip_module(path: str) -> bytes:
     It taints the guest's kernel ("E", unsigned module), which has no further effect.
     """
     with tempfile.NamedTemporaryFile(suffix=".ko") as stripped:
-        subprocess.run(["strip", "-g", "-R", ".BTF", "-o", stripped.name, path], check=True)
+        run_tool(["strip", "-g", "-R", ".BTF", "-o", stripped.name, path])
         with open(stripped.name, "rb") as stream:
             return stream.read()
