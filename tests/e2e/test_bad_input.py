@@ -93,7 +93,7 @@ def test_an_unknown_key_is_told_with_its_line(broken: Broken, no_leaks: Callable
 def test_a_kernel_that_is_no_kernel(broken: Broken, no_leaks: Callable[[], None], tmp_path: Path) -> None:
     kernel = tmp_path / "vmlinux"
     kernel.write_bytes(b"no kernel" * 1000)
-    assert_explains(broken(kernel=str(kernel)), "boot", str(kernel))
+    assert_explains(broken(kernel=str(kernel)), "boot", "qemu", "kernel")
 
 
 def test_a_guest_that_does_not_boot(broken: Broken, no_leaks: Callable[[], None], tmp_path: Path) -> None:

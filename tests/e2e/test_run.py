@@ -56,13 +56,12 @@ def test_a_read_only_root_refuses_writes(run: Run) -> None:
     assert "Read-only file system" in result.error
 
 
-def test_fifty_megabytes_of_standard_input_come_back(run: Run, containerd: Containerd) -> None:
+def test_fifty_megabytes_of_standard_input_arrive(run: Run) -> None:
     data = random.Random(1).randbytes(50 << 20)
-    # The container counts and hashes what it got, and `tail` closes after the last byte: ctr 1.6.20
-    # itself drops what is in the FIFO when it deletes the task, so the way back is tested by the API.
-    result = run("sh", "-c", "tee /tmp/x | md5sum; wc -c < /tmp/x", stdin=data, timeout=240)
-    digest, size = result.text.splitlines()
-    assert (digest.split()[0], int(size)) == (hashlib.md5(data).hexdigest(), len(data))
+    # ctr 1.6.20 itself drops what is in the FIFO when it deletes the task, so only a digest comes back
+    # here; the way back is tested by the API.
+    result = run("md5sum", stdin=data, timeout=240)
+    assert result.text.split()[0] == hashlib.md5(data).hexdigest()
 
 
 def test_a_command_that_does_not_exist_is_named(run: Run, no_leaks: Callable[[], None]) -> None:
