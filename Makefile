@@ -30,7 +30,7 @@ lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
-	@.venv/bin/mypy
+	@.venv/bin/mypy .
 
 format: ## let ruff format the code
 	@.venv/bin/ruff format .
