@@ -1,0 +1,219 @@
+"""A child is started, watched, explained and ended; the undo log knows it meanwhile, and nothing is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devices.child import Child, describe_exit, process_start_time
+from devices.errors import HostError
+from devices.undo import MemoryUndo
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for something outside this process; the test's own time-out is the deadline."""
+    while not condition():  # noqa: ASYNC110  (no event comes from there)
+        await asyncio.sleep(0.005)
+
+
+async def shell(script: str, undo: MemoryUndo | None = None) -> Child:
+    return await Child.spawn(["/bin/sh", "-c", script], name="sh", undo=undo or MemoryUndo())
+
+
+@pytest.mark.parametrize("code", [0, 1, 42, 255])
+async def test_exit_codes_are_exact(code: int) -> None:
+    child = await shell(f"exit {code}")
+
+    assert await child.wait(10) == code
+
+
+async def test_a_signal_is_a_negative_status() -> None:
+    child = await shell("kill -TERM $$")
+
+    assert await child.wait(10) == -signal.SIGTERM
+    assert child.describe() == "was killed by SIGTERM"
+
+
+async def test_all_output_is_there_when_exited_resolves() -> None:
+    for _ in range(20):
+        child = await shell("echo first; echo last >&2; exit 3")
+        await child.wait(10)
+
+        assert child.stderr_tail() == "first\nlast"
+
+
+async def test_output_is_bounded_and_cleaned() -> None:
+    child = await shell(r"head -c 300000 /dev/zero | tr '\0' x; printf '\n\033[31mred\033[0m\007 end\n'")
+    await child.wait(20)
+
+    assert len(child.output) == 64 << 10
+    assert child.stderr_tail(1) == "red end"
+    assert len(child.stderr_tail(2).splitlines()[0]) < 500
+
+
+async def test_kill_is_idempotent_and_forgets_the_entry() -> None:
+    undo = MemoryUndo()
+    child = await shell("exec sleep 100", undo)
+
+    assert undo.entries[0].facts == {
+        "name": "sh",
+        "pid": child.pid,
+        "start": process_start_time(child.pid),
+    }
+    await asyncio.gather(child.kill(), child.kill())
+    await child.kill()
+    assert undo.entries == []
+    assert not Path(f"/proc/{child.pid}").exists()
+
+
+async def test_the_undo_log_can_end_it() -> None:
+    undo = MemoryUndo()
+    child = await shell("exec sleep 100", undo)
+
+    assert await undo.release_all() == []
+    assert child.exited.result() == -signal.SIGKILL
+
+
+async def test_terminate_ends_what_ignores_sigterm() -> None:
+    child = await shell("trap '' TERM; echo ready; while :; do sleep 1; done")
+    await until(lambda: child.stderr_tail() != "")
+    await child.terminate(0.05)
+
+    assert child.exited.result() == -signal.SIGKILL
+
+
+async def test_a_cancelled_waiter_harms_nobody() -> None:
+    child = await shell("exec sleep 100")
+    waiter = asyncio.create_task(child.wait())
+    await asyncio.sleep(0)
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+
+    assert child.alive
+    with pytest.raises(TimeoutError):
+        await child.wait(0.01)
+    await child.kill()
+
+
+async def test_a_program_that_is_not_there_is_named() -> None:
+    undo = MemoryUndo()
+    with pytest.raises(HostError, match="cannot start tool: /nope/tool does not exist"):
+        await Child.spawn(["/nope/tool"], name="tool", undo=undo)
+
+    assert undo.entries == []
+
+
+async def test_a_namespace_that_is_not_there_is_named() -> None:
+    undo = MemoryUndo()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(HostError, match="network namespace /nope/netns"):
+        await Child.spawn(["/bin/true"], name="true", undo=undo, netns="/nope/netns")
+
+    assert undo.entries == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
+async def test_only_the_child_enters_the_namespace() -> None:
+    holder = subprocess.Popen(["unshare", "-n", "sh", "-c", "echo; exec sleep 60"], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    try:
+        await asyncio.to_thread(holder.stdout.readline)
+        netns = f"/proc/{holder.pid}/ns/net"
+        undo = MemoryUndo()
+        for path, expected in ((netns, os.readlink(netns)), (None, os.readlink("/proc/self/ns/net"))):
+            child = await Child.spawn(
+                ["/bin/readlink", "/proc/self/ns/net"], name="readlink", undo=undo, netns=path
+            )
+            await child.wait(10)
+
+            assert child.stderr_tail() == expected
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+
+
+async def test_passed_descriptors_arrive_and_others_do_not() -> None:
+    reader, writer = os.pipe()
+    try:
+        child = await Child.spawn(
+            ["/bin/sh", "-c", f"echo hello >/proc/self/fd/{writer}; ls /proc/self/fd | wc -l"],
+            name="sh",
+            undo=MemoryUndo(),
+            pass_fds=[writer],
+        )
+        await child.wait(10)
+
+        assert os.read(reader, 100) == b"hello\n"
+        assert int(child.stderr_tail()) == 5  # 0, 1, 2, the pipe, and the one ls reads by
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+async def test_nothing_is_leaked_by_many_children() -> None:
+    await (await shell("exit 0")).wait(10)
+    before = sorted(os.listdir("/proc/self/fd"))
+    children = await asyncio.gather(*(shell("exit 0") for _ in range(20)))
+    await asyncio.gather(*(child.wait(20) for child in children))
+
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_cancelled_spawn_leaves_no_process() -> None:
+    undo = MemoryUndo()
+    spawning = asyncio.create_task(Child.spawn(["/bin/sleep", "987"], name="sleep", undo=undo))
+    await asyncio.sleep(0)
+    spawning.cancel()
+    await asyncio.gather(spawning, return_exceptions=True)
+    await asyncio.sleep(0)
+
+    assert spawning.cancelled()
+    assert undo.entries == []
+
+
+def test_children_die_with_the_process_that_made_them(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, os, signal\n"
+        "from devices.child import Child\n"
+        "from devices.undo import MemoryUndo\n"
+        "async def main():\n"
+        "    child = await Child.spawn(['/bin/sleep', '100'], name='sleep', undo=MemoryUndo())\n"
+        "    await asyncio.sleep(0.2)\n"
+        "    print(child.pid, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return
+        if state == "Z":  # dead; whoever adopted it has not reaped it yet
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the child outlived its maker")
+
+
+def test_statuses_in_words() -> None:
+    assert describe_exit(3) == "exited with code 3"
+    assert describe_exit(-9) == "was killed by SIGKILL"
+    assert describe_exit(-63) == "was killed by signal 63"
+
+
+def test_the_start_time_of_nobody() -> None:
+    with pytest.raises(ProcessLookupError):
+        process_start_time(1 << 22)

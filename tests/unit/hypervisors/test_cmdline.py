@@ -1,0 +1,154 @@
+"""QEMU's arguments follow from the plan alone, and nothing from outside can add an option to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from devices.config import (
+    BalloonConfig,
+    BlockConfig,
+    ConsoleConfig,
+    NetworkConfig,
+    RngConfig,
+    ShareFsConfig,
+    VsockConfig,
+)
+from devices.errors import BugError
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.cmdline import Placed, Plan, arguments, kernel_command_line
+from hypervisors.qemu.kvm import Accelerator
+
+SECTION = HypervisorConfig(
+    path="/usr/bin/qemu-system-x86_64",
+    kernel="/g/vmlinux",
+    initrd="/g/initrd.img",
+    image="/g/rootfs.img",
+    default_memory=256,
+)
+PLAN = Plan(
+    sandbox_id="pod1",
+    section=SECTION,
+    accelerator=Accelerator.TCG,
+    vcpus=1,
+    qmp_fd=5,
+    home_port=1028,
+    devices=[
+        Placed(device=BlockConfig(id="image", path="/g/rootfs.img", read_only=True), slot=1),
+        Placed(device=VsockConfig(), slot=2, fd=6),
+        Placed(device=ShareFsConfig(source="/share"), slot=3, fd=7),
+        Placed(device=RngConfig(), slot=4),
+        Placed(device=BalloonConfig(), slot=5),
+        Placed(device=ConsoleConfig(), fd=8),
+    ],
+)
+
+
+def variant(**section: object) -> Plan:
+    return dataclasses.replace(PLAN, section=dataclasses.replace(SECTION, **section))  # type: ignore[arg-type]
+
+
+def test_the_whole_command_line() -> None:
+    node = {
+        "driver": "raw",
+        "node-name": "node-image",
+        "read-only": True,
+        "file": {"driver": "file", "filename": "/g/rootfs.img", "read-only": True},
+    }
+    rng = {"qom-type": "rng-random", "id": "src-rng", "filename": "/dev/urandom"}
+    share = "vhost-user-fs-pci,id=share-fs,chardev=char-share-fs,tag=kataShared"
+    kernel = (
+        "console=ttyS0 reboot=t panic=-1 cryptomgr.notests swiotlb=noforce quiet "
+        "root=/dev/vda rootfstype=ext4 ro agent.home_vport=1028"
+    )
+
+    assert arguments(PLAN) == [
+        *("-name", "sandbox-pod1,debug-threads=on"),
+        *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
+        "-sandbox",
+        "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        *("-machine", "q35,accel=tcg,memory-backend=mem0", "-cpu", "max", "-smp", "1", "-m", "256M"),
+        *("-object", "memory-backend-memfd,id=mem0,size=256M,share=on"),
+        *("-kernel", "/g/vmlinux", "-initrd", "/g/initrd.img", "-append", kernel),
+        *("-chardev", "socket,id=qmp,fd=5,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
+        *("-rtc", "base=utc,clock=host"),
+        *("-blockdev", json.dumps(node)),
+        *("-device", "virtio-blk-pci,id=image,drive=node-image,bus=pcie.0,addr=0x1"),
+        *("-chardev", "socket,id=char-vsock,fd=6"),
+        *("-device", "vhost-user-vsock-pci,id=vsock,chardev=char-vsock,bus=pcie.0,addr=0x2"),
+        *("-chardev", "socket,id=char-share-fs,fd=7"),
+        *("-device", f"{share},queue-size=1024,bus=pcie.0,addr=0x3"),
+        *("-object", json.dumps(rng)),
+        *("-device", "virtio-rng-pci,id=rng,rng=src-rng,bus=pcie.0,addr=0x4"),
+        *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,bus=pcie.0,addr=0x5"),
+        *("-chardev", "socket,id=console,fd=8", "-serial", "chardev:console"),
+    ]
+
+
+def test_kvm_takes_the_hosts_cpu_and_features() -> None:
+    plan = dataclasses.replace(variant(cpu_features="pmu=off,"), accelerator=Accelerator.KVM)
+    argv = arguments(plan)
+
+    assert argv[argv.index("-cpu") + 1] == "host,pmu=off"
+    assert "accel=kvm" in argv[argv.index("-machine") + 1]
+
+
+def test_the_configurations_kernel_parameters_come_last() -> None:
+    words = kernel_command_line(variant(kernel_params="quiet=no agent.log=debug", enable_debug=True)).split()
+
+    assert words[-2:] == ["quiet=no", "agent.log=debug"]
+    assert "quiet" not in words
+
+
+def test_an_initrd_alone_has_no_root_parameter() -> None:
+    assert "root=" not in kernel_command_line(variant(image=""))
+
+
+def test_kernel_vsock_passes_descriptor_and_cid() -> None:
+    plan = dataclasses.replace(PLAN, devices=[Placed(device=VsockConfig(), slot=2, fd=9, cid=4711)])
+
+    assert arguments(plan)[-1] == "vhost-vsock-pci,id=vsock,vhostfd=9,guest-cid=4711,bus=pcie.0,addr=0x2"
+
+
+def test_a_network_card_has_its_queues() -> None:
+    card = NetworkConfig(id="net0", mac="02:00:00:00:00:01", tap_fds=(10, 11), vhost_fds=(12, 13))
+    argv = arguments(dataclasses.replace(PLAN, devices=[Placed(device=card, slot=6)]))
+
+    assert argv[-3] == "tap,id=net-net0,fds=10:11,vhost=on,vhostfds=12:13"
+    assert argv[-1].endswith("mac=02:00:00:00:00:01,bus=pcie.0,addr=0x6,mq=on,vectors=6")
+
+
+def test_root_ports_and_a_sandbox_of_ones_own() -> None:
+    argv = arguments(variant(pcie_root_port=2, seccomp_sandbox="off"))
+
+    assert [word for word in argv if word.startswith("pcie-root-port")] == [
+        "pcie-root-port,id=rp0,chassis=1,slot=1",
+        "pcie-root-port,id=rp1,chassis=2,slot=2",
+    ]
+    assert argv[argv.index("-sandbox") + 1] == "off"
+
+
+def test_paths_with_commas_stay_paths() -> None:
+    path = '/images/a,readonly=off,b="c".img'
+    argv = arguments(
+        dataclasses.replace(PLAN, devices=[Placed(device=BlockConfig(id="d", path=path), slot=1)])
+    )
+
+    assert json.loads(argv[argv.index("-blockdev") + 1])["file"]["filename"] == path
+
+
+@pytest.mark.parametrize("bad", ["", "a,b", "1a", "a b", "x" * 32, "a=b"])
+def test_ids_cannot_speak_qemus_syntax(bad: str) -> None:
+    with pytest.raises(BugError):
+        RngConfig(id=bad)
+
+
+def test_other_values_cannot_either() -> None:
+    with pytest.raises(BugError):
+        BlockConfig(id="d", path="/x", serial="s,share-rw=on")
+    with pytest.raises(BugError):
+        ShareFsConfig(source="/x", tag="t,queue-size=1")
+    with pytest.raises(BugError):
+        NetworkConfig(id="n", mac="02:00:00:00:00:01,x=y")

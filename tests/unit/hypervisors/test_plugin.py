@@ -1,0 +1,109 @@
+"""QEMU's section is completed as Kata does it, refused with key, value and reason; KVM is probed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+from devices.errors import ConfigError, HostError
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.kvm import Accelerator, choose_accelerator
+from hypervisors.qemu.plugin import plugin
+
+
+@pytest.fixture
+def section(tmp_path: Path) -> HypervisorConfig:
+    for name in ("vmlinux", "initrd.img", "qemu"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "qemu").chmod(0o755)
+    return plugin.adjust_config(
+        HypervisorConfig(
+            path=str(tmp_path / "qemu"),
+            kernel=str(tmp_path / "vmlinux"),
+            initrd=str(tmp_path / "initrd.img"),
+            default_memory=128,
+        )
+    )
+
+
+def test_a_sound_section_passes(section: HypervisorConfig) -> None:
+    plugin.validate_config(section)
+    assert plugin.adjust_config(section) == section
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kernel": "/nope/vmlinux"}, 'kernel = "/nope/vmlinux" does not exist'),
+        ({"kernel": ""}, "kernel .* is needed"),
+        ({"initrd": ""}, "neither image nor initrd"),
+        ({"image": "/nope/image"}, 'image = "/nope/image" does not exist'),
+        ({"machine_type": "pc"}, 'machine_type = "pc" is none of q35'),
+        ({"accelerator": "hax"}, "accelerator"),
+        ({"shared_fs": "virtio-9p"}, "shared_fs"),
+        ({"virtio_fs_queue_size": 1000}, "power of two"),
+        ({"default_memory": 32}, "less than 64 MiB"),
+        ({"pcie_root_port": 99}, "0..16"),
+        ({"virtio_fs_daemon": "/nope/virtiofsd"}, "virtio_fs_daemon .* does not exist"),
+        ({"path": "/"}, 'path = "/" is no file'),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    section: HypervisorConfig, change: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        plugin.validate_config(dataclasses.replace(section, **change))  # type: ignore[arg-type]
+
+    assert caught.value.phase == "config"
+
+
+def test_zero_and_empty_mean_choose_for_me() -> None:
+    adjusted = plugin.adjust_config(
+        HypervisorConfig(
+            default_vcpus=-1, default_memory=0, virtio_fs_cache="", shared_fs="", machine_type=""
+        )
+    )
+
+    assert adjusted.default_vcpus == len(os.sched_getaffinity(0))
+    assert (adjusted.default_memory, adjusted.virtio_fs_cache) == (128, "never")
+    assert (adjusted.shared_fs, adjusted.machine_type) == ("virtio-fs", "q35")
+    assert adjusted.path.endswith("qemu-system-x86_64")
+
+
+def test_check_reports_and_never_raises() -> None:
+    assert {result.name for result in plugin.check()} == {"qemu", "accelerator", "vsock", "virtiofsd"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [("fpu svm sse", Accelerator.KVM), ("fpu vmx", Accelerator.KVM), ("fpu svmx notvmx", Accelerator.TCG)],
+)
+def test_kvm_needs_a_cpu_that_virtualises(tmp_path: Path, flags: str, expected: Accelerator) -> None:
+    (tmp_path / "kvm").write_text("")
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    choice = choose_accelerator(
+        "auto", kvm=str(tmp_path / "kvm"), cpuinfo=str(tmp_path / "cpuinfo"), machine="x86_64"
+    )
+
+    assert choice.accelerator is expected
+    assert ("neither vmx nor svm" in choice.reason) is (expected is Accelerator.TCG)
+
+
+def test_no_kvm_means_tcg_with_the_reason(tmp_path: Path) -> None:
+    choice = choose_accelerator("auto", kvm=str(tmp_path / "kvm"))
+
+    assert choice.accelerator is Accelerator.TCG
+    assert "does not open" in choice.reason
+
+
+def test_the_configuration_can_force_either(tmp_path: Path) -> None:
+    assert choose_accelerator("tcg").accelerator is Accelerator.TCG
+    with pytest.raises(HostError, match="forces KVM"):
+        choose_accelerator("kvm", kvm=str(tmp_path / "kvm"))
+    (tmp_path / "kvm").write_text("")
+    assert choose_accelerator("kvm", kvm=str(tmp_path / "kvm")).accelerator is Accelerator.KVM
+    with pytest.raises(ConfigError, match="xen"):
+        choose_accelerator("xen")
