@@ -252,9 +252,9 @@ def execs(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
 
 def round_trip(_containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
     """(d) a ttrpc round trip against Go's implementation."""
-    from tests.bench import ttrpc_roundtrip
+    from tests.bench.ttrpc_roundtrip import rows
 
-    return ttrpc_roundtrip.rows(rounds, say)
+    return rows(rounds, say)
 
 
 # --- (e) memory
