@@ -98,7 +98,7 @@ class Container:
                 size = process.get("consoleSize", {})
                 pty = await console.receive(task)
                 stdio.attach_console(pty, size.get("height", 0), size.get("width", 0))
-            await task
+            await _name_program(task, process["args"][0])
             stdio.spawned()
             pid = int(_read(pid_path))
             born = Process(exec_id, stdio)
@@ -281,6 +281,16 @@ class _ConsoleSocket:
         """Remove the socket."""
         self._listener.close()
         _unlink(self.path)
+
+
+async def _name_program(crun: asyncio.Task[None], program: str) -> None:
+    """Wait for crun; its complaint about a program that cannot run gets the program's name."""
+    try:
+        await crun
+    except RpcError as error:
+        if error.code != Code.INVALID_ARGUMENT or program in error.message:
+            raise
+        raise RpcError(error.code, f"{error.message}: {program[:200]!r}") from None
 
 
 def _read(path: str) -> str:
