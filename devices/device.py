@@ -1,0 +1,126 @@
+"""A device that is or will be plugged into a VM, and how often it is used.
+
+What: the mission's `Device` as a protocol, and `PluggedDevice`, which serves every kind of
+`devices.config`: plugging is the VMM's matter, so the kinds differ in data only.
+Why counts: two containers of a pod may use the same disk; it is plugged once and unplugged when the
+last one lets go.
+Invariants: the count and the plug agree at all times: a plug that fails gives its count back, an
+unplug that fails keeps the device attached.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Protocol
+
+from devices.config import BlockConfig, DeviceConfig
+from devices.errors import BugError
+
+__all__ = ["Device", "DeviceHost", "PluggedDevice"]
+
+
+class DeviceHost(Protocol):
+    """What a device needs of a hypervisor: a part of `hypervisors.base.Hypervisor`."""
+
+    async def add_device(self, device: DeviceConfig) -> str:
+        """Plug it; returns its guest PCI path."""
+        ...
+
+    async def remove_device(self, device_id: str) -> None:
+        """Unplug it."""
+        ...
+
+
+class Device(Protocol):
+    """The mission's trait, method by method."""
+
+    async def attach(self, h: DeviceHost) -> None: ...
+    async def detach(self, h: DeviceHost) -> int | None: ...
+    async def device_id(self) -> str: ...
+    async def set_device_info(self, device_info: DeviceConfig) -> None: ...
+    async def get_device_info(self) -> DeviceConfig: ...
+    async def get_major_minor(self) -> tuple[int, int]: ...
+    async def get_host_path(self) -> str: ...
+    async def get_bdf(self) -> str | None: ...
+    async def get_attach_count(self) -> int: ...
+    async def increase_attach_count(self) -> bool: ...
+    async def decrease_attach_count(self) -> bool: ...
+
+
+class PluggedDevice:
+    """One device of any kind. `index`: of a disk, for its name in the guest; None for other kinds."""
+
+    def __init__(self, config: DeviceConfig, index: int | None = None) -> None:
+        self._config = config
+        self._count = 0
+        self.index = index
+        self.guest_path = ""
+
+    async def attach(self, h: DeviceHost) -> None:
+        """Plug it into the VM, unless it is plugged already. Raises what the hypervisor raises."""
+        if await self.increase_attach_count():
+            return
+        try:
+            self.guest_path = await h.add_device(self._config)
+        except BaseException:
+            self._count -= 1
+            raise
+
+    async def detach(self, h: DeviceHost) -> int | None:
+        """Unplug it, unless others use it still; the index that is free now. Raises likewise."""
+        if await self.decrease_attach_count():
+            return None
+        try:
+            await h.remove_device(self._config.id)
+        except BaseException:
+            self._count += 1
+            raise
+        self.guest_path = ""
+        return self.index
+
+    async def device_id(self) -> str:
+        """Unique in the sandbox."""
+        return self._config.id
+
+    async def set_device_info(self, device_info: DeviceConfig) -> None:
+        """Change what it is, before it is plugged. Raises BugError afterwards."""
+        if self._count or device_info.id != self._config.id:
+            raise BugError(f"device {self._config.id} is plugged, or {device_info.id} is another")
+        self._config = device_info
+
+    async def get_device_info(self) -> DeviceConfig:
+        """Its configuration."""
+        return self._config
+
+    async def get_major_minor(self) -> tuple[int, int]:
+        """Of the host's block device behind it; (0, 0) for an image file and for other kinds."""
+        path = await self.get_host_path()
+        info = os.stat(path) if path else None
+        if info is None or not stat.S_ISBLK(info.st_mode):
+            return (0, 0)
+        return (os.major(info.st_rdev), os.minor(info.st_rdev))
+
+    async def get_host_path(self) -> str:
+        """The file or block device behind it; "" for kinds without."""
+        return self._config.path if isinstance(self._config, BlockConfig) else ""
+
+    async def get_bdf(self) -> str | None:
+        """The host's PCI address behind it: none of these kinds is a host PCI device."""
+        return None
+
+    async def get_attach_count(self) -> int:
+        """How many users it has."""
+        return self._count
+
+    async def increase_attach_count(self) -> bool:
+        """Count one more user; True: it is plugged already, skip the real attach."""
+        self._count += 1
+        return self._count > 1
+
+    async def decrease_attach_count(self) -> bool:
+        """Count one user less; True: others use it still, skip the real detach. Raises BugError at 0."""
+        if self._count == 0:
+            raise BugError(f"device {self._config.id} is detached more often than attached")
+        self._count -= 1
+        return self._count > 0
