@@ -2,7 +2,7 @@
 
 What: starts a private containerd, imports a local image and runs containers with
 `--runtime io.containerd.kata.v2` as anybody would with `ctr`; shows each command, what it printed, and
-where the time of the first start went.
+where the time of a start went.
 Invariants: a system containerd is never touched; whatever happens, Ctrl-C included, everything that the
 demo started is ended and removed. The exit code is 0 only if each container did what it should.
 """
@@ -45,17 +45,20 @@ def show(containerd: Containerd, result: Result) -> None:
     say(f"{DIM}  exit {result.code}, {result.seconds:.1f} s{PLAIN}")
 
 
-def trace(name: str) -> None:
-    """The phases of one start, by kata-ctl."""
-    done = subprocess.run(
-        [str(PROJECT / ".venv/bin/kata-ctl"), "trace", name],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+def trace(*names: str) -> None:
+    """The phases of the first of these starts that was recorded, by kata-ctl."""
+    for name in names:
+        done = subprocess.run(
+            [str(PROJECT / ".venv/bin/kata-ctl"), "trace", name],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        if done.returncode == 0:
+            break
     say()
-    say(f"Where the time of the first one went ({BOLD}kata-ctl trace{PLAIN}):")
+    say(f"Where the time went ({BOLD}kata-ctl trace {name}{PLAIN}):")
     say(done.stdout.rstrip() if done.returncode == 0 else f"  {done.stderr.strip()[-500:]}")
 
 
@@ -87,7 +90,7 @@ def demonstrate(containerd: Containerd) -> list[str]:
         result.code == 0 and result.text not in {"", host},
     )
 
-    _, result = run("sh", "-c", "echo bye; exit 42", hint="exit")
+    second, result = run("sh", "-c", "echo bye; exit 42", hint="exit")
     expect("the exit code must be 42", (result.code, result.text) == (42, "bye"))
 
     text = "".join(f"line {number}\n" for number in range(1, 100001)).encode()
@@ -101,10 +104,10 @@ def demonstrate(containerd: Containerd) -> list[str]:
     )
     result = containerd.ctr("task", "exec", "--exec-id", "x", name, "ps", "-o", "pid,args", check=False)
     show(containerd, result)
-    expect("an exec must see the container's process", "sleep 1000" in result.text)
+    expect("an exec must see the container's processes, and only them", len(result.text.splitlines()) == 3)
     containerd.remove(name)
 
-    trace(first)
+    trace(first, second)
     return wrong
 
 
