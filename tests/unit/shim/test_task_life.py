@@ -189,6 +189,9 @@ async def test_the_death_of_the_vm_ends_every_process_at_once(shim: TaskClient) 
     async with asyncio.timeout(1):
         assert [(await waiter).exit_status for waiter in waiters] == [255, 255]
     assert sorted(event.id for event in shim.events.of("exit")) == ["c", "e"]
+    async with asyncio.timeout(1):
+        while not shim.sandbox.stopped:  # noqa: ASYNC110  (at once, not with Delete)
+            await asyncio.sleep(0)
     assert (await shim.state()).status == task_types_pb2.STOPPED
     assert await code_of(shim.kill()) == "NOT_FOUND"
     assert (await shim.delete()).exit_status == 255

@@ -13,7 +13,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from devices.errors import KataError
 from proto import task_types_pb2
@@ -95,6 +95,14 @@ class Tasks(RuleBasedStateMachine):
                 if process.state == "stopped":
                     code, ended = self.call(self.shim.wait(container_id, exec_id))
                     assert (code, ended.exit_status) == ("OK", process.status)
+
+    @initialize()
+    def one_runs_with_an_exec(self) -> None:
+        """Most of what can go wrong needs these four calls; chance alone seldom makes them."""
+        self.create("a")
+        self.start("a", "")
+        self.exec("a", "x", missing=False)
+        self.start("a", "x")
 
     @rule(container_id=CONTAINERS)
     def create(self, container_id: str) -> None:
