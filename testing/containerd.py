@@ -207,6 +207,9 @@ class Containerd:
                 for line in self.ctr("task", "ls", check=False, timeout=10).text.splitlines()[1:]:
                     self.remove(line.split()[0])
         self.halt()
+        for name in self.ids:
+            if os.path.exists(f"/run/kata/{name}"):  # cut off while it started or ended
+                self._undo(name)
         for process in leaks.own_processes(self.tag, str(self.root)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
@@ -215,6 +218,21 @@ class Containerd:
         if leaks.mounts_below(str(self.root)):
             raise RuntimeError(f"mounts below {self.root} remain; it is not removed")
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _undo(self, name: str) -> None:
+        """What containerd does when a shim is gone: the shim binary's `delete`."""
+        bundle = self.state / "io.containerd.runtime.v2.task" / self.namespace / name
+        flags = ["-namespace", self.namespace, "-address", self.address, "-id", name, "-bundle", str(bundle)]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(
+                [str(self.root / "bin/containerd-shim-kata-v2"), *flags, "delete"],
+                check=False,
+                cwd=bundle if bundle.is_dir() else self.root,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                timeout=20,
+            )
 
     def __enter__(self) -> Self:
         return self.start()
