@@ -7,7 +7,8 @@ Invariants:
 - Its seccomp filter and its sandbox are always on.
 - `sandbox=chroot`, not `namespace`: containers' mounts appear below the shared directory after
   virtiofsd has started, and it must see them. It stays in the shim's (private) mount namespace, so it
-  does; a namespace of its own would see them only if the directory were a shared mount.
+  does; with a namespace of its own a later mount was an empty directory in the guest, unless the
+  shim's mounts are shared (tried with QEMU 7.2's: private and slave no, shared yes).
 - announce_submounts is on: each mount below the directory is a file system of its own in the guest,
   so equal inode numbers of two overlays do not collide.
 """
@@ -26,12 +27,12 @@ from devices.errors import BugError, HostError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 
-__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "virtiofsd_arguments"]
+__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "is_noise", "virtiofsd_arguments"]
 
 _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
-# What the C version says whenever its VMM is gone: no evidence of anything.
-_NOISE = "virtio_loop: Unexpected poll revents"
+# What the C version says whenever its VMM goes: no evidence of anything.
+_NOISE = ("virtio_loop: Unexpected poll revents", "fv_remove_watch: TODO!")
 _PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
 
 
@@ -95,6 +96,11 @@ def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> lis
     return argv + list(config.extra_args)
 
 
+def is_noise(line: str) -> bool:
+    """Whether virtiofsd says this at every orderly end."""
+    return any(words in line for words in _NOISE)
+
+
 class Virtiofsd:
     """One running virtiofsd and its connection for the VMM."""
 
@@ -140,7 +146,7 @@ class Virtiofsd:
 
     def stderr_tail(self, lines: int = 10) -> str:
         """Its last lines, without what it says at every end."""
-        said = [line for line in self.child.output.lines() if _NOISE not in line]
+        said = [line for line in self.child.output.lines() if not is_noise(line)]
         return "\n".join(said[-lines:])
 
     async def stop(self) -> None:

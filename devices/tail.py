@@ -13,7 +13,7 @@ import re
 
 __all__ = ["TailBuffer"]
 
-_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
+_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _CONTROLS = {code: None for code in range(32) if code != ord("\n")} | {0x7F: None}
 _CONTROLS |= dict.fromkeys(range(128, 160))
 _LINE_LIMIT = 400  # characters of one line in an error message

@@ -33,7 +33,7 @@ from devices.config import (
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.rendezvous import connect_now, listen
-from devices.share_fs import Virtiofsd
+from devices.share_fs import Virtiofsd, is_noise
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
@@ -502,7 +502,8 @@ class Qemu:
         def log(data: bytes) -> None:
             for line in data.decode("utf-8", "replace").splitlines():
                 if line.strip():
-                    _log.warning("stderr", source=name, line=line[:500])
+                    level = _log.debug if is_noise(line) else _log.warning
+                    level("stderr", source=name, line=line[:500])
 
         return log
 

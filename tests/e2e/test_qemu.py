@@ -1,4 +1,4 @@
-"""A real VM boots to its agent's home call, sees mounts made later, dies as it should, and leaves nothing."""
+"""A real VM boots to its agent's home call, tells why when it does not, dies as one, and leaves nothing."""
 
 from __future__ import annotations
 
