@@ -10,12 +10,14 @@ unplug that fails keeps the device attached.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
+from dataclasses import replace
 from typing import Protocol
 
 from devices.config import BlockConfig, DeviceConfig
-from devices.errors import BugError
+from devices.errors import BugError, CallerError
 
 __all__ = ["Device", "DeviceHost", "PluggedDevice"]
 
@@ -69,6 +71,8 @@ class PluggedDevice:
 
     async def detach(self, h: DeviceHost) -> int | None:
         """Unplug it, unless others use it still; the index that is free now. Raises likewise."""
+        if self._count == 0:
+            raise CallerError(f"device {self._config.id} is not attached")
         if await self.decrease_attach_count():
             return None
         try:
@@ -84,21 +88,21 @@ class PluggedDevice:
         return self._config.id
 
     async def set_device_info(self, device_info: DeviceConfig) -> None:
-        """Change what it is, before it is plugged. Raises BugError afterwards."""
-        if self._count or device_info.id != self._config.id:
-            raise BugError(f"device {self._config.id} is plugged, or {device_info.id} is another")
-        self._config = device_info
+        """Change what it is, but not its id. Raises CallerError while it is plugged."""
+        if self._count:
+            raise CallerError(f"device {self._config.id} is in use")
+        self._config = replace(device_info, id=self._config.id)
 
     async def get_device_info(self) -> DeviceConfig:
         """Its configuration."""
         return self._config
 
     async def get_major_minor(self) -> tuple[int, int]:
-        """Of the host's block device behind it; (0, 0) for an image file and for other kinds."""
+        """Of the host's block device behind it; (-1, -1) for an image file and for other kinds."""
         path = await self.get_host_path()
-        info = os.stat(path) if path else None
+        info = await asyncio.to_thread(os.stat, path) if path else None
         if info is None or not stat.S_ISBLK(info.st_mode):
-            return (0, 0)
+            return (-1, -1)
         return (os.major(info.st_rdev), os.minor(info.st_rdev))
 
     async def get_host_path(self) -> str:
@@ -106,8 +110,8 @@ class PluggedDevice:
         return self._config.path if isinstance(self._config, BlockConfig) else ""
 
     async def get_bdf(self) -> str | None:
-        """The host's PCI address behind it: none of these kinds is a host PCI device."""
-        return None
+        """Its PCI path in the guest; None while it is not plugged and for what is no PCI device."""
+        return self.guest_path or None
 
     async def get_attach_count(self) -> int:
         """How many users it has."""

@@ -4,8 +4,8 @@ What: `DeviceManager`, the mission's device manager (`try_add_device`, `try_remo
 `generate_agent_device`, `get_device_guest_path`, `get_driver_options`).
 Why: a disk asked for twice is plugged once, whatever path led to it, and names in the guest are given
 out and taken back in one place.
-Invariants: one operation at a time; a device that could not be plugged is not known afterwards, and
-its index is free again.
+Invariants: one operation at a time on each device, none waits for another's; a device that could not be
+plugged is not known afterwards, and its index is free again.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import weakref
 from dataclasses import asdict, dataclass
 
 from devices.config import BlockConfig, DeviceConfig
 from devices.device import DeviceHost, PluggedDevice
-from devices.errors import CallerError, HostError
+from devices.errors import BugError, CallerError, HostError
 
-__all__ = ["AgentDevice", "DeviceManager", "disk_name"]
+__all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
 _BLOCK_DRIVER = "virtio-blk-pci"
+
+Source = tuple[object, ...]  # what makes two requests mean the same device
 
 
 @dataclass(frozen=True, slots=True)
 class AgentDevice:
-    """What the agent is told of a disk: the agent's `Device` message without protobuf."""
+    """What the agent is told of a disk: its `Device` message without protobuf."""
 
-    id: str
-    type: str  # "blk": the agent finds it by its PCI path
-    vm_path: str  # /dev/vdX
-    guest_path: str  # PCI slots from the root, "02/00"
+    id: str  # PCI slots from the root, "02/00": how the agent finds it
+    type: str  # "blk"
+    vm_path: str  # "/dev/vda"
 
 
 def disk_name(index: int) -> str:
@@ -49,34 +51,35 @@ class DeviceManager:
 
     def __init__(self) -> None:
         self._devices: dict[str, PluggedDevice] = {}
-        self._by_source: dict[tuple[object, ...], str] = {}
-        self._lock = asyncio.Lock()
+        self._sources: dict[str, Source] = {}
+        self._locks: weakref.WeakValueDictionary[Source, asyncio.Lock] = weakref.WeakValueDictionary()
 
     async def try_add_device(self, dev_info: DeviceConfig, h: DeviceHost) -> str:
         """Plug it, or use what is plugged for the same source; the id to remove it by.
 
         Raises HostError when a disk's source is not there, CallerError when it is in use with other
-        properties or the id is taken, and what the hypervisor raises.
+        properties, BugError when the id is another device's, and what the hypervisor raises.
         """
-        async with self._lock:
-            source = _source(dev_info)
-            known = self._devices.get(self._by_source.get(source, ""))
-            if known is not None:
-                config = await known.get_device_info()
-                if _properties(config) != _properties(dev_info):
-                    raise CallerError(
-                        f"{config.id} is in use already with other properties than asked for now"
-                    )
-                await known.attach(h)
-                return config.id
+        source = await asyncio.to_thread(_source, dev_info)
+        async with self._lock(source):
+            name = next((name for name, known in self._sources.items() if known == source), None)
+            if name is not None:
+                device = self._devices[name]
+                if _properties(await device.get_device_info()) != _properties(dev_info):
+                    raise CallerError(f"device {name} is in use already, but not as asked for now")
+                await device.attach(h)
+                return name
             if dev_info.id in self._devices:
-                raise CallerError(f"there is a device {dev_info.id} already", code="ALREADY_EXISTS")
+                raise BugError(f"two devices are called {dev_info.id}")
             device = PluggedDevice(
                 dev_info, self._free_index() if isinstance(dev_info, BlockConfig) else None
             )
-            await device.attach(h)
-            self._devices[dev_info.id] = device
-            self._by_source[source] = dev_info.id
+            self._devices[dev_info.id], self._sources[dev_info.id] = device, source
+            try:
+                await device.attach(h)
+            except BaseException:
+                del self._devices[dev_info.id], self._sources[dev_info.id]
+                raise
             return dev_info.id
 
     async def try_remove_device(self, device_id: str, h: DeviceHost) -> int | None:
@@ -84,12 +87,12 @@ class DeviceManager:
 
         Raises CallerError for an unknown id, and what the hypervisor raises: the device stays then.
         """
-        async with self._lock:
-            device = self._known(device_id)
+        self._known(device_id)
+        async with self._lock(self._sources[device_id]):
+            device = self._known(device_id)  # it may have gone, or failed to come, while we waited
             freed = await device.detach(h)
             if await device.get_attach_count() == 0:
-                del self._devices[device_id]
-                self._by_source = {key: name for key, name in self._by_source.items() if name != device_id}
+                del self._devices[device_id], self._sources[device_id]
             return freed
 
     async def generate_agent_device(self, device_id: str) -> AgentDevice:
@@ -97,16 +100,20 @@ class DeviceManager:
         device = self._known(device_id)
         if device.index is None:
             raise CallerError(f"device {device_id} is no disk", code="INVALID_ARGUMENT")
-        return AgentDevice(device_id, "blk", f"/dev/{disk_name(device.index)}", device.guest_path)
+        return AgentDevice(device.guest_path, "blk", f"/dev/{disk_name(device.index)}")
 
     async def get_device_guest_path(self, id: str) -> str | None:  # noqa: A002  (the mission's name)
-        """Its PCI path in the guest; None for an unknown id and for what has none."""
+        """A disk's name in the guest, "/dev/vda"; None for an unknown id and for other kinds."""
         device = self._devices.get(id)
-        return device.guest_path or None if device is not None else None
+        return f"/dev/{disk_name(device.index)}" if device is not None and device.index is not None else None
 
     async def get_driver_options(self) -> str:
         """The driver of its disks, in the agent's words."""
         return _BLOCK_DRIVER
+
+    def _lock(self, source: Source) -> asyncio.Lock:
+        """One per source, as long as somebody holds or awaits it."""
+        return self._locks.setdefault(source, asyncio.Lock())
 
     def _known(self, device_id: str) -> PluggedDevice:
         device = self._devices.get(device_id)
@@ -119,14 +126,14 @@ class DeviceManager:
         return next(index for index in range(len(taken) + 1) if index not in taken)
 
 
-def _source(config: DeviceConfig) -> tuple[object, ...]:
-    """What makes two requests mean the same device: for a disk the thing itself, not the path to it."""
+def _source(config: DeviceConfig) -> Source:
+    """For a disk the thing itself, not the path to it."""
     if not isinstance(config, BlockConfig):
         return (type(config).__name__, config.id)
     try:
         info = os.stat(config.path)
     except OSError as error:
-        raise HostError(f"cannot use {config.path} as a disk: {error.strerror}", phase="devices") from error
+        raise HostError(f"{config.path} cannot be used: {error.strerror}", phase="devices") from error
     if stat.S_ISBLK(info.st_mode):
         return ("block", info.st_rdev)
     return ("file", info.st_dev, info.st_ino)

@@ -80,7 +80,7 @@ async def test_names_are_given_out_and_taken_back(disks: list[str]) -> None:
     agent_device = await manager.generate_agent_device("d")
 
     assert (agent_device.type, agent_device.vm_path) == ("blk", "/dev/vdb")
-    assert agent_device.guest_path == await manager.get_device_guest_path("d") == "03"
+    assert agent_device.id == agent_device.guest_path == await manager.get_device_guest_path("d") == "03"
     assert await manager.get_driver_options() == "virtio-blk-pci"
 
 

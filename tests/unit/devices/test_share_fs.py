@@ -1,0 +1,134 @@
+"""Both virtiofsd programs are told apart and started sandboxed, each in its own words."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from devices.config import CacheMode, ShareFsConfig
+from devices.errors import BugError, HostError
+from devices.share_fs import Flavour, Virtiofsd, find_virtiofsd, flavour_of, virtiofsd_arguments
+from devices.undo import MemoryUndo
+
+SHARE = ShareFsConfig(source="/share", extra_args=("--thread-pool-size=1",))
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_arguments_of_the_c_program() -> None:
+    assert virtiofsd_arguments(SHARE, Flavour.C, 7) == [
+        "--fd=7",
+        "-f",
+        *("-o", "source=/share", "-o", "cache=auto", "-o", "sandbox=chroot"),
+        *("-o", "log_level=warn", "-o", "announce_submounts", "-o", "xattr"),
+        "--thread-pool-size=1",
+    ]
+
+
+def test_the_arguments_of_the_rust_program() -> None:
+    assert virtiofsd_arguments(SHARE, Flavour.RUST, 7) == [
+        *("--fd=7", "--shared-dir=/share", "--cache=auto", "--sandbox=chroot"),
+        *("--seccomp=kill", "--announce-submounts", "--xattr", "--thread-pool-size=1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "cache", "word"),
+    [
+        (Flavour.C, CacheMode.NEVER, "cache=none"),
+        (Flavour.C, CacheMode.ALWAYS, "cache=always"),
+        (Flavour.RUST, CacheMode.NEVER, "--cache=never"),
+        (Flavour.RUST, CacheMode.ALWAYS, "--cache=always"),
+    ],
+)
+def test_each_names_its_cache_modes(flavour: Flavour, cache: CacheMode, word: str) -> None:
+    argv = virtiofsd_arguments(ShareFsConfig(source="/s", cache=cache, xattr=False), flavour, 3)
+
+    assert word in argv
+    assert "xattr" not in argv
+    assert "--xattr" not in argv
+
+
+@pytest.mark.parametrize("source", ["/a,sandbox=none", "/a\\,b"])
+def test_a_path_that_could_say_more_is_refused(source: str) -> None:
+    with pytest.raises(BugError, match="cannot take"):
+        virtiofsd_arguments(ShareFsConfig(source=source), Flavour.C, 3)
+
+
+def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=f"looked at {tmp_path}/virtiofsd") as caught:
+        find_virtiofsd(f"{tmp_path}/virtiofsd")
+
+    assert "virtio_fs_daemon" in caught.value.hint
+    program = script(tmp_path / "virtiofsd", "exit 0")
+    assert find_virtiofsd(program) == program
+
+
+@pytest.mark.parametrize(
+    ("says", "flavour"),
+    [
+        ("echo virtiofsd version 7.2.0; echo using FUSE kernel interface version 7.36", Flavour.C),
+        ("echo virtiofsd 1.10.0", Flavour.RUST),
+    ],
+)
+async def test_they_are_told_apart_by_their_version(tmp_path: Path, says: str, flavour: Flavour) -> None:
+    undo = MemoryUndo()
+
+    assert await flavour_of(script(tmp_path / "virtiofsd", says), undo) is flavour
+    assert undo.entries == []
+
+
+async def test_a_daemon_has_its_listener_and_leaves_nothing(tmp_path: Path) -> None:
+    undo = MemoryUndo()
+    before = sorted(os.listdir("/proc/self/fd"))
+    program = script(
+        tmp_path / "virtiofsd",
+        'test "$1" = --version && exec echo virtiofsd 1.10.0\n'
+        'echo "listening: $(readlink /proc/self/fd/${1#--fd=})"\n'
+        "exec sleep 100",
+    )
+    (tmp_path / "state").mkdir()
+    daemon = await Virtiofsd.start(
+        ShareFsConfig(source=str(tmp_path), daemon=program), str(tmp_path / "state"), undo
+    )
+    assert [entry.kind for entry in undo.entries] == ["process"]
+    while not daemon.stderr_tail():  # noqa: ASYNC110  (it has no event)
+        await asyncio.sleep(0.005)
+    await daemon.stop()
+    await daemon.stop()
+
+    assert daemon.stderr_tail().startswith("listening: socket:")
+    assert undo.entries == []
+    assert os.listdir(tmp_path / "state") == []
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_what_it_says_at_every_end_is_no_evidence(tmp_path: Path) -> None:
+    program = script(
+        tmp_path / "virtiofsd",
+        'test "$1" = --version && exec echo virtiofsd 1.10.0\n'
+        "echo real trouble; echo virtio_loop: Unexpected poll revents 11",
+    )
+    daemon = await Virtiofsd.start(
+        ShareFsConfig(source=str(tmp_path), daemon=program), str(tmp_path), MemoryUndo()
+    )
+    await daemon.child.wait(10)
+
+    assert daemon.stderr_tail() == "real trouble"
+    await daemon.stop()
+
+
+async def test_a_directory_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
+    undo = MemoryUndo()
+    program = script(tmp_path / "virtiofsd", "exit 0")
+    with pytest.raises(BugError, match="does not exist"):
+        await Virtiofsd.start(ShareFsConfig(source="/nope", daemon=program), str(tmp_path), undo)
+
+    assert undo.entries == []
