@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import socket
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from agent import log
@@ -85,6 +86,7 @@ class Container:
         stdio = await Stdio.open(self._listener, ports, terminal=process["terminal"])
         pid_path = self._crun.scratch("pid")
         console: _ConsoleSocket | None = None
+        task: asyncio.Future[None] | None = None
         try:
             arguments += ["--pid-file", pid_path]
             if stdio.terminal:
@@ -93,12 +95,12 @@ class Container:
             since = self._reaper.mark()
             stdin, stdout, stderr = stdio.child_fds
             run = self._crun.run(what, *arguments, self.id, fds=(stdin, stdout, stderr))
-            task = asyncio.ensure_future(run)
+            task = asyncio.ensure_future(_name_program(run, process["args"][0]))
             if console is not None:
                 size = process.get("consoleSize", {})
                 pty = await console.receive(task)
                 stdio.attach_console(pty, size.get("height", 0), size.get("width", 0))
-            await _name_program(task, process["args"][0])
+            await task
             stdio.spawned()
             pid = int(_read(pid_path))
             born = Process(exec_id, stdio)
@@ -106,6 +108,8 @@ class Container:
             log.debug(f"{what}: pid {pid}")
             return born
         except BaseException:
+            if task is not None:
+                task.cancel()  # a crun that sent no terminal must not go on
             stdio.close()
             raise
         finally:
@@ -247,12 +251,13 @@ class _ConsoleSocket:
         self._listener.listen(1)
         self._listener.setblocking(False)
 
-    async def receive(self, crun: asyncio.Task[None]) -> int:
+    async def receive(self, crun: asyncio.Future[None]) -> int:
         """The descriptor. Ends with crun's own error when crun fails first."""
         loop = asyncio.get_running_loop()
         accept = asyncio.ensure_future(loop.sock_accept(self._listener))
         try:
-            await asyncio.wait({accept, crun}, timeout=CONSOLE_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
+            both: set[asyncio.Future[Any]] = {accept, crun}
+            await asyncio.wait(both, timeout=CONSOLE_DEADLINE, return_when=asyncio.FIRST_COMPLETED)
             if not accept.done():
                 if crun.done():
                     await crun
@@ -283,7 +288,7 @@ class _ConsoleSocket:
         _unlink(self.path)
 
 
-async def _name_program(crun: asyncio.Task[None], program: str) -> None:
+async def _name_program(crun: Coroutine[Any, Any, None], program: str) -> None:
     """Wait for crun; its complaint about a program that cannot run gets the program's name."""
     try:
         await crun

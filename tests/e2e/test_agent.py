@@ -136,13 +136,20 @@ class Guest:
         self.health: Any = client.stub(health.DESCRIPTOR.services_by_name["Health"], default_timeout=60)
         self._streams = itertools.count(1)
         self._names = itertools.count(1)
+        self._open_streams: list[socket.socket] = []
 
     async def stream(self) -> tuple[socket.socket, int]:
         """A new stdio connection, which has named itself."""
         number = next(self._streams)
         connection, _ = await self.vm.connect(STREAM_PORT)
         connection.send(number.to_bytes(4, "big"))
+        self._open_streams.append(connection)
         return connection, number
+
+    def close(self) -> None:
+        """Close what the tests left open."""
+        for connection in self._open_streams:
+            connection.close()
 
     async def _open(self, wanted: Sequence[bool]) -> tuple[list[socket.socket | None], dict[str, Any]]:
         streams: list[socket.socket | None] = []
@@ -283,6 +290,7 @@ async def guest(share: Path, disk: Path) -> AsyncIterator[Guest]:
         made = Guest(vm, client)
         await made.agent.create_sandbox(sandbox_request())
         yield made
+        made.close()
         await client.close()
         assert "agent: error" not in vm.console_tail(100)
 
@@ -480,7 +488,8 @@ async def test_orphans_are_reaped_and_removal_leaves_nothing(guest: Guest) -> No
     probe = make_spec(
         "sh",
         "-c",
-        "ps | grep -c '[Z]ombie'; ls /host/kata-containers /host/crun; ls -d /cg/test/c* 2>/dev/null | wc -l",
+        "ps | grep -c '[Z]ombie'; ls /host/kata-containers /host/crun;"
+        " ls -d /cg/test/c[0-9]* 2>/dev/null | wc -l",
     )
     probe.Linux.Namespaces.remove(next(n for n in probe.Linux.Namespaces if n.Type == "pid"))
     for source, target in (("/run", "/host"), ("/sys/fs/cgroup", "/cg")):
