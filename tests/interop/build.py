@@ -32,7 +32,7 @@ PACKAGES = {
 }
 
 
-class Unavailable(Exception):
+class Unavailable(Exception):  # noqa: N818  (a state of the machine, not a fault)
     """Something that the build needs is not on this machine."""
 
 
