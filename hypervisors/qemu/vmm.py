@@ -344,9 +344,13 @@ class Qemu:
         parts = self._parts
         inherited: list[socket.socket] = []
         qmp_path = f"{self._state_dir}/qmp.sock"
+        control: socket.socket | None = None
         try:
             listener = listen(qmp_path)
             inherited.append(listener)
+            # Its backlog takes us before QEMU exists: one that dies at once cannot refuse us any more.
+            control = connect_now(qmp_path)
+            control.setblocking(False)
             placed = parts.placed
             if parts.vsock is not None:
                 vsock = await parts.vsock.connect()
@@ -380,19 +384,21 @@ class Qemu:
                 pass_fds=fds,
                 on_output=self._log_output(_NAME),
             )
+        except BaseException:
+            if control is not None:
+                control.close()
+            raise
         finally:
             for sock in inherited:
                 sock.close()
         if parts.console is not None:
             parts.console.handed_over()
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self._sandbox_id}")
-        await self._open_control(qmp_path, timeout)
+        await self._open_control(control, timeout)
 
-    async def _open_control(self, path: str, timeout: float) -> None:
+    async def _open_control(self, control: socket.socket, timeout: float) -> None:
         """QMP, or the reason why not: whoever dies first ends the wait."""
         assert self._ended is not None
-        control = connect_now(path)  # its backlog takes us before QEMU accepts
-        control.setblocking(False)
         connecting = asyncio.create_task(QmpClient.connect(control, timeout=timeout, on_event=self._on_event))
         waits: set[asyncio.Future[Any]] = {connecting, self._ended}
         try:
