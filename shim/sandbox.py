@@ -26,6 +26,7 @@ import structlog
 import ttrpc
 from devices.config import DeviceConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
@@ -80,6 +81,7 @@ class VirtSandbox:
     ) -> None:
         self.settings = settings
         self._hypervisor = hypervisor
+        self._devices = DeviceManager()
         self._tasks = tasks
         self._trace = trace
         self._on_oom = on_oom
@@ -222,7 +224,7 @@ class VirtSandbox:
         with self._trace.phase("vmm.start"):
             await hypervisor.prepare_vm(self.id, settings.netns)
             for device in settings.devices:
-                await hypervisor.add_device(device)
+                await self._devices.try_add_device(device, hypervisor)
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
         self._watch(self._watch_vm(), "vm")
