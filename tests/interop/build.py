@@ -32,7 +32,7 @@ PACKAGES = {
 }
 
 
-class Unavailable(Exception):  # noqa: N818  (a state of the machine, not a fault)
+class Unavailable(Exception):  # noqa: N818  (the reason of a skip, not a fault)  # noqa: N818  (a state of the machine, not a fault)
     """Something that the build needs is not on this machine."""
 
 
