@@ -91,7 +91,9 @@ class GuestVM:
         self.qemu: asyncio.subprocess.Process | None = None
         self._stack = contextlib.AsyncExitStack()
         self._console = bytearray()
-        self._home: asyncio.Event = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        self._more = asyncio.Event()
+        self._home = asyncio.Event()
 
     # ---- what the user needs -----------------------------------------------------------------
 
@@ -195,6 +197,37 @@ class GuestVM:
         """The last lines that the guest (and QEMU's stderr) wrote."""
         return "\n".join(self._console.decode("utf-8", "replace").replace("\r", "").splitlines()[-lines:])
 
+    def write_console(self, text: str) -> None:
+        """Type on the guest's console: for a guest that was booted with `init=/bin/sh`."""
+        assert self.qemu is not None
+        assert self.qemu.stdin is not None
+        self.qemu.stdin.write(text.encode())
+
+    async def wait_console(self, text: str, timeout: float = 60.0) -> None:
+        """Return when the console shows the text. Raises `GuestError` if the guest ends or is too slow."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while text.encode() not in self._console and not self._ended():
+                    self._more.clear()
+                    await self._more.wait()
+        if text.encode() not in self._console:
+            raise GuestError(
+                f"the console does not show {text!r}",
+                phase="guest boot",
+                details={"console": self.console_tail()},
+            )
+
+    def _ended(self) -> bool:
+        return self._reader is None or self._reader.done()
+
+    async def wait_end(self) -> int:
+        """Return QEMU's exit code when it has ended and `console_tail` is complete."""
+        assert self.qemu is not None
+        code = await self.qemu.wait()
+        if self._reader is not None:
+            await asyncio.shield(self._reader)
+        return code
+
     # ---- life --------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
@@ -227,12 +260,12 @@ class GuestVM:
             return
         self.qemu = await asyncio.create_subprocess_exec(
             *self.argv(),
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
-        reader = asyncio.ensure_future(self._read_console(self.qemu))
-        stack.push_async_callback(_finish, reader)
+        self._reader = asyncio.ensure_future(self._read_console(self.qemu))
+        stack.push_async_callback(_finish, self._reader)
         stack.push_async_callback(_end, self.qemu)
 
     def _log(self, stack: contextlib.AsyncExitStack, name: str) -> BinaryIO:
@@ -287,6 +320,8 @@ class GuestVM:
         while chunk := await process.stdout.read(65536):
             self._console += chunk
             del self._console[:-_CONSOLE_LIMIT]
+            self._more.set()
+        self._more.set()
 
 
 def _listens(path: str) -> bool:
