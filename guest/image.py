@@ -3,7 +3,7 @@
 What: `Tree` collects files, directories and links with their final modes; `write_ext4` makes the image.
 Why not `mkfs.ext4 -d`: e2fsprogs 1.47.0 takes change times and the order of directories from the
 building machine. Here debugfs writes every node, in our order, and then sets the times; so equal trees
-give equal images, and the files that the boot reads first lie next to each other on the disk.
+give equal images.
 Invariants: everything belongs to root and has one fixed time; UUID and hash seed are constants; there
 is no journal and no checksum, since nobody ever writes to the image (the build's hash covers it).
 """
@@ -14,7 +14,6 @@ import os
 import posixpath
 import stat
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from devices.errors import HostError
@@ -44,7 +43,6 @@ class Tree:
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {"/": Node(stat.S_IFDIR | 0o755)}
-        self._first: list[str] = []
 
     def _add(self, path: str, node: Node) -> None:
         if not path.startswith("/") or posixpath.normpath(path) != path or any(c in path for c in '" \n'):
@@ -82,19 +80,9 @@ class Tree:
                 full = os.path.join(folder, name)
                 self.copy(full, posixpath.join(path, os.path.relpath(full, source)))
 
-    def place_first(self, paths: Iterable[str]) -> None:
-        """Write these files first, in this order: boot reads them in one go."""
-        self._first += [path for path in paths if path in self.nodes]
-
     def ordered(self) -> list[tuple[str, Node]]:
-        """All nodes: directories, then the favoured files, then the rest by name."""
-        rank = {path: position for position, path in enumerate(self._first)}
-
-        def key(item: tuple[str, Node]) -> tuple[int, int, str]:
-            path, node = item
-            return (not stat.S_ISDIR(node.mode), rank.get(path, len(rank)), path)
-
-        return sorted(self.nodes.items(), key=key)
+        """All nodes: directories first, each group by name."""
+        return sorted(self.nodes.items(), key=lambda item: (not stat.S_ISDIR(item[1].mode), item[0]))
 
 
 def _blocks(node: Node) -> int:

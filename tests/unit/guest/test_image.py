@@ -67,15 +67,6 @@ def test_another_tree_gives_another_image(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() != (tmp_path / "two").read_bytes()
 
 
-def test_favoured_files_come_first() -> None:
-    """In the given order, after the directories; an unknown name is ignored."""
-    tree = some_tree()
-    tree.place_first(["/usr/lib/090", "/usr/lib/010", "/none"])
-    files = [path for path, node in tree.ordered() if node.data]
-
-    assert files[:2] == ["/usr/lib/090", "/usr/lib/010"]
-
-
 @pytest.mark.parametrize("path", ["relative", "/a/../b", "/a b", '/a"b', "/a\nquit"])
 def test_names_that_debugfs_would_misread(path: str) -> None:
     """They are refused, not escaped."""
