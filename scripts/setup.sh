@@ -83,41 +83,55 @@ step_venv() {
     stamp venv "$key"
 }
 
-# --- 3. vhost-device-vsock --------------------------------------------------------------------------
-# Hosts without /dev/vhost-vsock need it, and Debian has it only in sid. A private apt configuration
-# (own sources, own lists, own cache) fetches that one package, signature checked; it is unpacked under
-# build/, never installed, so that nothing else can be drawn from sid.
+# --- 3. What only Debian sid has --------------------------------------------------------------------
+# vhost-device-vsock, which hosts without /dev/vhost-vsock need, and Go's ttrpc 1.2, the peer of the
+# interop tests for streams. A private apt configuration (own sources, own lists, own cache) fetches
+# just these, signatures checked; they are unpacked under build/, never installed, so that nothing else
+# can be drawn from sid.
 VSOCK=build/vsock/usr/bin/vhost-device-vsock
+GO_TTRPC=build/interop/sid
+SID=$PWD/build/apt
 
-fetch_vsock() {
-    local dir=$PWD/build/apt mirror
-    rm -rf "$dir" build/vsock
-    mkdir -p "$dir/lists/partial" "$dir/cache/archives/partial" "$dir/parts" "$dir/deb"
+from_sid() { # DIRECTORY PACKAGE...: unpack the packages into the directory
+    local target=$1 mirror
+    shift
     mirror=$(apt-get indextargets --no-release-info --format '$(REPO_URI)' 'Identifier: Packages' |
         grep -m1 '/debian/$') || { echo "no Debian mirror among apt's sources"; return 1; }
-    printf 'deb [signed-by=%s] %s sid main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" \
-        >"$dir/sources.list"
-    # A mirror that lags behind sid serves an older list: still signed, and good enough for one program.
+    # A mirror that lags behind sid serves an older list: still signed, and good enough for this.
     local options=(
         -o Acquire::Check-Valid-Until=false
         -o Acquire::Retries=3 -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
-        -o Dir::Etc::SourceList="$dir/sources.list" -o Dir::Etc::SourceParts="$dir/parts"
-        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$dir/parts"
-        -o Dir::State::Lists="$dir/lists" -o Dir::Cache="$dir/cache" -o APT::Sandbox::User=root
+        -o Dir::Etc::SourceList="$SID/sources.list" -o Dir::Etc::SourceParts="$SID/parts"
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$SID/parts"
+        -o Dir::State::Lists="$SID/lists" -o Dir::Cache="$SID/cache" -o APT::Sandbox::User=root
         -o APT::Default-Release=
     )
-    apt-get -q "${options[@]}" update
-    (cd "$dir/deb" && apt-get -q "${options[@]}" download vhost-device-vsock)
-    dpkg-deb -x "$dir"/deb/vhost-device-vsock_*.deb build/vsock
-    ls "$dir/deb"
-    rm -rf "$dir"
-    "$VSOCK" --version
+    if [[ ! -e $SID/ready ]]; then
+        rm -rf "$SID"
+        mkdir -p "$SID/lists/partial" "$SID/cache/archives/partial" "$SID/parts"
+        printf 'deb [signed-by=%s] %s sid main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" \
+            >"$SID/sources.list"
+        apt-get -q "${options[@]}" update
+        touch "$SID/ready"
+    fi
+    rm -rf "$SID/deb" "$target" "$target.new"
+    mkdir -p "$SID/deb" "$target.new"
+    (cd "$SID/deb" && apt-get -q "${options[@]}" download "$@")
+    local deb
+    for deb in "$SID"/deb/*.deb; do dpkg-deb -x "$deb" "$target.new"; done
+    ls "$SID/deb"
+    mv "$target.new" "$target"
 }
 
 step_vsock() {
-    [[ -e /dev/vhost-vsock && -z ${KATA_WANT_VSOCK_DAEMON:-} ]] && return
-    [[ -x $VSOCK ]] && return
-    run vsock-daemon fetch_vsock
+    if [[ ! -x $VSOCK && (! -e /dev/vhost-vsock || -n ${KATA_WANT_VSOCK_DAEMON:-}) ]]; then
+        run vsock-daemon from_sid build/vsock vhost-device-vsock
+        "$VSOCK" --version >/dev/null || die "$VSOCK does not run here"
+    fi
+    if [[ ! -d $GO_TTRPC ]]; then
+        run go-ttrpc from_sid "$GO_TTRPC" golang-github-containerd-ttrpc-dev golang-github-containerd-log-dev
+    fi
+    rm -rf "$SID"
 }
 
 # --- 4. The guest -----------------------------------------------------------------------------------

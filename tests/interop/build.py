@@ -2,57 +2,25 @@
 
 What: `peer(streams=False)` returns the path of the program; built once, into build/interop, which also
 keeps Go's cache. ttrpc 1.2 is two source packages of Debian sid that compile with Debian 12's Go and
-libraries: they are downloaded, checked against their hashes, and unpacked there, never installed.
+libraries: `make setup` unpacks them below build/interop, never installed.
 Raises `Unavailable` with what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
-import urllib.request
 from pathlib import Path
 
 SOURCE = Path(__file__).parent / "peer"
 BUILD = Path(__file__).parents[2] / "build" / "interop"
 GOCODE = Path("/usr/share/gocode")
-MIRRORS = (
-    "mirror:/",
-    "mirror:/",
-)
-PACKAGES = {
-    "pool/main/g/golang-gogottrpc/golang-github-containerd-ttrpc-dev_1.2.7-1_all.deb": (
-        "6e3462238cf8258c31e5cec47ff7fc00ce5785711215301df4828feccc151bb6"
-    ),
-    "pool/main/g/golang-github-containerd-log/golang-github-containerd-log-dev_0.1.0-2_all.deb": (
-        "675676bc6d90cd22a28b2d245cadc0dff32d01283e7f4a99a8d69acc40139e5a"
-    ),
-}
+SID = BUILD / "sid" / "usr/share/gocode"
 
 
-class Unavailable(Exception):  # noqa: N818  (the reason of a skip, not a fault)  # noqa: N818  (a state of the machine, not a fault)
+class Unavailable(Exception):  # noqa: N818  (the reason of a skip, not a fault)
     """Something that the build needs is not on this machine."""
-
-
-def _fetch(path: str, digest: str) -> Path:
-    target = BUILD / path.rsplit("/", 1)[1]
-    if target.exists() and hashlib.sha256(target.read_bytes()).hexdigest() == digest:
-        return target
-    reasons = []
-    for mirror in MIRRORS:
-        try:
-            with urllib.request.urlopen(mirror + path, timeout=30) as answer:
-                data = answer.read()
-        except OSError as error:
-            reasons.append(f"{mirror}: {error}")
-            continue
-        if hashlib.sha256(data).hexdigest() == digest:
-            target.write_bytes(data)
-            return target
-        reasons.append(f"{mirror}: another hash")
-    raise Unavailable(f"{target.name} cannot be had: {'; '.join(reasons)}")
 
 
 def peer(*, streams: bool = False) -> Path:
@@ -69,10 +37,9 @@ def peer(*, streams: bool = False) -> Path:
         return program
     gopath = str(GOCODE)
     if streams:
-        unpacked = BUILD / "sid"
-        for path, digest in PACKAGES.items():
-            subprocess.run(["dpkg-deb", "-x", _fetch(path, digest), unpacked], check=True)
-        gopath = f"{unpacked / 'usr/share/gocode'}:{gopath}"
+        if not SID.exists():
+            raise Unavailable(f"Go's ttrpc 1.2 is not in {SID} (make setup fetches it)")
+        gopath = f"{SID}:{gopath}"
     environment = {
         **os.environ,
         "GO111MODULE": "off",
