@@ -115,9 +115,10 @@ class QmpClient:
     async def close(self) -> None:
         """End the connection; QEMU goes on. Idempotent."""
         self._break("the connection was closed")
+        # By callback, so that it happens after the reader let go of it and though we may be cancelled.
+        self._reader.add_done_callback(lambda _: self._sock.close())
         self._reader.cancel()
         await asyncio.wait({self._reader})
-        self._sock.close()
 
     async def _send(self, data: bytes, fds: Sequence[int]) -> None:
         """One message at a time: a cancelled sender that left half a line breaks the connection."""
