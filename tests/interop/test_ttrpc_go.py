@@ -77,7 +77,8 @@ async def test_gos_client_and_our_server(program: Path, pair: Pair) -> None:
     )
     output, errors = await asyncio.wait_for(process.communicate(), 60)
 
-    assert errors.decode() == ""
+    # Our DEADLINE_EXCEEDED may come after Go's client gave up by itself; then it says so, and goes on.
+    assert [line for line in errors.decode().splitlines() if "inactive stream" not in line] == []
     assert output.decode() == (UNARY + STREAMS if program.name == "peer-streams" else UNARY)
     await asyncio.wait_for(pair.echo.until("cancelled", 1), 5)  # Go's deadline came with the request
 
