@@ -21,7 +21,7 @@ import gc
 import os
 import signal
 import socket
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
@@ -99,6 +99,12 @@ async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, liste
         return 1
 
 
+def _log_stray(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio would print to stderr, which is /dev/null here: a failure that nobody waited for."""
+    error = context.get("exception")
+    _log.error("unhandled", what=str(context.get("message"))[:200], exc_info=error if error else None)
+
+
 async def _serve_refusal(error: KataError, server: Server, sock: socket.socket, stop: asyncio.Event) -> None:
     """Answer every Create with `error` until Shutdown, for a minute at most."""
     for package in (task_v2_pb2, task_v3_pb2):
@@ -141,6 +147,7 @@ async def _serve_tasks(
     stop: asyncio.Event,
 ) -> int:
     loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_stray)
     directory = state_dir(sandbox_id)
     if os.path.exists(directory):
         await asyncio.to_thread(_recover, sandbox_id, address)
