@@ -102,7 +102,7 @@ async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, liste
 def _log_stray(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """What asyncio would print to stderr, which is /dev/null here: a failure that nobody waited for."""
     error = context.get("exception")
-    _log.error("unhandled", what=str(context.get("message"))[:200], exc_info=error if error else None)
+    _log.error("unhandled", what=str(context.get("message"))[:200], exc_info=error or None)
 
 
 async def _serve_refusal(error: KataError, server: Server, sock: socket.socket, stop: asyncio.Event) -> None:
