@@ -222,7 +222,7 @@ def boot(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
             ours=ours,
             peer=bare,
             target=1.25,
-            notes={"ours minus bare, ms": round(difference, 1), "qemu argv": argv},
+            notes={"ours minus bare, ms": round(difference, 1)},
         ),
         Row(key="b2", title="ctr run to first output", unit="ms", ours=ours, peer=runc),
     ]
