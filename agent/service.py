@@ -160,6 +160,8 @@ class AgentService:
     async def create_container(self, _: CallContext, request: agent_pb2.CreateContainerRequest) -> Empty:
         """See Sandbox.create_container."""
         await self.sandbox.create_container(request)
+        # Before it starts: a kill that comes first would be counted, but not seen as new.
+        self._watch_oom(self.sandbox.container(request.container_id))
         return Empty()
 
     async def start_container(self, _: CallContext, request: agent_pb2.StartContainerRequest) -> Empty:
@@ -167,7 +169,6 @@ class AgentService:
         container = self._container(request)
         async with container.lock:
             await container.start()
-        self._watch_oom(container)
         return Empty()
 
     async def remove_container(self, _: CallContext, request: agent_pb2.RemoveContainerRequest) -> Empty:
