@@ -39,8 +39,12 @@ def test_a_detached_container_is_killed_and_deleted(
     code: int,
 ) -> None:
     name = containerd.new_id("detached")
-    script = "trap 'exit 143' TERM; while :; do sleep 0.1; done"  # PID 1 ignores what it does not trap
+    # PID 1 ignores what it does not trap, so nothing is sent before the trap is set.
+    script = "trap 'exit 143' TERM; touch /trapped; while :; do sleep 0.1; done"
     containerd.ctr("run", "--detach", "--runtime", runtime, "local/busybox:1", name, "sh", "-c", script)
+    containerd.ctr(
+        "task", "exec", "--exec-id", "ready", name, "sh", "-c", "until test -e /trapped; do sleep 0.05; done"
+    )
     assert _status(containerd, name) == "RUNNING"
     refused = containerd.ctr("task", "rm", name, check=False)
     assert refused.code
