@@ -54,7 +54,9 @@ async def test_one_disk_by_two_names_is_plugged_once(disks: list[str], tmp_path:
         manager.try_add_device(BlockConfig(id="b", path=str(tmp_path / "link")), host),
     )
 
-    assert (first, second, host.plugged) == ("a", "a", ["a"])
+    # Which of the two is first is the threads' matter that look at the files.
+    assert first == second
+    assert host.plugged == [first]
     assert await manager.try_remove_device("a", host) is None
     assert host.plugged == ["a"]
     assert await manager.try_remove_device("a", host) == 0
