@@ -57,12 +57,12 @@ async def test_one_disk_by_two_names_is_plugged_once(disks: list[str], tmp_path:
     # Which of the two is first is the threads' matter that look at the files.
     assert first == second
     assert host.plugged == [first]
-    assert await manager.try_remove_device("a", host) is None
-    assert host.plugged == ["a"]
-    assert await manager.try_remove_device("a", host) == 0
+    assert await manager.try_remove_device(first, host) is None
+    assert host.plugged == [first]
+    assert await manager.try_remove_device(first, host) == 0
     assert host.plugged == []
-    with pytest.raises(CallerError, match="no device a"):
-        await manager.try_remove_device("a", host)
+    with pytest.raises(CallerError, match=f"no device {first}"):
+        await manager.try_remove_device(first, host)
 
 
 async def test_the_same_disk_with_other_properties_is_refused(disks: list[str]) -> None:
