@@ -1,12 +1,10 @@
 """One VM under QEMU: `Qemu` implements `hypervisors.base.Hypervisor`.
 
-What: its daemons (vsock, virtiofsd), its control connection, its console, its death.
-Why one class: they live and die together. A VM whose virtiofsd is gone can only hang, so the death
-of any of them is the death of the VM, told once with everybody's last words.
+What: its start, its daemons (vsock, virtiofsd), its control connection; its death is `death`'s matter.
+Why one class: the mission's trait is one, and the parts are started and released in one order.
 Invariants:
 - Daemons are started by `add_device`, so they get ready while the rest is prepared; their sockets are
   connected before QEMU starts and are inherited by it: QEMU finds nothing to wait for.
-- `_ended` resolves once, after QEMU is reaped and its daemons are killed.
 - What a method acquired is released by `cleanup`, whatever failed in between.
 """
 
@@ -17,7 +15,6 @@ import contextlib
 import os
 import re
 import socket
-from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
@@ -40,7 +37,9 @@ from devices.vsock_daemon import VsockDaemon
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.cmdline import Placed, Plan, arguments
+from hypervisors.qemu.death import GATHER, Death
 from hypervisors.qemu.kvm import Choice, choose_accelerator
+from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
@@ -48,26 +47,10 @@ __all__ = ["VHOST_VSOCK", "Qemu"]
 VHOST_VSOCK = "/dev/vhost-vsock"
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
-_GATHER = 0.25  # seconds in which one death follows from another
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _FIRST_SLOT, _LAST_SLOT = 0x1, 0x1E  # on pcie.0; 0 is the host bridge, 1f the ISA bridge
 
 _log = structlog.get_logger("qemu")
-
-
-@dataclass(slots=True)
-class _Parts:
-    """What a VM is made of, as far as it got."""
-
-    placed: list[Placed] = field(default_factory=list)
-    daemons: list[Child] = field(default_factory=list)
-    vsock: VsockDaemon | None = None
-    share_fs: Virtiofsd | None = None
-    vhost_fd: int = -1
-    console: Console | None = None
-    channel: HybridVsock | KernelVsock | None = None
-    process: Child | None = None
-    qmp: QmpClient | None = None
 
 
 class Qemu:
@@ -82,12 +65,9 @@ class Qemu:
         self._undo = undo
         self._netns: str | None = None
         self._choice: Choice | None = None
-        self._parts = _Parts()
+        self._parts = Parts()
         self._slots = iter(range(_FIRST_SLOT, _LAST_SLOT + 1))
-        self._shutdown_reason = ""
-        self._stopping = False
-        self._ended: asyncio.Future[VmExit] | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._death: Death | None = None  # from `start_vm` on
 
     # --- the VM's life
 
@@ -101,10 +81,10 @@ class Qemu:
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
-        if self._choice is None or self._ended is not None:
+        if self._choice is None or self._death is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
         parts = self._parts
-        self._ended = asyncio.get_running_loop().create_future()
+        self._death = Death(self._section, parts)
         try:
             async with asyncio.timeout(timeout):
                 await self._spawn(timeout)
@@ -124,14 +104,15 @@ class Qemu:
 
     async def wait_vm(self) -> VmExit:
         """See `Hypervisor.wait_vm`."""
-        if self._ended is None:
+        if self._death is None:
             raise BugError("wait_vm needs start_vm before it")
-        return await asyncio.shield(self._ended)
+        return await asyncio.shield(self._death.ended)
 
     async def stop_vm(self) -> None:
         """See `Hypervisor.stop_vm`: `quit` with a short deadline, then SIGKILL."""
-        self._stopping = True
         parts = self._parts
+        if self._death is not None:
+            self._death.stopping = True
         if parts.qmp is not None and parts.process is not None and parts.process.alive:
             with contextlib.suppress(KataError):
                 await parts.qmp.execute("quit", timeout=_QUIT_TIMEOUT)
@@ -139,11 +120,8 @@ class Qemu:
                 await parts.process.wait(_QUIT_TIMEOUT)
         if parts.process is not None:
             await parts.process.kill()
-        if self._watcher is not None:
-            await asyncio.wait({self._watcher})
-        elif self._ended is not None and not self._ended.done():
-            await self._end_daemons()
-            self._settle(VmExit(-9, "QEMU was never started", expected=True))
+        if self._death is not None:
+            await self._death.told()
 
     async def pause_vm(self) -> None:
         """See `Hypervisor.pause_vm`."""
@@ -171,7 +149,7 @@ class Qemu:
 
     async def add_device(self, device: DeviceConfig) -> str:
         """See `Hypervisor.add_device`. Before `start_vm` only; starts the device's daemon."""
-        if self._ended is not None:
+        if self._death is not None:
             raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
         if any(placed.device.id == device.id for placed in self._parts.placed):
             raise BugError(f"there is a device {device.id} already")
@@ -193,7 +171,7 @@ class Qemu:
     async def remove_device(self, device_id: str) -> None:
         """Before `start_vm` only, and only what has no daemon."""
         placed = next((one for one in self._parts.placed if one.device.id == device_id), None)
-        if self._ended is not None or placed is None or placed.fd >= 0:
+        if self._death is not None or placed is None or placed.fd >= 0:
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
 
@@ -243,8 +221,8 @@ class Qemu:
     async def cleanup(self) -> None:
         """See `Hypervisor.cleanup`."""
         await self.stop_vm()
-        await self._end_daemons()
         parts = self._parts
+        await parts.end_daemons()
         if parts.channel is not None:
             await parts.channel.close()
         if parts.qmp is not None:
@@ -306,12 +284,7 @@ class Qemu:
 
     def diagnostics(self) -> dict[str, str]:
         """See `Hypervisor.diagnostics`."""
-        parts = self._parts
-        evidence = {"vmm stderr": parts.process.stderr_tail() if parts.process else ""}
-        evidence["virtiofsd stderr"] = parts.share_fs.stderr_tail() if parts.share_fs else ""
-        evidence["vhost-device-vsock stderr"] = parts.vsock.child.stderr_tail() if parts.vsock else ""
-        evidence["guest console"] = parts.console.tail() if parts.console else ""
-        return {name: text for name, text in evidence.items() if text}
+        return self._parts.diagnostics()
 
     # --- how it is done
 
@@ -393,14 +366,16 @@ class Qemu:
                 sock.close()
         if parts.console is not None:
             parts.console.handed_over()
-        self._watcher = asyncio.create_task(self._watch(), name=f"watch {self._sandbox_id}")
+        assert self._death is not None
+        self._death.begin(f"watch {self._sandbox_id}")
         await self._open_control(control, timeout)
 
     async def _open_control(self, control: socket.socket, timeout: float) -> None:
         """QMP, or the reason why not: whoever dies first ends the wait."""
-        assert self._ended is not None
+        assert self._death is not None
+        ended = self._death.ended
         connecting = asyncio.create_task(QmpClient.connect(control, timeout=timeout, on_event=self._on_event))
-        waits: set[asyncio.Future[Any]] = {connecting, self._ended}
+        waits: set[asyncio.Future[Any]] = {connecting, ended}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -410,96 +385,18 @@ class Qemu:
         if connecting.cancelled() or connecting.exception() is not None:
             # The control socket usually breaks a moment before the death is noticed: prefer the cause.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_GATHER):
-                    await asyncio.shield(self._ended)
-        if self._ended.done():
+                async with asyncio.timeout(GATHER):
+                    await asyncio.shield(ended)
+        if ended.done():
             if not connecting.cancelled() and connecting.exception() is None:
                 await connecting.result().close()
-            raise self._death_error(self._ended.result())
+            raise self._death.error(ended.result())
         self._parts.qmp = connecting.result()
 
-    async def _watch(self) -> None:
-        """Wait for the first death, end the others, tell everybody."""
-        parts = self._parts
-        assert parts.process is not None
-        exits: set[asyncio.Future[int]] = {child.exited for child in (parts.process, *parts.daemons)}
-        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
-        first = None if not parts.process.alive else next(one for one in parts.daemons if not one.alive)
-        if first is not None and not self._stopping:
-            # Either the daemon died and QEMU follows or hangs, or QEMU is ending in good order and has
-            # closed the daemon's socket first: its own end a moment later tells which.
-            await asyncio.wait({parts.process.exited}, timeout=_GATHER)
-        hung = parts.process.alive
-        await parts.process.kill()
-        if parts.console is not None:
-            parts.console.drain()
-        await self._end_daemons()
-        reason = self._reason(parts.process, first, hung)
-        ended = VmExit(
-            code=parts.process.exited.result(),
-            reason="the VM was stopped" if self._stopping else reason,
-            stderr_tail=parts.process.stderr_tail(),
-            console_tail=parts.console.tail() if parts.console else "",
-            expected=self._stopping,
-        )
-        if not self._stopping:
-            _log.error("the VM died", reason=reason, stderr=ended.stderr_tail)
-        self._settle(ended)
-
-    def _reason(self, process: Child, first: Child | None, hung: bool) -> str:
-        """One sentence. `first`: the daemon that died before QEMU; `hung`: QEMU outlived it by far."""
-        panic = self._parts.console.panic() if self._parts.console else ""
-        if panic:
-            return f"the guest kernel panicked: {panic}"
-        if self._shutdown_reason:
-            return self._shutdown_reason
-        if first is None or (not hung and process.exited.result() < 0):
-            return f"{process.name} {process.describe()}"
-        if hung or first.exited.result() != 0:
-            return f"{first.name} {first.describe()}"
-        return f"{first.name} {first.describe()}, then {process.name} {process.describe()}"
-
-    def _settle(self, ended: VmExit) -> None:
-        if self._ended is not None and not self._ended.done():
-            self._ended.set_result(ended)
-        if self._parts.channel is not None:
-            self._parts.channel.fail(lambda: self._death_error(ended))
-
-    def _death_error(self, ended: VmExit) -> KataError:
-        """A new error each time: several callers may raise it."""
-        hint = ""
-        section = self._section
-        guest = ", ".join(
-            f"{key} = {getattr(section, key)}"
-            for key in ("kernel", "initrd", "image")
-            if getattr(section, key)
-        )
-        panicked = self._parts.console is not None and self._parts.console.panic()
-        if ended.expected:
-            pass
-        elif panicked or self._shutdown_reason:
-            hint = f"see the guest's last lines; check [hypervisor.qemu]: {guest}, rootfs_type, kernel_params"
-        elif ended.code > 0 and self._parts.qmp is None:
-            hint = f"see QEMU's message; check [hypervisor.qemu]: {guest}, and the other keys"
-        elif ended.code < 0:
-            hint = "see the kernel log of the host: out of memory, or killed by somebody"
-        return HypervisorError(
-            f"the VM is gone: {ended.reason}", phase="boot", hint=hint, details=self.diagnostics()
-        )
-
-    async def _end_daemons(self) -> None:
-        parts = self._parts
-        if parts.vsock is not None:
-            await parts.vsock.stop()
-        if parts.share_fs is not None:
-            await parts.share_fs.stop()
-
     def _on_event(self, event: QmpEvent) -> None:
-        name = event["event"]
-        data = event.get("data")
-        _log.debug("QMP event", event_name=str(name)[:50], data=repr(data)[:200])
-        if name == "SHUTDOWN" and isinstance(data, dict) and data.get("guest"):
-            self._shutdown_reason = f"the guest ended the VM ({str(data.get('reason'))[:50]})"
+        _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
+        if self._death is not None:
+            self._death.see(event)
 
     def _with_evidence(self, error: KataError) -> KataError:
         return error.with_context(phase="boot", details=self.diagnostics())

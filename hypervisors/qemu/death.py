@@ -1,0 +1,128 @@
+"""How a VM under QEMU ends: who died first, what is told, and that everybody hears it.
+
+What: `Death` watches QEMU and its daemons, ends the others when one dies, and resolves `ended` once.
+Why: they live and die together. A VM whose virtiofsd is gone can only hang, so the death of any of
+them is the death of the VM, told once with everybody's last words.
+Invariants: `ended` resolves after QEMU is reaped and its daemons are killed; before the watch begins
+it resolves by `settle` only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from devices.child import Child
+from devices.errors import HypervisorError, KataError
+from hypervisors.base import VmExit
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.parts import Parts
+from hypervisors.qemu.qmp import QmpEvent
+
+__all__ = ["GATHER", "Death"]
+
+GATHER = 0.25
+"""Seconds in which one death follows from another."""
+
+_log = structlog.get_logger("qemu")
+
+
+class Death:
+    """See the module's docstring. `stopping` is set by who ends the VM on purpose."""
+
+    def __init__(self, section: HypervisorConfig, parts: Parts) -> None:
+        self.ended: asyncio.Future[VmExit] = asyncio.get_running_loop().create_future()
+        self.stopping = False
+        self._section = section
+        self._parts = parts
+        self._shutdown_reason = ""
+        self._watcher: asyncio.Task[None] | None = None
+
+    def begin(self, name: str) -> None:
+        """QEMU runs: watch it and its daemons, in a task of this name."""
+        self._watcher = asyncio.create_task(self._watch(), name=name)
+
+    async def told(self) -> None:
+        """Return when the end is known: `stop_vm` killed QEMU, or QEMU was never started."""
+        if self._watcher is not None:
+            await asyncio.wait({self._watcher})
+        elif not self.ended.done():
+            await self._parts.end_daemons()
+            self.settle(VmExit(-9, "QEMU was never started", expected=True))
+
+    def see(self, event: QmpEvent) -> None:
+        """Remember what QEMU says of its end."""
+        data = event.get("data")
+        if event["event"] == "SHUTDOWN" and isinstance(data, dict) and data.get("guest"):
+            self._shutdown_reason = f"the guest ended the VM ({str(data.get('reason'))[:50]})"
+
+    async def _watch(self) -> None:
+        """Wait for the first death, end the others, tell everybody."""
+        parts = self._parts
+        assert parts.process is not None
+        exits: set[asyncio.Future[int]] = {child.exited for child in (parts.process, *parts.daemons)}
+        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
+        first = None if not parts.process.alive else next(one for one in parts.daemons if not one.alive)
+        if first is not None and not self.stopping:
+            # Either the daemon died and QEMU follows or hangs, or QEMU is ending in good order and has
+            # closed the daemon's socket first: its own end a moment later tells which.
+            await asyncio.wait({parts.process.exited}, timeout=GATHER)
+        hung = parts.process.alive
+        await parts.process.kill()
+        if parts.console is not None:
+            parts.console.drain()
+        await parts.end_daemons()
+        reason = self._reason(parts.process, first, hung)
+        ended = VmExit(
+            code=parts.process.exited.result(),
+            reason="the VM was stopped" if self.stopping else reason,
+            stderr_tail=parts.process.stderr_tail(),
+            console_tail=parts.console.tail() if parts.console else "",
+            expected=self.stopping,
+        )
+        if not self.stopping:
+            _log.error("the VM died", reason=reason, stderr=ended.stderr_tail)
+        self.settle(ended)
+
+    def _reason(self, process: Child, first: Child | None, hung: bool) -> str:
+        """One sentence. `first`: the daemon that died before QEMU; `hung`: QEMU outlived it by far."""
+        panic = self._parts.console.panic() if self._parts.console else ""
+        if panic:
+            return f"the guest kernel panicked: {panic}"
+        if self._shutdown_reason:
+            return self._shutdown_reason
+        if first is None or (not hung and process.exited.result() < 0):
+            return f"{process.name} {process.describe()}"
+        if hung or first.exited.result() != 0:
+            return f"{first.name} {first.describe()}"
+        return f"{first.name} {first.describe()}, then {process.name} {process.describe()}"
+
+    def settle(self, ended: VmExit) -> None:
+        """Tell everybody, once."""
+        if not self.ended.done():
+            self.ended.set_result(ended)
+        if self._parts.channel is not None:
+            self._parts.channel.fail(lambda: self.error(ended))
+
+    def error(self, ended: VmExit) -> KataError:
+        """A new error each time: several callers may raise it."""
+        hint = ""
+        section = self._section
+        guest = ", ".join(
+            f"{key} = {getattr(section, key)}"
+            for key in ("kernel", "initrd", "image")
+            if getattr(section, key)
+        )
+        panicked = self._parts.console is not None and self._parts.console.panic()
+        if ended.expected:
+            pass
+        elif panicked or self._shutdown_reason:
+            hint = f"see the guest's last lines; check [hypervisor.qemu]: {guest}, rootfs_type, kernel_params"
+        elif ended.code > 0 and self._parts.qmp is None:
+            hint = f"see QEMU's message; check [hypervisor.qemu]: {guest}, and the other keys"
+        elif ended.code < 0:
+            hint = "see the kernel log of the host: out of memory, or killed by somebody"
+        return HypervisorError(
+            f"the VM is gone: {ended.reason}", phase="boot", hint=hint, details=self._parts.diagnostics()
+        )
