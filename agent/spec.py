@@ -20,6 +20,10 @@ __all__ = ["cgroup_path", "process_json", "resources_json", "spec_json"]
 
 Json = dict[str, Any]
 
+# The version of what is written here, not of the sender's file: containerd 1.7 and 2.x send 1.1 and 1.2,
+# of which crun 1.8 refuses the number, and whose additions these functions do not write.
+_VERSION = "1.0.2"
+
 
 def _put(target: Json, **fields: Any) -> Json:
     """Add the fields that carry something: not None, zero, empty or False."""
@@ -208,7 +212,7 @@ def _hooks_json(hooks: oci_pb2.Hooks) -> Json:
 def spec_json(spec: oci_pb2.Spec) -> Json:
     """The whole `config.json`."""
     result: Json = {
-        "ociVersion": spec.Version or "1.0.2",
+        "ociVersion": _VERSION,
         "process": process_json(spec.Process),
         "root": {"path": spec.Root.Path, "readonly": spec.Root.Readonly},
         "mounts": [_mount_json(mount) for mount in spec.Mounts],

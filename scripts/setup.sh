@@ -2,8 +2,8 @@
 # Set up everything that `make demo` and `make test` need, on a plain Debian 12, as root.
 #
 # What: Debian packages (scripts/packages.txt), a virtual environment (.venv) with the locked
-# dependencies, the vsock device daemon (Debian sid's, one package, unpacked beside the project), and
-# the guest's kernel and image.
+# dependencies, single packages of other Debian releases (the vsock device daemon, two more containerds
+# for the tests), unpacked beside the project, and the guest's kernel and image.
 # Why in shell: before it has run there may be no Python.
 # Invariants: idempotent; each step is skipped when its stamp (a hash of all that the step depends on)
 # matches what is there; nothing outside the project is changed but installed Debian packages, and no
@@ -83,17 +83,19 @@ step_venv() {
     stamp venv "$key"
 }
 
-# --- 3. What only Debian sid has --------------------------------------------------------------------
-# vhost-device-vsock, which hosts without /dev/vhost-vsock need, and Go's ttrpc 1.2, the peer of the
-# interop tests for streams. A private apt configuration (own sources, own lists, own cache) fetches
-# just these, signatures checked; they are unpacked under build/, never installed, so that nothing else
-# can be drawn from sid.
+# --- 3. What only other Debian releases have --------------------------------------------------------
+# vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.2, the peer of the interop
+# tests for streams; and the containerds of the compatibility tests: trixie's 1.7 and sid's 2.x beside
+# Debian 12's own 1.6 (each with its ctr; runc is the host's). A private apt configuration (own sources,
+# own lists, own cache) fetches just these, signatures checked; they are unpacked under build/, never
+# installed, so that nothing else can be drawn from there.
 VSOCK=build/vsock/usr/bin/vhost-device-vsock
 GO_TTRPC=build/interop/sid
-SID=$PWD/build/apt
+CONTAINERDS=build/containerd
+APT=$PWD/build/apt
 
-from_sid() { # DIRECTORY PACKAGE...: unpack the packages into the directory
-    local target=$1 mirror
+from_release() { # DIRECTORY PACKAGE/RELEASE...: unpack the packages into the directory
+    local target=$1 mirror release
     shift
     mirror=$(apt-get indextargets --no-release-info --format '$(REPO_URI)' 'Identifier: Packages' |
         grep -m1 '/debian/$') || { echo "no Debian mirror among apt's sources"; return 1; }
@@ -101,37 +103,47 @@ from_sid() { # DIRECTORY PACKAGE...: unpack the packages into the directory
     local options=(
         -o Acquire::Check-Valid-Until=false
         -o Acquire::Retries=3 -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
-        -o Dir::Etc::SourceList="$SID/sources.list" -o Dir::Etc::SourceParts="$SID/parts"
-        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$SID/parts"
-        -o Dir::State::Lists="$SID/lists" -o Dir::Cache="$SID/cache" -o APT::Sandbox::User=root
+        -o Dir::Etc::SourceList="$APT/sources.list" -o Dir::Etc::SourceParts="$APT/parts"
+        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$APT/parts"
+        -o Dir::State::Lists="$APT/lists" -o Dir::Cache="$APT/cache" -o APT::Sandbox::User=root
         -o APT::Default-Release=
     )
-    if [[ ! -e $SID/ready ]]; then
-        rm -rf "$SID"
-        mkdir -p "$SID/lists/partial" "$SID/cache/archives/partial" "$SID/parts"
-        printf 'deb [signed-by=%s] %s sid main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" \
-            >"$SID/sources.list"
+    if [[ ! -e $APT/ready ]]; then
+        rm -rf "$APT"
+        mkdir -p "$APT/lists/partial" "$APT/cache/archives/partial" "$APT/parts"
+        for release in trixie sid; do
+            printf 'deb [signed-by=%s] %s %s main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" "$release"
+        done >"$APT/sources.list"
         apt-get -q "${options[@]}" update
-        touch "$SID/ready"
+        touch "$APT/ready"
     fi
-    rm -rf "$SID/deb" "$target" "$target.new"
-    mkdir -p "$SID/deb" "$target.new"
-    (cd "$SID/deb" && apt-get -q "${options[@]}" download "$@")
+    rm -rf "$APT/deb" "$target" "$target.new"
+    mkdir -p "$APT/deb" "$target.new"
+    (cd "$APT/deb" && apt-get -q "${options[@]}" download "$@")
     local deb
-    for deb in "$SID"/deb/*.deb; do dpkg-deb -x "$deb" "$target.new"; done
-    ls "$SID/deb"
+    for deb in "$APT"/deb/*.deb; do dpkg-deb -x "$deb" "$target.new"; done
+    ls "$APT/deb"
     mv "$target.new" "$target"
 }
 
 step_vsock() {
     if [[ ! -x $VSOCK && (! -e /dev/vhost-vsock || -n ${KATA_WANT_VSOCK_DAEMON:-}) ]]; then
-        run vsock-daemon from_sid build/vsock vhost-device-vsock
+        run vsock-daemon from_release build/vsock vhost-device-vsock/sid
         "$VSOCK" --version >/dev/null || die "$VSOCK does not run here"
     fi
+}
+
+step_peers() { # what the tests speak with
+    local version
     if [[ ! -d $GO_TTRPC ]]; then
-        run go-ttrpc from_sid "$GO_TTRPC" golang-github-containerd-ttrpc-dev golang-github-containerd-log-dev
+        run go-ttrpc from_release "$GO_TTRPC" golang-github-containerd-ttrpc-dev/sid golang-github-containerd-log-dev/sid
     fi
-    rm -rf "$SID"
+    for version in 1.7/trixie 2/sid; do
+        [[ -x $CONTAINERDS/${version%/*}/usr/bin/containerd ]] && continue
+        run "containerd-${version%/*}" from_release "$CONTAINERDS/${version%/*}" "containerd/${version#*/}"
+        "$CONTAINERDS/${version%/*}/usr/bin/containerd" --version >/dev/null ||
+            die "the containerd in $CONTAINERDS/${version%/*} does not run here"
+    done
 }
 
 # --- 4. The guest -----------------------------------------------------------------------------------
@@ -148,6 +160,7 @@ step_guest() {
 
 [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "this needs Debian on amd64"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv vsock guest)
+((${#steps[@]})) || steps=(packages venv vsock peers guest)
 for step in "${steps[@]}"; do "step_$step"; done
+rm -rf "$APT"
 say "ready (${SECONDS} s)"

@@ -1,8 +1,8 @@
 """A containerd of one's own: started, driven by `ctr`, and taken away without a trace.
 
-What: `Containerd.start()` runs Debian's containerd with its own root, state, socket and plugins, and
-with our shim in front of its PATH; `ctr()` drives it as a user would; `stop()` ends everything that it
-started and removes its files.
+What: `Containerd.start()` runs one of Debian's containerds (VERSIONS) with its own root, state, socket and
+plugins, and with our shim in front of its PATH; `ctr()` drives it as a user would, with the ctr of the same
+version; `stop()` ends everything that it started and removes its files.
 Why: the demo, the tests and the bench must never touch a system containerd, nor depend on its settings.
 Invariants: everything lives below one private directory, but for the two places that containerd and
 Kata fix: /run/containerd/s (shim sockets) and /run/kata, /run/kata-containers (sandboxes). Processes
@@ -32,21 +32,31 @@ from typing import Self
 from testing import leaks
 from testing.guest import PROJECT, Value, write_configuration
 
-__all__ = ["KATA", "RUNC", "Containerd", "CtrError", "Result", "install_shim"]
+__all__ = ["KATA", "RUNC", "VERSIONS", "Containerd", "CtrError", "Result", "install_shim", "programs"]
 
 KATA = "io.containerd.kata.v2"
 RUNC = "io.containerd.runc.v2"
 TAG_VARIABLE = "KATA_TEST_TAG"
 
-# Snapshotters and services that are neither needed nor present everywhere; `cri` wants CNI and a pull.
+VERSIONS = ("1.6", "1.7", "2")
+"""The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
+
+# Snapshotters and services that are neither needed nor present everywhere; `cri` wants CNI and a pull, `nri`
+# a socket at a place that all share. Names that a version does not know do no harm.
 _DISABLED = (
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
     "io.containerd.grpc.v1.cri",
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.restart",
     "io.containerd.internal.v1.tracing",
+    "io.containerd.monitor.container.v1.restart",
+    "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.erofs",
     "io.containerd.snapshotter.v1.zfs",
     "io.containerd.tracing.processor.v1.otlp",
 )
@@ -84,6 +94,16 @@ class CtrError(Exception):
         self.result = result
 
 
+def programs(version: str) -> Path:
+    """The directory of this version's containerd, ctr and runc shim. Raises LookupError if it is not here."""
+    if version not in VERSIONS:
+        raise LookupError(f"no containerd {version!r}: there are {', '.join(VERSIONS)}")
+    directory = Path("/usr/bin") if version == "1.6" else PROJECT / "build/containerd" / version / "usr/bin"
+    if not (directory / "containerd").exists():
+        raise LookupError(f"{directory}/containerd is not there; run `make setup`")
+    return directory
+
+
 def install_shim(directory: Path) -> Path:
     """Put `containerd-shim-kata-v2` of this checkout into `directory`; answers its path.
 
@@ -109,7 +129,7 @@ class Containerd:
 
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
-    containerd, and so the shims, log at debug level; `binary` runs another containerd.
+    containerd, and so the shims, log at debug level; `version` is one of VERSIONS.
     """
 
     def __init__(
@@ -118,9 +138,11 @@ class Containerd:
         overrides: Mapping[str, Mapping[str, Value | None]] | None = None,
         env: Mapping[str, str] | None = None,
         debug: bool = False,
-        binary: str = "containerd",
+        version: str = VERSIONS[0],
         namespace: str = "default",
     ) -> None:
+        self.version = version
+        self.programs = programs(version)
         self.tag = "k" + secrets.token_hex(3)
         self.root = Path(tempfile.mkdtemp(prefix=f"kata-{self.tag}-", dir="/tmp"))
         self.namespace = namespace
@@ -130,7 +152,6 @@ class Containerd:
         self.state = self.root / "state"
         self.ids: list[str] = []
         self._numbers = itertools.count(1)
-        self._binary = binary
         self._debug = debug
         self._env = dict(env or {})
         self._overrides = overrides
@@ -151,7 +172,8 @@ class Containerd:
             **self._env,
             TAG_VARIABLE: self.tag,
             "KATA_CONF_FILE": str(self.configuration),
-            "PATH": f"{self.root / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PATH": f"{self.root / 'bin'}:{self.programs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+            ":/sbin:/bin",
         }
 
     def start(self) -> Self:
@@ -162,7 +184,7 @@ class Containerd:
         config = self.root / "config.toml"
         disabled = ", ".join(f'"{name}"' for name in _DISABLED)
         config.write_text(
-            f'version = 2\nroot = "{self.root}/root"\nstate = "{self.state}"\n'
+            f'version = {3 if self.version == "2" else 2}\nroot = "{self.root}/root"\nstate = "{self.state}"\n'
             f"disabled_plugins = [{disabled}]\n"
             f'[grpc]\n  address = "{self.address}"\n'
             f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'
@@ -174,7 +196,7 @@ class Containerd:
         """Start the daemon, also again after `halt`: its state is kept."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self._binary, "--config", str(self.root / "config.toml")],
+                [str(self.programs / "containerd"), "--config", str(self.root / "config.toml")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -252,7 +274,7 @@ class Containerd:
 
     def ctr_argv(self, *args: str) -> list[str]:
         """The argv of `ctr` with this daemon's address and namespace."""
-        return ["ctr", "--address", self.address, "--namespace", self.namespace, *args]
+        return [str(self.programs / "ctr"), "--address", self.address, "--namespace", self.namespace, *args]
 
     def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 60, check: bool = True) -> Result:
         """Run `ctr args...` to its end, `timeout` seconds at most.
