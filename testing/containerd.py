@@ -184,7 +184,8 @@ class Containerd:
         config = self.root / "config.toml"
         disabled = ", ".join(f'"{name}"' for name in _DISABLED)
         config.write_text(
-            f'version = {3 if self.version == "2" else 2}\nroot = "{self.root}/root"\nstate = "{self.state}"\n'
+            f"version = {3 if self.version == '2' else 2}\n"
+            f'root = "{self.root}/root"\nstate = "{self.state}"\n'
             f"disabled_plugins = [{disabled}]\n"
             f'[grpc]\n  address = "{self.address}"\n'
             f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'

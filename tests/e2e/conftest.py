@@ -2,6 +2,7 @@
 
 `KATA_E2E_RUNTIME=io.containerd.runc.v2` (or `runc`) runs the same tests against runc, the reference that
 the tests themselves are checked with. Tests of what only a VM has are marked `kata_only`.
+`KATA_E2E_CONTAINERD=1.6|1.7|2` runs them under that containerd; without it, under Debian 12's own.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import pytest
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, RUNC, Containerd, Result
+from testing.containerd import KATA, RUNC, VERSIONS, Containerd, Result
 from testing.guest import guest_files
 from testing.images import busybox_image, layered_image
 
 _ALIASES = {"": KATA, "kata": KATA, "runc": RUNC}
 RUNTIME = os.environ.get("KATA_E2E_RUNTIME", "")
 RUNTIME = _ALIASES.get(RUNTIME, RUNTIME)
+CONTAINERD = os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]
 HERE = Path(__file__).parent
 
 BUSYBOX = "local/busybox:1"
@@ -59,7 +61,7 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]
     busybox_image(archives / "busybox.tar", BUSYBOX)
     busybox_image(archives / "alice.tar", ALICE, user="alice")
     layered_image(archives / "layers.tar", LAYERS, layers=30)
-    with Containerd(debug=True) as daemon:
+    with Containerd(debug=True, version=CONTAINERD) as daemon:
         for archive in sorted(archives.iterdir()):
             daemon.ctr("image", "import", str(archive))
         yield daemon

@@ -128,7 +128,7 @@ def shim(containerd: Containerd, tmp_path: Path) -> Callable[..., subprocess.Com
         if config is not None:
             (bundle / "config.json").write_bytes(config)
         flags = ["-namespace", containerd.namespace, "-address", containerd.address,
-                 "-publish-binary", "/usr/bin/containerd", "-id", name]  # fmt: skip
+                 "-publish-binary", str(containerd.programs / "containerd"), "-id", name]  # fmt: skip
         if action == "delete":
             flags += ["-bundle", str(bundle)]
         return subprocess.run(
