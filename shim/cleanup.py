@@ -245,7 +245,7 @@ def _kill_strays(sandbox_id: str, problems: list[str]) -> None:
 def _unmount(target: str, problems: list[str]) -> None:
     if not os.path.ismount(target):
         return
-    from shim.mounts import unmount
+    from devices.mounts import unmount
 
     try:
         unmount(target)
@@ -257,7 +257,7 @@ def _remove(path: str, problems: list[str]) -> None:
     """Remove a tree of ours, and what is still mounted in it."""
     if not os.path.lexists(path):
         return
-    from shim.mounts import unmount_below
+    from devices.mounts import unmount_below
     from shim.safefs import remove_tree
 
     try:

@@ -27,6 +27,7 @@ import structlog
 from google.protobuf.empty_pb2 import Empty
 
 from devices.errors import CallerError, KataError
+from devices.mounts import make_private
 from proto import task_v2_pb2, task_v3_pb2
 from shim import logs, syscalls
 from shim.bundle import state_dir
@@ -34,7 +35,6 @@ from shim.context import DaemonContext, ShimService
 from shim.events import EventPublisher
 from shim.flags import Flags
 from shim.journal import Journal
-from shim.mounts import make_private
 from shim.procfs import start_time
 from shim.reaper import Reaper
 from ttrpc import CallContext, Server

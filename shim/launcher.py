@@ -205,7 +205,7 @@ def _share_core_scheduling() -> None:
     """A core-scheduling cookie of its own for the pod: SMT siblings never run somebody else's code."""
     if not os.environ.get("SCHED_CORE"):
         return
-    from shim.syscalls import create_core_scheduling_cookie
+    from devices.syscalls import create_core_scheduling_cookie
 
     try:
         create_core_scheduling_cookie()

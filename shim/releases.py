@@ -68,7 +68,7 @@ def _dir(facts: Facts, _timeout: float) -> None:
 
 
 def _mount(facts: Facts, _timeout: float) -> None:
-    from shim.mounts import unmount
+    from devices.mounts import unmount
 
     unmount(_path(facts))
 

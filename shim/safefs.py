@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import os
 
-from shim.syscalls import openat2
+from devices.syscalls import openat2
 
 __all__ = ["SafeRemoveError", "remove_tree"]
 

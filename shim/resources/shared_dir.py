@@ -17,9 +17,9 @@ import os
 import stat
 from collections.abc import Sequence
 
+from devices import mounts
 from devices.errors import CallerError, HostError, KataError
 from devices.undo import Entry, UndoLog
-from shim import mounts
 from shim.guest_spec import Volume
 from shim.protocols import RootfsMount
 from shim.safefs import remove_tree

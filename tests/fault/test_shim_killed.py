@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from devices.mounts import bind, mounts_below
 from proto import task_v2_pb2
 from shim.journalfile import encode
-from shim.mounts import bind, mounts_below
 from shim.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError

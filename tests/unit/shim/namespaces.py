@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shim.mounts import make_private
+from devices.mounts import make_private
 
 
 def in_mount_namespace(body: Callable[[], None]) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from devices.syscalls import mount
 from shim import safefs
 from shim.safefs import SafeRemoveError, remove_tree
-from shim.syscalls import mount
 from tests.unit.shim.namespaces import in_mount_namespace
 
 MS_BIND = 0x1000

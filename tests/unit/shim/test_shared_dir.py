@@ -15,7 +15,7 @@ PROGRAM = """
 import json, os, sys
 from devices.undo import MemoryUndo
 from devices.errors import KataError
-from shim import mounts, syscalls
+from devices import mounts, syscalls
 from shim.guest_spec import Volume
 from shim.protocols import RootfsMount
 from shim.resources.shared_dir import SharedDir

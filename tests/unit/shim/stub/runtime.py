@@ -12,10 +12,10 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
+from devices.syscalls import mount
 from proto import events_pb2, task_v2_pb2
 from shim.context import DaemonContext
 from shim.procfs import start_time
-from shim.syscalls import mount
 from ttrpc import Code, RpcError, Server
 
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim import mounts
-from shim.syscalls import mount
+from devices import mounts
+from devices.syscalls import mount
 from tests.unit.shim.namespaces import in_mount_namespace
 
 

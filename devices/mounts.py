@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shim.syscalls import (
+from devices.syscalls import (
     CLONE_FS,
     CLONE_NEWNS,
     mount,
