@@ -4,12 +4,13 @@ PY := .venv/bin/python
 PREFIX ?= /opt/kata-shim
 DESTDIR ?=
 PYTEST_ARGS ?=
+CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e lint format proto guest bench install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the guest (as root)
 	@scripts/setup.sh
@@ -25,6 +26,12 @@ test-unit: setup ## the tests that need no containerd and no VM
 
 test-e2e: setup ## the tests through containerd; KATA_E2E_RUNTIME=io.containerd.runc.v2 checks them against runc
 	@$(PY) -m pytest -m e2e $(PYTEST_ARGS)
+
+test-kvm: setup ## the tests that need KVM, inside the bench host, a nested machine that has it
+	@$(PY) -m pytest -m benchhost --bench-host=all $(PYTEST_ARGS)
+
+bench-host: setup ## a shell in the bench host, or CMD='...' there; docs/bench-host.md
+	@$(PY) -m tests.benchhost -- '$(subst ','\'',$(value CMD))'
 
 lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
 
-# Deterministic in CI: the same examples each run, and no deadline that a busy machine could miss.
-settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("dev", deadline=None)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+pytest_plugins = ["tests.benchhost.plugin"]
+
+if not os.environ.get("KATA_BENCH_HOST"):  # where importing it takes seconds, and nothing uses it
+    from hypothesis import settings
+
+    # Deterministic in CI: the same examples each run, and no deadline that a busy machine could miss.
+    settings.register_profile("ci", derandomize=True, deadline=None)
+    settings.register_profile("dev", deadline=None)
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
