@@ -26,10 +26,11 @@ from typing import Any, NoReturn
 import structlog
 from google.protobuf.empty_pb2 import Empty
 
+from devices import syscalls
 from devices.errors import CallerError, KataError
 from devices.mounts import make_private
 from proto import task_v2_pb2, task_v3_pb2
-from shim import logs, syscalls
+from shim import logs
 from shim.bundle import state_dir
 from shim.context import DaemonContext, ShimService
 from shim.events import EventPublisher
