@@ -167,13 +167,39 @@ class Container:
             raise RpcError(Code.NOT_FOUND, f"container {self.id} has no process {exec_id or 'init'}")
         return process
 
-    def signal(self, exec_id: str, number: int) -> None:
-        """To one process; SIGKILL to the init goes to the whole cgroup."""
+    async def signal(self, exec_id: str, number: int) -> None:
+        """To one process, or with an empty exec id to everything in the cgroup, as in Kata's agents."""
         process = self.process(exec_id)
-        if exec_id in ("", self.id) and number == signal.SIGKILL:
+        if number == signal.SIGKILL and exec_id in ("", self.id):
             self.kill_all()
+        elif not exec_id and number:
+            await self._signal_rest(process, number)
         if process.alive or number != signal.SIGKILL:
             process.signal(number)
+
+    async def _signal_rest(self, but: Process, number: int) -> None:
+        """A signal to each process in the cgroup except one. None escapes by forking: they are frozen."""
+        try:
+            frozen = "1" in _read(f"{self.cgroup}/cgroup.freeze")
+        except OSError:  # it has ended, and its cgroup is gone
+            return
+        await self.freeze(True)
+        try:
+            for pid in self.pids():
+                if pid != but.pid:
+                    with contextlib.suppress(OSError):  # a zombie may go at any time
+                        os.kill(pid, number)
+        finally:
+            if not frozen:
+                await self.freeze(False)
+
+    def pids(self) -> list[int]:
+        """The processes in the cgroup, the groups that the container made below it included."""
+        found: list[int] = []
+        for directory, _, _ in os.walk(self.cgroup):
+            with contextlib.suppress(OSError):  # gone meanwhile, or a threaded group, which lists none
+                found += map(int, _read(f"{directory}/cgroup.procs").split())
+        return found
 
     def kill_all(self) -> None:
         """SIGKILL to everything in the container's cgroup (cgroup.kill, Linux 5.14)."""

@@ -214,7 +214,7 @@ class AgentService:
 
     async def signal_process(self, _: CallContext, request: agent_pb2.SignalProcessRequest) -> Empty:
         """See Container.signal."""
-        self._container(request).signal(request.exec_id, request.signal)
+        await self._container(request).signal(request.exec_id, request.signal)
         return Empty()
 
     async def wait_process(

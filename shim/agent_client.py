@@ -147,7 +147,7 @@ class GuestAgent:
             await self._call("ExecProcess", request)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
-        """SignalProcess; an empty exec id with SIGKILL means every process of the container."""
+        """SignalProcess; an empty exec id means every process of the container, its own id the init."""
         request = agent_pb2.SignalProcessRequest(container_id=container_id, exec_id=exec_id, signal=signal)
         await self._call("SignalProcess", request)
 

@@ -225,14 +225,24 @@ class Container:
 
     # -- while it lives ----------------------------------------------------------------------------
 
-    async def kill(self, exec_id: str, signal: int) -> None:
-        """Send a signal. NOT_FOUND if the process has ended, here or, unknown to us yet, in the guest."""
+    async def kill(self, exec_id: str, signal: int, *, everyone: bool = False) -> None:
+        """Send a signal. NOT_FOUND if the process has ended, here or, unknown to us yet, in the guest.
+
+        `everyone` means each process of the container; if it has ended there is nobody to signal, which
+        is no error. An exec has no such thing: `everyone` makes no difference.
+        """
         if not 0 <= signal <= _MAX_SIGNAL:
             raise CallerError(f"signal {signal} does not exist", code="INVALID_ARGUMENT")
         process = self.process(exec_id)
+        everyone = everyone and process.kind is Kind.INIT
+        if everyone and process.exit is not None:
+            return
         process.check(Call.KILL)
+        # To the agent an empty exec id is the whole container; the init process alone has its name.
+        whole = everyone or signal == _SIGKILL
+        target = exec_id if exec_id or whole else self.id
         try:
-            await self.sandbox.agent.signal_process(self.id, exec_id, signal)
+            await self.sandbox.agent.signal_process(self.id, target, signal)
         except KataError as error:
             if error.code == "NOT_FOUND" or process.ended is not None or self.sandbox.died.done():
                 raise CallerError("process already finished: not found", code="NOT_FOUND") from error
@@ -255,8 +265,9 @@ class Container:
             self._publish("resumed", events_pb2.TaskResumed(container_id=self.id))
 
     async def update(self, resources: oci_pb2.LinuxResources) -> None:
-        """Change its limits in the guest."""
+        """Change its limits: the VM grows first where it must, then the guest is told."""
         self.init.check(Call.UPDATE)
+        await self.sandbox.resize(self.id, resources)
         await self.sandbox.agent.update_container(self.id, resources)
 
     async def stats(self) -> any_pb2.Any:

@@ -122,6 +122,13 @@ class Sandbox(Protocol):
         """Undo `prepare_container`. Idempotent; unknown ids are fine; works with a dead VM."""
         ...
 
+    async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """Have room for a container with these limits, before the guest is told of them.
+
+        Raises CallerError FAILED_PRECONDITION, with nothing changed, if the VM cannot be that large.
+        """
+        ...
+
     async def open_stream(self) -> tuple[socket.socket, int]:
         """A new stdio connection to the agent: a connected non-blocking socket and its host port."""
         ...

@@ -40,6 +40,7 @@ from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
+from shim.limits import Size
 from shim.procfs import start_time
 from shim.protocols import Deadlines
 from shim.sandbox import SandboxSettings, VirtSandbox
@@ -112,6 +113,7 @@ class VirtContainer:
             share_path=share_dir(context.sandbox_id),
             devices=_devices(config, section, share_dir(context.sandbox_id)),
             deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),
+            size=Size(section.default_vcpus, section.default_memory << 20),
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,

@@ -25,14 +25,15 @@ import structlog
 
 import ttrpc
 from devices.config import DeviceConfig
-from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.errors import BugError, CallerError, GuestError, HypervisorError, KataError
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
-from proto import agent_pb2
+from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
 from shim.guest_spec import GUEST_SHARE, GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.limits import Size, wanted
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, RootfsMount
 from shim.resources.shared_dir import SharedDir
@@ -48,6 +49,7 @@ class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
     `netns` is the path of the pod's network namespace, None for none. `shm_size` is in bytes.
+    `size`: of the VM as it boots.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
     """
 
@@ -60,6 +62,7 @@ class SandboxSettings:
     share_path: str
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
+    size: Size
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""
@@ -169,6 +172,21 @@ class VirtSandbox:
             errors = await asyncio.to_thread(self._share.remove_container, container_id)
         for error in errors:
             _log.error("not released", container=container_id, error=str(error))
+
+    async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """See `shim.protocols.Sandbox.resize`. The VM's size is fixed: what is above it is refused."""
+        size, asked = self.settings.size, wanted(resources)
+        for what, is_there, needed in (
+            ("CPUs", size.vcpus, asked.vcpus),
+            ("MiB of memory", size.memory >> 20, -(-asked.memory >> 20)),
+        ):
+            if needed > is_there:
+                raise CallerError(
+                    f"{container_id} cannot have {needed:g} {what}: its VM has {is_there:g}",
+                    phase="update",
+                    hint="raise default_vcpus or default_memory in the configuration",
+                    code="FAILED_PRECONDITION",
+                )
 
     async def open_stream(self) -> tuple[socket.socket, int]:
         """A connection for one stdio stream, and the number that names it to the agent."""

@@ -149,8 +149,9 @@ class TaskService:
         raise CallerError("checkpoints are not supported: not implemented", code="UNIMPLEMENTED")
 
     async def kill(self, _ctx: object, request: Any) -> empty_pb2.Empty:
-        """Send a signal. `all` needs no own way: what ends with the init process ends with it."""
-        await self._manager.get(request.id).kill(request.exec_id, request.signal)
+        """Send a signal to one process, or to all of a container."""
+        container = self._manager.get(request.id)
+        await container.kill(request.exec_id, request.signal, everyone=request.all)
         return empty_pb2.Empty()
 
     async def exec(self, _ctx: object, request: Any) -> empty_pb2.Empty:

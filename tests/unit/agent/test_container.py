@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -139,7 +140,7 @@ async def test_exec_errors(box: Box) -> None:
         await container.exec("b", oci_pb2.Process(Args=["nope"]), (0, 0, 0))
     with pytest.raises(RpcError) as unknown:
         container.process("b")
-    container.signal("", signal.SIGTERM)
+    await container.signal("", signal.SIGTERM)
     assert await _ended(_init(container)) == 143
     with pytest.raises(RpcError) as dead:
         await container.exec("c", oci_pb2.Process(Args=["true"]), (0, 0, 0))
@@ -175,14 +176,47 @@ async def test_signals(box: Box) -> None:
     await container.create((0, 0, 0))
     await container.start()
     with pytest.raises(RpcError) as wrong:
-        container.signal("", 12345)
-    container.signal("", signal.SIGKILL)
+        await container.signal("", 12345)
+    await container.signal("", signal.SIGKILL)
     assert await _ended(_init(container)) == 137
     with pytest.raises(RpcError) as gone:
-        container.signal("", signal.SIGTERM)
+        await container.signal("", signal.SIGTERM)
 
     assert wrong.value.code == Code.INVALID_ARGUMENT
     assert gone.value.code == Code.NOT_FOUND
+
+
+def _cgroup(directory: Path, *pids: int) -> str:
+    """A directory with the files of a cgroup that freezes and thaws at once."""
+    for name, text in (
+        ("cgroup.procs", "".join(f"{pid}\n" for pid in pids)),
+        ("cgroup.freeze", "0\n"),
+        ("cgroup.events", "populated 1\nfrozen 0\nfrozen 1\n"),
+    ):
+        (directory / name).write_text(text)
+    return str(directory)
+
+
+async def test_a_signal_to_all_and_one_to_the_init(box: Box, tmp_path: Path) -> None:
+    """An empty exec id means everything in the cgroup, the container's own id its init alone."""
+    container = box.container("sleep", "100")
+    await container.create((0, 0, 0))
+    await container.start()
+    for name in ("x", "y"):
+        await container.exec(name, oci_pb2.Process(Args=["sleep", "100"]), (0, 0, 0))
+    init, x, y = (container.process(name) for name in ("", "x", "y"))
+    (tmp_path / "below").mkdir()
+    container.cgroup = _cgroup(tmp_path, init.pid, x.pid)
+    _cgroup(tmp_path / "below", y.pid)
+    await container.signal(container.id, signal.SIGTERM)
+    assert await _ended(init) == 128 + signal.SIGTERM
+    assert x.alive
+    assert y.alive
+
+    with pytest.raises(RpcError):  # the init has ended; the others are told nevertheless
+        await container.signal("", signal.SIGUSR1)
+    assert [await _ended(process) for process in (x, y)] == [128 + signal.SIGUSR1] * 2
+    assert (tmp_path / "cgroup.freeze").read_text() == "0"
 
 
 async def test_remove_leaves_nothing(box: Box) -> None:
@@ -232,7 +266,7 @@ async def test_by_call_writing_waits_for_the_reader_and_ends_with_it(box: Box) -
     writing = asyncio.ensure_future(stdio.write(b"x" * (1 << 20)))
     await asyncio.sleep(0.05)
     assert not writing.done()
-    container.signal("", signal.SIGKILL)
+    await container.signal("", signal.SIGKILL)
 
     with pytest.raises(RpcError):
         await asyncio.wait_for(writing, 10)

@@ -23,6 +23,7 @@ from google.protobuf import any_pb2
 from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.container_manager import ContainerManager
+from shim.limits import Size, wanted
 from shim.protocols import GuestContainer, RootfsMount
 from shim.stdio_pump import END, FRAME_MAX, FrameReader
 from shim.task_service import TaskService
@@ -215,15 +216,19 @@ class FakeAgent:
         self._add(container_id, exec_id, ports, process).running = True
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
+        """Without an exec id to everyone, with the container's own id to its init alone."""
         await self._enter("signal_process", container_id, exec_id)
-        process = self.process(container_id, exec_id)
-        if process.exited.done():
+        init = self.process(container_id)
+        one = init if exec_id in ("", container_id) else self.process(container_id, exec_id)
+        if one.exited.done():
             raise CallerError("no such process", code="NOT_FOUND")
-        process.signals.append(signal)
-        if signal and signal not in process.ignores:
-            process.exit(128 + signal)
-            if not exec_id:
-                self.end_execs(container_id, 137)
+        everyone = [process for key, process in self.processes.items() if key[0] == container_id]
+        for process in [one] if exec_id else everyone:
+            process.signals.append(signal)
+            if signal and signal not in process.ignores:
+                process.exit(128 + signal)
+        if init.exited.done():
+            self.end_execs(container_id, 137)
 
     def end_execs(self, container_id: str, status: int) -> None:
         """The end of a pid namespace."""
@@ -296,6 +301,7 @@ class FakeSandbox:
         self.started = False
         self.stopped = False
         self.log: list[str] = []
+        self.sizes: list[tuple[str, Size]] = []
         self.fail: dict[str, Exception] = {}
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
 
@@ -346,6 +352,10 @@ class FakeSandbox:
     async def release_container(self, container_id: str) -> None:
         await self._enter("release_container")
         self.prepared.discard(container_id)
+
+    async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        await self._enter("resize")
+        self.sizes.append((container_id, wanted(resources)))
 
     async def open_stream(self) -> tuple[socket.socket, int]:
         await self._enter("open_stream")
@@ -464,8 +474,10 @@ class TaskClient:
     async def wait(self, container_id: str = "c", exec_id: str = "") -> Any:
         return await self.call("Wait", id=container_id, exec_id=exec_id)
 
-    async def kill(self, container_id: str = "c", exec_id: str = "", signal: int = 9) -> Any:
-        return await self.call("Kill", id=container_id, exec_id=exec_id, signal=signal)
+    async def kill(
+        self, container_id: str = "c", exec_id: str = "", signal: int = 9, everyone: bool = False
+    ) -> Any:
+        return await self.call("Kill", id=container_id, exec_id=exec_id, signal=signal, all=everyone)
 
     async def delete(self, container_id: str = "c", exec_id: str = "") -> Any:
         return await self.call("Delete", id=container_id, exec_id=exec_id)

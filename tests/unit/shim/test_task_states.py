@@ -144,6 +144,25 @@ async def test_a_kill_that_the_guest_finds_late(shim: TaskClient) -> None:
         await shim.kill()
 
 
+async def test_a_signal_to_one_and_to_all(shim: TaskClient) -> None:
+    """Without `all` it is for the init process alone; of an exec there is no "all"."""
+    await bring_exec(shim, "running")
+    init, exec_ = shim.guest(), shim.guest(exec_id="e")
+    init.ignores = exec_.ignores = {1}
+    await shim.kill(signal=1)
+    assert (init.signals, exec_.signals) == ([1], [])
+    await shim.kill(signal=1, everyone=True)
+    assert (init.signals, exec_.signals) == ([1, 1], [1])
+    await shim.kill(exec_id="e", signal=1, everyone=True)
+    assert (init.signals, exec_.signals) == ([1, 1], [1, 1])
+
+
+async def test_killing_all_of_nothing(shim: TaskClient) -> None:
+    """CRI does it after each exit; runc's shim says it is done."""
+    await bring(shim, "stopped")
+    await shim.kill(everyone=True)
+
+
 async def test_the_status_of_a_paused_container(shim: TaskClient) -> None:
     await bring(shim, "paused")
     assert (await shim.state()).status == task_types_pb2.PAUSED

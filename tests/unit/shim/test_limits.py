@@ -1,0 +1,58 @@
+"""Limits ask for room in the VM; what it does not have is refused before the guest hears of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import any_pb2
+
+from devices.errors import CallerError, KataError
+from shim.limits import Size, wanted
+from shim.oci import resources_from_json
+from tests.unit.shim.fakes import TaskClient
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("document", "size"),
+    [
+        ({}, Size()),
+        ({"cpu": {"quota": 150_000, "period": 100_000}}, Size(vcpus=1.5)),
+        ({"cpu": {"quota": 50_000}}, Size(vcpus=0.5)),
+        ({"cpu": {"quota": -1, "period": 100_000}}, Size()),
+        ({"cpu": {"shares": 4096}}, Size()),
+        ({"memory": {"limit": 64 * MIB}}, Size(memory=64 * MIB)),
+        ({"memory": {"limit": -1}}, Size()),
+        ({"memory": {"limit": (1 << 63) - 4096}}, Size()),
+    ],
+)
+def test_what_limits_ask_for(document: dict[str, Any], size: Size) -> None:
+    assert wanted(resources_from_json(document)) == size
+
+
+async def update(shim: TaskClient, document: dict[str, Any]) -> None:
+    await shim.call("Update", id="c", resources=any_pb2.Any(value=json.dumps(document).encode()))
+
+
+async def test_the_vm_is_asked_before_the_guest(tmp_path: Path) -> None:
+    shim = TaskClient(tmp_path)
+    await shim.create()
+    await update(shim, {"memory": {"limit": 64 * MIB}, "pids": {"limit": 9}})
+    assert shim.sandbox.sizes == [("c", Size(memory=64 * MIB))]
+    assert [(sent.Memory.Limit, sent.Pids.Limit) for sent in shim.agent.resources] == [(64 * MIB, 9)]
+    await shim.close()
+
+
+async def test_a_vm_that_cannot_grow_refuses_and_the_guest_hears_nothing(tmp_path: Path) -> None:
+    shim = TaskClient(tmp_path)
+    await shim.create()
+    shim.sandbox.fail["resize"] = CallerError("the VM has 1 CPU: failed precondition")
+    with pytest.raises(KataError) as caught:
+        await update(shim, {"cpu": {"quota": 400_000, "period": 100_000}})
+    assert caught.value.code == "FAILED_PRECONDITION"
+    assert shim.agent.resources == []
+    await shim.close()
