@@ -2,6 +2,8 @@
 
 What: `HypervisorConfig`, the schema that QEMU uses; other VMMs may use it or bring their own.
 Why: an existing configuration.toml must mean the same here (design D5).
+`enable_annotations` and the valid_* lists are the loader's (`shim.config.schema.AnnotationPolicy`): they hold
+for every plugin, whatever its schema.
 Invariants: the defaults are what an absent key means before `adjust_config`: 0 and "" mean
 "choose for me". Sizes are MiB.
 """
@@ -19,7 +21,6 @@ class HypervisorConfig:
 
     # --- programs
     path: str = ""
-    valid_hypervisor_paths: tuple[str, ...] = ()
 
     # --- boot
     kernel: str = ""
@@ -44,7 +45,6 @@ class HypervisorConfig:
     # --- shared file system
     shared_fs: str = "virtio-fs"  # or "none"
     virtio_fs_daemon: str = ""
-    valid_virtio_fs_daemon_paths: tuple[str, ...] = ()
     virtio_fs_extra_args: tuple[str, ...] = ()
     virtio_fs_cache: str = "auto"  # never | auto | always
     virtio_fs_queue_size: int = 1024
@@ -52,14 +52,12 @@ class HypervisorConfig:
     # --- devices
     vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
     entropy_source: str = "/dev/urandom"
-    valid_entropy_sources: tuple[str, ...] = ()
     pcie_root_port: int = 0
     reclaim_guest_freed_memory: bool = False
 
     # --- security
     disable_seccomp: bool = False
     seccomp_sandbox: str = ""
-    enable_annotations: tuple[str, ...] = ()
 
     # --- debugging
     enable_debug: bool = False

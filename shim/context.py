@@ -26,7 +26,8 @@ class DaemonContext:
     `id` is the container that `start` was called for and `sandbox_id` the one whose VM this is;
     they are the same but for callers that group containers in their own way. `bundle` is the
     absolute path of that container's bundle. `address` is the shim's own ("unix:///run/...").
-    `publish_binary` is containerd's path. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
+    `publish_binary` is containerd's path. `state_dir` exists, 0700: /run/kata/<sandbox_id>. `runtime_class`
+    is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see `shim.config.find`.
     """
 
     namespace: str
@@ -40,6 +41,7 @@ class DaemonContext:
     events: EventSink
     undo: UndoLog
     shutdown: Callable[[], None]
+    runtime_class: str = ""
 
 
 class ShimService(Protocol):

@@ -170,6 +170,7 @@ async def _serve_tasks(
         events=events,
         undo=journal,
         shutdown=stop.set,
+        runtime_class=flags.runtime_class,
     )
     from shim.runtime import build_service
 

@@ -8,7 +8,7 @@ Invariants: no import at all; nothing here touches the system.
 
 from __future__ import annotations
 
-__all__ = ["USAGE", "FlagError", "Flags", "check_id", "parse"]
+__all__ = ["USAGE", "FlagError", "Flags", "check_id", "parse", "runtime_class_of"]
 
 MAX_ID = 128
 """Longest id accepted, in characters (containerd's own limit is 76)."""
@@ -52,6 +52,7 @@ class Flags:
         "info",
         "namespace",
         "publish_binary",
+        "runtime_class",
         "socket",
         "version",
     )
@@ -63,6 +64,7 @@ class Flags:
         self.publish_binary = strings.get("publish-binary", "")
         self.id = strings.get("id", "")
         self.bundle = strings.get("bundle", "")
+        self.runtime_class = ""
         self.socket = strings.get("socket", "")
         self.debug = bools.get("debug", False)
         self.version = bools.get("v", False) or bools.get("version", False)
@@ -122,6 +124,20 @@ def parse(argv: list[str]) -> Flags:
     if len(rest) > 1:
         raise FlagError(f"one action expected, got {len(rest)}: flags must come before the action")
     return Flags(strings, bools, rest[0] if rest else "")
+
+
+def runtime_class_of(program: str) -> str:
+    """The CLASS of a program called `containerd-shim-kata-CLASS-v2`, "" for any other name.
+
+    containerd runs a program of that name for the runtime io.containerd.kata-CLASS.v2: a link to ours.
+    CLASS is fit to be part of a file's name: letters, digits and '-'.
+    """
+    name = program.rpartition("/")[2]
+    prefix, suffix = "containerd-shim-kata-", "-v2"
+    if not (name.startswith(prefix) and name.endswith(suffix)) or len(name) <= len(prefix) + len(suffix):
+        return ""
+    found = name[len(prefix) : -len(suffix)]
+    return found if found.isascii() and found.replace("-", "").isalnum() else ""
 
 
 def _usage() -> str:

@@ -13,10 +13,10 @@ from proto import introspection_pb2
 __all__ = ["print_info"]
 
 
-def print_info(version: str) -> int:
-    """Write RuntimeInfo to stdout; returns the exit code."""
+def print_info(version: str, runtime_class: str = "") -> int:
+    """Write RuntimeInfo to stdout; returns the exit code. `runtime_class` as in `runtime_class_of`."""
     info = introspection_pb2.RuntimeInfo(
-        name="io.containerd.kata.v2",
+        name=f"io.containerd.kata-{runtime_class}.v2" if runtime_class else "io.containerd.kata.v2",
         version=introspection_pb2.RuntimeVersion(version=version),
     )
     sys.stdout.buffer.write(info.SerializeToString())

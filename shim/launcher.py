@@ -22,7 +22,7 @@ import os
 import sys
 
 from shim import bundle
-from shim.flags import USAGE, FlagError, Flags, check_id, parse
+from shim.flags import USAGE, FlagError, Flags, check_id, parse, runtime_class_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script. Returns the exit code; never returns in the daemon."""
     try:
         flags = parse(sys.argv[1:] if argv is None else argv)
+        flags.runtime_class = runtime_class_of(sys.argv[0])
         return _dispatch(flags)
     except (FlagError, StartError, bundle.BundleError) as error:
         sys.stderr.write(f"{NAME}: {error}\n")
@@ -66,7 +67,7 @@ def _dispatch(flags: Flags) -> int:
     if flags.info:
         from shim.info import print_info
 
-        return print_info(VERSION)
+        return print_info(VERSION, flags.runtime_class)
     if flags.action == "start":
         flags.check()
         _start(flags)

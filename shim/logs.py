@@ -22,7 +22,7 @@ from typing import Any
 
 import structlog
 
-__all__ = ["configure", "redact"]
+__all__ = ["configure", "redact", "set_level"]
 
 MAX_LINE = 4096
 """Bytes of one line with its newline: what a pipe takes as one piece."""
@@ -135,6 +135,26 @@ def configure(bundle: str, *, debug: bool, foreground: bool = False, **fields: s
     root.setLevel(logging.INFO if debug else logging.WARNING)
     logging.raiseExceptions = False
     return pipe
+
+
+_LEVELS = {
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "critical": logging.CRITICAL,
+}
+
+
+def set_level(name: str, *, debug: bool) -> None:
+    """From now on log at level `name` ([runtime] log_level) and above; `debug` means everything."""
+    level = logging.DEBUG if debug else _LEVELS[name]
+    structlog.configure(
+        **{**structlog.get_config(), "wrapper_class": structlog.make_filtering_bound_logger(level)}
+    )
+    logging.getLogger().setLevel(logging.INFO if level == logging.DEBUG else max(level, logging.WARNING))
 
 
 def _open_fifo(path: str) -> int:

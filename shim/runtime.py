@@ -36,6 +36,7 @@ from devices.errors import CallerError
 from devices.vsock import STREAM_PORT
 from hypervisors.registry import get_plugin
 from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
+from shim import logs
 from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
@@ -86,7 +87,14 @@ class VirtContainer:
         if self._sandbox is not None and not self._sandbox.stopped:
             return self._sandbox
         with self.trace.phase("config", id=container_id):
-            config = await asyncio.to_thread(load_config, options_path=_config_path(options), env=os.environ)
+            config = await asyncio.to_thread(
+                load_config,
+                options_path=_config_path(options),
+                env=os.environ,
+                runtime_class=self._context.runtime_class,
+                annotations=_annotations(spec),
+            )
+        logs.set_level(config.runtime.log_level, debug=self._context.debug or config.runtime.enable_debug)
         for key in config.inactive:
             if not key.harmless:
                 _log.warning("configuration key without effect", key=str(key))
@@ -119,7 +127,11 @@ class VirtContainer:
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
         )
         _log.info(
-            "sandbox", hypervisor=config.hypervisor_name, config=config.path, type=settings.container_type
+            "sandbox",
+            hypervisor=config.hypervisor_name,
+            config=config.path,
+            by_annotation=list(config.annotations),
+            type=settings.container_type,
         )
         return VirtSandbox(
             settings, hypervisor, undo=context.undo, tasks=self._tasks, trace=self.trace, on_oom=self._oom
@@ -182,6 +194,15 @@ class Service:
 def build_service(context: DaemonContext) -> Service:
     """The Task service of this daemon; call it on the running loop."""
     return Service(context)
+
+
+def _annotations(spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = spec.get("annotations") or {}
+    if not isinstance(found, Mapping):
+        raise CallerError(
+            "config.json: annotations must be an object", code="INVALID_ARGUMENT", phase="bundle"
+        )
+    return found
 
 
 def _config_path(options: AnyMessage) -> str | None:

@@ -85,7 +85,8 @@ def arguments(plan: Plan) -> list[str]:
     section = plan.section
     argv = ["-name", f"sandbox-{plan.sandbox_id},debug-threads=on"]
     argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
-    argv += ["-sandbox", section.seccomp_sandbox or SANDBOX]
+    if not section.disable_seccomp:
+        argv += ["-sandbox", section.seccomp_sandbox or SANDBOX]
     argv += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
     argv += ["-smp", str(plan.vcpus), "-m", f"{section.default_memory}M"]
     # Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small.

@@ -17,11 +17,13 @@ from functools import partial
 from typing import Any
 
 from devices.errors import BugError
-from shim.config.schema import Inactive, toml_value
+from shim.config.schema import Inactive, is_secret, toml_value
 
-__all__ = ["Table", "fill", "kind_of_field", "nearest"]
+__all__ = ["KIND_TEXT", "Kind", "Place", "Table", "fill", "kind_of_field", "known_keys", "nearest"]
 
 Kind = str
+Place = Callable[[str], str]
+"""From a key to "file:line"."""
 KIND_TEXT: Mapping[Kind, str] = {
     "bool": "true or false",
     "int": "an integer",
@@ -49,14 +51,13 @@ _WRONG = object()
 class Table:
     """A section: its dotted name, its keys, and where a key of it stands.
 
-    `locate(key)` gives (file, line); it scans the text, so it is for messages only.
+    `locate(key, ...)` gives (file, line), further keys lead into sub-tables; it scans the text, so it is for
+    messages only.
     """
 
     __slots__ = ("locate", "name", "values")
 
-    def __init__(
-        self, name: str, values: Mapping[str, Any], locate: Callable[[str], tuple[str, int]]
-    ) -> None:
+    def __init__(self, name: str, values: Mapping[str, Any], locate: Callable[..., tuple[str, int]]) -> None:
         self.name = name
         self.values = values
         self.locate = locate
@@ -123,6 +124,12 @@ def nearest(key: str, known: Mapping[str, Kind]) -> str:
     return f'the nearest is "{close[0]}" ({KIND_TEXT[known[close[0]]]})'
 
 
+def known_keys(schema: type[Any] | None, inactive: Mapping[str, Any]) -> dict[str, Kind]:
+    """Every key of a section with its kind: those without effect, and the schema's fields."""
+    fields = {field.name: kind_of_field(field) for field in dataclasses.fields(schema)} if schema else {}
+    return {key: kind_of_value(behaviour) for key, behaviour in inactive.items()} | fields
+
+
 def fill(
     table: Table,
     schema: type[Any] | None,
@@ -133,10 +140,11 @@ def fill(
     """Read `table` by `schema`; returns (keyword arguments, keys without effect, problems).
 
     `schema`: None is a section in which no key has an effect. `inactive`: further known keys, each with
-    the value that we behave as. `aliases`: other spellings.
+    the value that we behave as; a non-empty table there holds the known keys of a sub-table likewise.
+    `aliases`: other spellings.
     """
-    fields = {field.name: kind_of_field(field) for field in dataclasses.fields(schema)} if schema else {}
-    known = {key: kind_of_value(behaviour) for key, behaviour in inactive.items()} | fields
+    fields = {field.name for field in dataclasses.fields(schema)} if schema else set()
+    known = known_keys(schema, inactive)
     arguments: dict[str, Any] = {}
     without_effect: list[Inactive] = []
     problems: list[str] = []
@@ -153,12 +161,17 @@ def fill(
             continue
         converted = convert(kind, value)
         if converted is _WRONG:
+            shown = "..." if is_secret(key) else toml_value(value)[:80]
             problems.append(
-                f"{table.at(written)}: [{table.name}] {written} must be {KIND_TEXT[kind]}, "
-                f"not {toml_value(value)[:80]}"
+                f"{table.at(written)}: [{table.name}] {written} must be {KIND_TEXT[kind]}, not {shown}"
             )
         elif key in fields:
             arguments[key] = converted
+        elif kind == "table" and inactive[key]:
+            inner = Table(f"{table.name}.{written}", converted, partial(table.locate, written))
+            _, found, wrong = fill(inner, None, inactive=inactive[key])
+            without_effect += found
+            problems += wrong
         else:
             locate = partial(table.locate, written)
             without_effect.append(Inactive(table.name, written, converted, inactive[key], locate))

@@ -4,22 +4,24 @@ What: `load_config` gives a `Config`: the [runtime], the chosen agent's and the 
 section, complete and validated. The other [hypervisor.*] and [agent.*] sections are not looked at.
 Why: Kata's files work as they are, but a mistake in one is told before anything is started, with
 file, line, key and the nearest name (design D5).
-Order: the files are read and merged (`shim.config.source`); then types and keys, the plugin's
-`adjust_config`, existence of the files named, rules between keys, the plugin's `validate_config`.
+Order: the files are read and merged (`shim.config.source`); then types and keys, the pod's annotations
+(`shim.config.annotations`), the plugin's `adjust_config`, existence of the files named, rules between
+keys, the plugin's `validate_config`.
 Invariants: all that is wrong is a ConfigError with phase "config" (the plugin may also say HostError).
 Reading blocks for about a millisecond; nothing is imported for messages that are not needed.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import ConfigError, KataError
-from shim.config.fill import Table, fill, nearest
+from shim.config.fill import Table, fill, known_keys, nearest
+from shim.config.find import SEARCH_PATH, existing, find_config
+from shim.config.rules import PATH_HINT, check_agent, check_paths, check_patterns, check_runtime
 from shim.config.schema import (
     AGENT_INACTIVE,
     HYPERVISOR_ALIASES,
@@ -27,6 +29,7 @@ from shim.config.schema import (
     RUNTIME_INACTIVE,
     TOP_LEVEL,
     AgentConfig,
+    AnnotationPolicy,
     Inactive,
     RuntimeConfig,
 )
@@ -34,28 +37,12 @@ from shim.config.source import Source
 
 if TYPE_CHECKING:
     from hypervisors.base import HypervisorPlugin
+    from shim.config.annotations import PodAnnotations
 
 __all__ = ["SEARCH_PATH", "Config", "ConfigFileError", "find_config", "load_config"]
 
-SEARCH_PATH = (
-    "/etc/kata-containers/configuration.toml",
-    "/opt/kata-shim/share/defaults/kata-containers/configuration.toml",
-)
 DEFAULT_HYPERVISOR = "qemu"
 DEFAULT_AGENT = "kata"
-
-# Keys of a hypervisor section that name files, and what must be true of those that are set.
-PATH_KEYS: Mapping[str, str] = {
-    "path": "program",
-    "virtio_fs_daemon": "program",
-    "vsock_daemon": "program",
-    "jailer_path": "program",
-    "kernel": "file",
-    "initrd": "file",
-    "image": "file",
-    "firmware": "file",
-    "entropy_source": "any",
-}
 
 
 class ConfigFileError(ConfigError):
@@ -72,7 +59,8 @@ class Config:
     """A complete configuration.
 
     `path` is the base file, `files` all files that were read, `hypervisor` the plugin's section after
-    adjust and validate, `inactive` the keys in it that have no effect yet.
+    adjust and validate, `policy` what a pod's annotations may change, `annotations` those that did,
+    `inactive` the keys that have no effect yet, `source` the files' content, for who asks what came whence.
     """
 
     path: str
@@ -81,36 +69,10 @@ class Config:
     agent: AgentConfig
     hypervisor_name: str
     hypervisor: Any
+    policy: AnnotationPolicy
+    annotations: tuple[str, ...]
     inactive: tuple[Inactive, ...]
-
-
-def find_config(
-    path: str | None, *, options_path: str | None = None, env: Mapping[str, str] | None = None
-) -> str:
-    """The configuration file to use: `path`, else the runtime options' config_path, else
-    $KATA_CONF_FILE, else the first that exists on SEARCH_PATH. Raises ConfigError.
-    """
-    for origin, named in (
-        ("the given file", path),
-        ("Options.config_path", options_path),
-        ("$KATA_CONF_FILE", (env or {}).get("KATA_CONF_FILE")),
-    ):
-        if named:
-            if not os.path.isabs(named):
-                raise ConfigError(f"{origin} must be an absolute path, not {named!r}", phase="config")
-            if not os.path.exists(named):
-                raise ConfigError(
-                    f"{origin} does not exist: {named}", phase="config", hint="correct the path"
-                )
-            return named
-    for candidate in SEARCH_PATH:
-        if os.path.exists(candidate):
-            return candidate
-    raise ConfigError(
-        f"there is no configuration file; looked for {', '.join(SEARCH_PATH)}",
-        phase="config",
-        hint="`make install` puts one there; or name one by $KATA_CONF_FILE or the runtime option ConfigPath",
-    )
+    source: Source = field(compare=False, repr=False)
 
 
 def load_config(
@@ -118,70 +80,141 @@ def load_config(
     *,
     options_path: str | None = None,
     env: Mapping[str, str] | None = None,
+    runtime_class: str = "",
+    annotations: Mapping[str, Any] | None = None,
     get_plugin: Callable[[str], HypervisorPlugin[Any]] | None = None,
 ) -> Config:
     """Find, read, merge and check. Raises ConfigError (or HostError, from the hypervisor's plugin).
 
-    `env` is where KATA_CONF_FILE is looked up. `get_plugin` is for tests; by default the registry's.
+    `env` is where KATA_CONF_FILE is looked up. `annotations` are a pod's; see shim.config.annotations.
+    `get_plugin` is for tests; by default the registry's.
     """
-    base = find_config(path, options_path=options_path, env=env)
+    base = find_config(path, options_path=options_path, env=env, runtime_class=runtime_class)
     if get_plugin is None:
         from hypervisors.registry import get_plugin as from_registry
 
         get_plugin = from_registry
+    pod: PodAnnotations | None = None
     try:
-        source = Source.read(base)
-        return _check(source, base, get_plugin)
+        if any(name.startswith("io.katacontainers.config") for name in annotations or ()):
+            from shim.config.annotations import CONFIG_PATH, PodAnnotations  # most pods have none
+
+            assert annotations is not None
+            if CONFIG_PATH in annotations:
+                base = _asked_for(base, annotations[CONFIG_PATH])
+            pod = PodAnnotations(annotations)
+        return _check(Source.read(base), base, get_plugin, pod)
     except KataError as error:
-        error.with_context(phase="config", hint=f"correct {base}")
+        asked = f", or the pod's annotations ({', '.join(pod.used)})" if pod and pod.used else ""
+        error.with_context(phase="config", hint=f"correct {base}{asked}")
         raise
 
 
-def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlugin[Any]]) -> Config:
+def _asked_for(base: str, wanted: Any) -> str:
+    """The file that the annotation io.katacontainers.config_path names, if `base` lists it."""
+    from shim.config.annotations import CONFIG_PATH, listed_path
+
+    table = Source.read(base).table("runtime")
+    runtime, _, problems = fill(table, RuntimeConfig, inactive=_RUNTIME_KEYS)
+    if problems:
+        raise ConfigFileError(base, problems)
+    if not isinstance(wanted, str) or not listed_path(wanted, runtime.get("valid_config_paths", ())):
+        raise ConfigError(
+            f"annotation {CONFIG_PATH} names a file that [runtime] valid_config_paths "
+            f"({table.at('valid_config_paths')}) does not list",
+            phase="config",
+            hint="the administrator can list it there; else remove the annotation",
+        )
+    return existing(f"annotation {CONFIG_PATH}", wanted)
+
+
+class _Reading:
+    """What `_check` gathers on its way: problems, keys without effect, and keys that mean another field."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.problems: list[str] = []
+        self.inactive: list[Inactive] = []
+        self.moved: dict[str, Any] = {}
+
+    def section(
+        self,
+        *name: str,
+        schema: type[Any] | None,
+        inactive: Mapping[str, Any],
+        moved: Mapping[str, Any] | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """The keyword arguments of a section. `moved`: further keys, which go to `self.moved`."""
+        values, found, wrong = fill(
+            self.source.table(*name), schema, inactive={**inactive, **(moved or {})}, aliases=aliases
+        )
+        self.problems += wrong
+        for each in found:
+            if each.section == ".".join(name) and each.key in (moved or ()):
+                self.moved[each.key] = each.value
+            else:
+                self.inactive.append(each)
+        return values
+
+
+def _check(
+    source: Source,
+    base: str,
+    get_plugin: Callable[[str], HypervisorPlugin[Any]],
+    pod: PodAnnotations | None,
+) -> Config:
     known = {"runtime": "table", "agent": "table", "hypervisor": "table"} | dict.fromkeys(TOP_LEVEL, "table")
-    problems: list[str] = []
-    inactive: list[Inactive] = []
+    reading = _Reading(source)
+    problems, inactive = reading.problems, reading.inactive
     for name in source.values:
         if name not in known:
             file, line = source.locate(name)
             problems.append(f'{file}:{line}: there is no section "{name}"; {nearest(name, known)}')
 
-    runtime, found, wrong = fill(source.table("runtime"), RuntimeConfig, inactive=_RUNTIME_KEYS)
-    problems += wrong
-    inactive += (each for each in found if each.key not in _RUNTIME_READ_HERE)
-    moved = {each.key: each.value for each in found if each.key in _RUNTIME_READ_HERE}
-
+    runtime = reading.section(
+        "runtime", schema=RuntimeConfig, inactive=RUNTIME_INACTIVE, moved=_RUNTIME_READ_HERE
+    )
     hypervisor_name = runtime.get("hypervisor_name") or _only_section(
         source, "hypervisor", DEFAULT_HYPERVISOR
     )
     agent_name = runtime.get("agent_name") or _only_section(source, "agent", DEFAULT_AGENT)
+    if pod:
+        policy = _policy(source, hypervisor_name)
+        where = source.table("hypervisor", hypervisor_name).at
+        sections = source.table("hypervisor").values, source.table("agent").values
+        hypervisor_name = pod.section_name("hypervisor", hypervisor_name, policy, where, sections[0])
+        agent_name = pod.section_name("agent", agent_name, policy, where, sections[1])
     agent_table = source.table("agent", agent_name)
-    agent, found, wrong = fill(agent_table, AgentConfig, inactive=_AGENT_KEYS)
-    problems += wrong
-    inactive += (each for each in found if each.key not in _AGENT_READ_HERE)
-    moved |= {each.key: each.value for each in found if each.key in _AGENT_READ_HERE}
-
+    agent = reading.section(
+        "agent", agent_name, schema=AgentConfig, inactive=AGENT_INACTIVE, moved=_AGENT_READ_HERE
+    )
     for name, keys in TOP_LEVEL.items():
-        _, found, wrong = fill(source.table(name), None, inactive=keys)
-        problems += wrong
-        inactive += found
+        reading.section(name, schema=None, inactive=keys)
 
     plugin = get_plugin(hypervisor_name)
     table = source.table("hypervisor", hypervisor_name)
-    values, found, wrong = fill(
-        table, plugin.section, inactive=HYPERVISOR_INACTIVE, aliases=HYPERVISOR_ALIASES
+    values = reading.section(
+        "hypervisor",
+        hypervisor_name,
+        schema=plugin.section,
+        inactive=HYPERVISOR_INACTIVE,
+        moved=_POLICY_KEYS,
+        aliases=HYPERVISOR_ALIASES,
     )
-    problems += wrong
-    inactive += found
+    policy = _policy(source, hypervisor_name)
+    problems += check_patterns(policy, table)
     if problems:
         raise ConfigFileError(base, problems)
+    if pod:
+        inactive += _overlay(pod, policy, table, plugin, runtime, agent, values)
 
     section = plugin.adjust_config(plugin.section(**values))
-    problems += _check_paths(section, table)
+    problems += check_paths(section, table)
     if problems:
-        raise ConfigFileError(base, problems, hint=_PATH_HINT)
+        raise ConfigFileError(base, problems, hint=PATH_HINT)
     ours = bool(getattr(section, "initrd", "")) and bool(getattr(section, "image", ""))
-    agent_config = _agent({"home_call": ours, **agent, "name": agent_name}, moved)
+    agent_config = _agent({"home_call": ours, **agent, "name": agent_name}, reading.moved)
     if not agent_config.home_call and runtime.pop("use_passfd_io", False):
         locate = partial(source.locate, "runtime", "use_passfd_io")
         inactive.append(Inactive("runtime", "use_passfd_io", True, False, locate))
@@ -193,8 +226,8 @@ def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlug
             "agent_name": agent_name,
         }
     )
-    problems += _check_runtime(runtime_config, source.table("runtime"))
-    problems += _check_agent(agent_config, agent_table)
+    problems += check_runtime(runtime_config, source.table("runtime"))
+    problems += check_agent(agent_config, agent_table)
     if problems:
         raise ConfigFileError(base, problems)
     plugin.validate_config(section)
@@ -205,15 +238,60 @@ def _check(source: Source, base: str, get_plugin: Callable[[str], HypervisorPlug
         agent=agent_config,
         hypervisor_name=hypervisor_name,
         hypervisor=section,
+        policy=policy,
+        annotations=tuple(pod.used) if pod else (),
         inactive=tuple(inactive),
+        source=source,
     )
+
+
+def _policy(source: Source, hypervisor_name: str) -> AnnotationPolicy:
+    """What the section says of annotations. Wrong types are told by whoever reads the whole section."""
+    values = source.table("hypervisor", hypervisor_name).values
+    lists = {key: values[key] for key in _POLICY_KEYS if isinstance(values.get(key), list)}
+    return AnnotationPolicy(**{key: tuple(map(str, value)) for key, value in lists.items()})
+
+
+def _overlay(
+    pod: PodAnnotations,
+    policy: AnnotationPolicy,
+    table: Table,
+    plugin: HypervisorPlugin[Any],
+    runtime: dict[str, Any],
+    agent: dict[str, Any],
+    values: dict[str, Any],
+) -> list[Inactive]:
+    """The pod's annotations over the three sections' arguments; returns those without effect."""
+    inactive: list[Inactive] = []
+    for group, section, into, schema, without_effect in (
+        ("runtime", "runtime", runtime, RuntimeConfig, RUNTIME_INACTIVE),
+        ("agent", "agent", agent, AgentConfig, AGENT_INACTIVE),
+        ("hypervisor", table.name, values, plugin.section, HYPERVISOR_INACTIVE),
+    ):
+        known = known_keys(schema, without_effect)
+        if group == "runtime":
+            known["create_container_timeout"] = "float"
+        defaults = {each.name: each.default for each in fields(schema)}
+        inactive += pod.overlay(
+            group,
+            into,
+            known,
+            policy,
+            table.at,
+            section=section,
+            inactive={key: value for key, value in without_effect.items() if key not in defaults},
+            defaults={**without_effect, **defaults},
+        )
+    if "create_container_timeout" in runtime:  # a field of the agent's section
+        agent["create_container_timeout"] = runtime.pop("create_container_timeout")
+    return inactive
 
 
 # Keys that have an effect, but through a field of another name or section.
 _RUNTIME_READ_HERE: Mapping[str, Any] = {"create_container_timeout": 30.0}
 _AGENT_READ_HERE: Mapping[str, Any] = {"dial_timeout": 0}
 _RUNTIME_KEYS = {**RUNTIME_INACTIVE, **_RUNTIME_READ_HERE}
-_AGENT_KEYS = {**AGENT_INACTIVE, **_AGENT_READ_HERE}
+_POLICY_KEYS: Mapping[str, Any] = dict.fromkeys(AnnotationPolicy.__dataclass_fields__, ())
 
 
 def _only_section(source: Source, kind: str, default: str) -> str:
@@ -237,61 +315,3 @@ def _agent(arguments: dict[str, Any], moved: Mapping[str, Any]) -> AgentConfig:
     if "reconnect_timeout_ms" not in arguments and agent.dial_timeout_ms > agent.reconnect_timeout_ms:
         agent = replace(agent, reconnect_timeout_ms=agent.dial_timeout_ms)
     return agent
-
-
-_LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
-
-
-def _check_runtime(runtime: RuntimeConfig, table: Table) -> list[str]:
-    problems = []
-    if runtime.name != "virt_container":
-        problems.append(f'{table.at("name")}: [runtime] name must be "virt_container", not "{runtime.name}"')
-    if runtime.log_level not in _LOG_LEVELS:
-        problems.append(
-            f"{table.at('log_level')}: [runtime] log_level must be one of {', '.join(_LOG_LEVELS)}, "
-            f'not "{runtime.log_level}"'
-        )
-    return problems
-
-
-def _check_agent(agent: AgentConfig, table: Table) -> list[str]:
-    problems = []
-
-    def expect(good: bool, key: str, rule: str) -> None:
-        if not good:
-            problems.append(
-                f"{table.at(key)}: [{table.name}] {key} must be {rule}, not {getattr(agent, key)}"
-            )
-
-    expect(0 < agent.server_port < 1 << 32, "server_port", "a vsock port (1 to 4294967295)")
-    expect(agent.dial_timeout_ms > 0, "dial_timeout_ms", "above 0")
-    expect(
-        agent.reconnect_timeout_ms >= agent.dial_timeout_ms,
-        "reconnect_timeout_ms",
-        f"at least dial_timeout_ms ({agent.dial_timeout_ms})",
-    )
-    expect(agent.create_container_timeout > 0, "create_container_timeout", "above 0 (seconds)")
-    return problems
-
-
-_PATH_HINT = "correct the path, or install what it names (`make guest` builds kernel, initrd and image)"
-
-
-def _check_paths(section: Any, table: Table) -> list[str]:
-    """What the section names must be there: said now, not when the VMM has been started."""
-    problems = []
-    for key, kind in PATH_KEYS.items():
-        path = getattr(section, key, "")
-        if not path or (key == "virtio_fs_daemon" and getattr(section, "shared_fs", "") == "none"):
-            continue
-        where = f"{table.at(key)}: " if key in table.values else ""
-        what = f"{where}[{table.name}] {key} = {path!r}"
-        if not os.path.isabs(path):
-            problems.append(f"{what} must be an absolute path")
-        elif not os.path.exists(path):
-            problems.append(f"{what} does not exist")
-        elif kind != "any" and not os.path.isfile(path):
-            problems.append(f"{what} is not a regular file")
-        elif not os.access(path, os.X_OK if kind == "program" else os.R_OK):
-            problems.append(f"{what} is not {'executable' if kind == 'program' else 'readable'}")
-    return problems

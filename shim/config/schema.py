@@ -25,8 +25,11 @@ __all__ = [
     "RUNTIME_INACTIVE",
     "TOP_LEVEL",
     "AgentConfig",
+    "AnnotationPolicy",
     "Inactive",
     "RuntimeConfig",
+    "is_secret",
+    "toml_value",
 ]
 
 MIN_BOOT_MS = 10_000
@@ -43,6 +46,7 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: str = "info"  # trace | debug | info | warn | error
     disable_guest_seccomp: bool = False
+    valid_config_paths: tuple[str, ...] = ()  # ours: what the annotation config_path may name
     use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
 
 
@@ -67,6 +71,28 @@ class AgentConfig:
     def request_deadline(self) -> float:
         """Seconds for each call to the agent that does not wait for the guest by nature."""
         return self.create_container_timeout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotationPolicy:
+    """The keys of a [hypervisor.NAME] section, whoever's plugin NAME is, that say what pods may ask for.
+
+    `enable_annotations` are regular expressions, the others lists of patterns with `*`, `?` and `[...]`; see
+    `shim.config.annotations`. Keys marked "ours" do not exist in Kata.
+    """
+
+    enable_annotations: tuple[str, ...] = ()
+    valid_hypervisor_paths: tuple[str, ...] = ()
+    valid_jailer_paths: tuple[str, ...] = ()
+    valid_ctlpaths: tuple[str, ...] = ()
+    valid_virtio_fs_daemon_paths: tuple[str, ...] = ()
+    valid_entropy_sources: tuple[str, ...] = ()
+    valid_vhost_user_store_paths: tuple[str, ...] = ()
+    valid_file_mem_backends: tuple[str, ...] = ()
+    valid_guest_paths: tuple[str, ...] = ()  # ours: kernel, image, initrd, firmware, ...
+    valid_kernel_params: tuple[str, ...] = ()  # ours: words of kernel_params, lines of kernel_modules
+    valid_virtio_fs_extra_args: tuple[str, ...] = ()  # ours
+    valid_machine_accelerators: tuple[str, ...] = ()  # ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +120,17 @@ class Inactive:
 
     def __str__(self) -> str:
         file, line = self.locate()
-        value = "..." if self.key.endswith("password") else toml_value(self.value)
+        where = f"{file}:{line}" if line else file
+        value = "..." if is_secret(self.key) else toml_value(self.value)
         return (
-            f"{file}:{line}: [{self.section}] {self.key} = {value} has no effect yet: "
+            f"{where}: [{self.section}] {self.key} = {value} has no effect yet: "
             f"kata-shim behaves as with {toml_value(self.behaviour)}"
         )
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of this key must not appear in logs and messages."""
+    return key in {"initdata", "policy", "snp_id_auth"} or key.endswith(("password", "secret", "token"))
 
 
 def toml_value(value: Any) -> str:
@@ -116,7 +148,7 @@ def toml_value(value: Any) -> str:
 
 
 # --- Keys without effect: key -> the value that we behave as. Its type is the key's type: () is an array
-# of strings, [] an array of tables, {} a table, a float takes integers too.
+# of strings, [] an array of tables, {} any table, a filled one a table of these keys, a float takes integers.
 
 TOP_LEVEL: Mapping[str, Mapping[str, Any]] = {
     "factory": {  # Kata's Go runtime only
@@ -165,7 +197,25 @@ AGENT_INACTIVE: Mapping[str, Any] = {
     "log_level": "info",
     "log_port": 1025,
     "passfd_listener_port": 1027,
-    "mem_agent": {},
+    "mem_agent": {
+        "compact_disable": False,
+        "compact_force_times": 0,
+        "compact_order": 9,
+        "compact_period_psi_percent_limit": 1,
+        "compact_period_secs": 600,
+        "compact_psi_percent_limit": 5,
+        "compact_sec_max": 300,
+        "compact_threshold": 1024,
+        "enable": False,
+        "mem_agent_enable": False,
+        "memcg_disable": False,
+        "memcg_eviction_psi_percent_limit": 1,
+        "memcg_eviction_run_aging_count_min": 3,
+        "memcg_period_psi_percent_limit": 1,
+        "memcg_period_secs": 600,
+        "memcg_swap": False,
+        "memcg_swappiness_max": 50,
+    },
     "policy": "",
     "visible_cdi_devices": False,
 }
@@ -178,23 +228,31 @@ HYPERVISOR_ALIASES: Mapping[str, str] = {
 HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     # programs
     "ctlpath": "",
+    "path": "",
+    "virtio_fs_daemon": "",
     "jailer_path": "",
-    "valid_ctlpaths": (),
-    "valid_hypervisor_paths": (),
-    "valid_jailer_paths": (),
     # boot
     "boot_from_template": False,
     "boot_to_be_template": False,
     "device_state_path": "",
-    "factory": {},
+    "factory": {"enable_template": False, "template_path": "/run/vc/vm/template"},
     "firmware": "",
     "firmware_volume": "",
     "guest_extension_images": [],
+    "image": "",
+    "initrd": "",
+    "kernel": "",
+    "kernel_params": "",
     "kernel_verity_params": "",
     "memory_path": "",
     "pflashes": (),
+    "rootfs_type": "ext4",
     "vm_rootfs_driver": "virtio-blk-pci",
     # machine, CPU, memory
+    "cpu_features": "",
+    "default_memory": 0,
+    "default_vcpus": 1.0,
+    "machine_type": "",
     "default_bridges": 1,
     "default_maxmemory": 0,
     "default_maxvcpus": 0,
@@ -218,7 +276,6 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "overhead_vcpus": 0.0,
     "reclaim_guest_freed_memory": False,
     "use_legacy_serial": True,
-    "valid_file_mem_backends": (),
     # block devices
     "block_device_aio": "io_uring",
     "block_device_cache_direct": False,
@@ -238,7 +295,6 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "indep_iothreads": 0,
     "num_queues": 1,
     "queue_size": 128,
-    "valid_vhost_user_store_paths": (),
     "vhost_user_reconnect_timeout_sec": 0,
     "vhost_user_store_path": "/var/run/kata-containers/vhost-user",
     # other devices
@@ -252,7 +308,6 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "hotplug_vfio_on_root_bus": False,
     "pcie_root_port": 0,
     "pcie_switch_port": 0,
-    "valid_entropy_sources": (),
     # network
     "disable_vhost_net": False,
     "net_rate_limiter_bw_max_rate": 0,
@@ -265,6 +320,10 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     # shared file system
     "msize_9p": 8192,
     "prefetch_list_path": "",
+    "shared_fs": "none",
+    "virtio_fs_cache": "never",
+    "virtio_fs_extra_args": (),
+    "virtio_fs_queue_size": 0,
     "virtio_fs_cache_size": 0,
     "virtio_fs_is_dax": False,
     # debugging
@@ -278,7 +337,6 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "disable_guest_selinux": True,
     "disable_seccomp": False,
     "disable_selinux": False,
-    "enable_annotations": (),
     "guest_hook_path": "",
     "initdata": "",
     "rootless": False,

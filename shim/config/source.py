@@ -89,7 +89,7 @@ class Source:
             if not isinstance(values, dict):
                 file, line = self.locate(*name)
                 raise ConfigError(f"{file}:{line}: {'.'.join(name)} must be a table", phase="config")
-        return Table(".".join(name), values, lambda key: self.locate(*name, key))
+        return Table(".".join(name), values, lambda *key: self.locate(*name, *key))
 
 
 def _read_text(path: str) -> str:

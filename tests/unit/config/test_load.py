@@ -14,8 +14,8 @@ import pytest
 
 from devices.errors import ConfigError
 from shim.config import ConfigFileError, load_config
-from shim.config import load as load_module
-from shim.config.load import find_config
+from shim.config import find as find_module
+from shim.config.find import find_config
 
 if TYPE_CHECKING:
     from tests.unit.config.conftest import Files
@@ -134,9 +134,9 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
     assert sorted(by_key) == [
         "disable_guest_selinux",
         "enable_iothreads",
-        "factory",
+        "enable_template",
         "jaeger_password",
-        "mem_agent",
+        "mem_agent_enable",
         "pflashes",
         "queue_size",
     ]
@@ -144,10 +144,11 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
         f"{files.base}:4: [hypervisor.qemu] enable_iothreads = true has no effect yet: "
         "kata-shim behaves as with false"
     )
-    assert by_key["mem_agent"].locate() == (str(files.base), 8)
+    assert by_key["mem_agent_enable"].locate() == (str(files.base), 9)
+    assert by_key["mem_agent_enable"].section == "agent.kata.mem_agent"
     assert "geheim" not in str(by_key["jaeger_password"])
     assert sorted(key for key, each in by_key.items() if each.harmless) == [
-        "factory",
+        "enable_template",
         "pflashes",
         "queue_size",
     ]
@@ -361,7 +362,7 @@ def test_the_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         path = tmp_path / name
         path.write_text("")
         names[name] = str(path)
-    monkeypatch.setattr(load_module, "SEARCH_PATH", (names["etc"], names["share"]))
+    monkeypatch.setattr(find_module, "SEARCH_PATH", (names["etc"], names["share"]))
     env = {"KATA_CONF_FILE": names["environment"]}
     assert find_config(names["given"], options_path=names["options"], env=env) == names["given"]
     assert find_config(None, options_path=names["options"], env=env) == names["options"]
@@ -373,6 +374,29 @@ def test_the_search_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match="there is no configuration file; looked for ") as caught:
         find_config(None)
     assert "make install" in caught.value.hint
+
+
+def test_a_runtime_class_has_a_file_of_its_own_and_takes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """io.containerd.kata-fc.v2 reads configuration-fc.toml; `fc` must never run as something else."""
+    plain, env_file = tmp_path / "etc/configuration.toml", tmp_path / "env/my.toml"
+    for path in (plain, env_file):
+        path.parent.mkdir()
+        path.write_text("")
+    monkeypatch.setattr(find_module, "SEARCH_PATH", (str(plain),))
+    with pytest.raises(ConfigError, match="no configuration file for the runtime class") as caught:
+        find_config(None, runtime_class="fc")
+    assert str(tmp_path / "etc/configuration-fc.toml") in caught.value.cause
+    env = {"KATA_CONF_FILE": str(env_file)}
+    assert find_config(None, runtime_class="fc", env=env) == str(env_file)  # a wrapper's, for this class
+    ours = tmp_path / "etc/configuration-fc.toml"
+    ours.write_text("")
+    assert find_config(None, runtime_class="fc") == str(ours)
+    beside = tmp_path / "env/configuration-fc.toml"
+    beside.write_text("")
+    assert find_config(None, runtime_class="fc", env=env) == str(beside)
+    assert find_config(None, runtime_class="fc", options_path=str(plain), env=env) == str(plain)
 
 
 @pytest.mark.parametrize(("path", "what"), [("x.toml", "absolute path"), ("/no/such.toml", "does not exist")])

@@ -15,7 +15,7 @@ import pytest
 from ctl import environment
 from ctl.main import main
 from hypervisors.config import HypervisorConfig
-from shim.config import load as load_module
+from shim.config import find as find_module
 
 ROOT = Path(__file__).parents[3]
 
@@ -36,7 +36,7 @@ class Plugin:
 @pytest.fixture(autouse=True)
 def _no_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hypervisors.registry.get_plugin", lambda _: Plugin())
-    monkeypatch.setattr(load_module, "SEARCH_PATH", ("/none",))
+    monkeypatch.setattr(find_module, "SEARCH_PATH", ("/none",))
     monkeypatch.delenv("KATA_CONF_FILE", raising=False)
 
 

@@ -128,6 +128,7 @@ def test_root_ports_and_a_sandbox_of_ones_own() -> None:
         "pcie-root-port,id=rp1,chassis=2,slot=2",
     ]
     assert argv[argv.index("-sandbox") + 1] == "off"
+    assert "-sandbox" not in arguments(variant(disable_seccomp=True, seccomp_sandbox="on"))
 
 
 def test_paths_with_commas_stay_paths() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shim.flags import USAGE, FlagError, check_id, parse
+from shim.flags import USAGE, FlagError, check_id, parse, runtime_class_of
 
 # What containerd 1.6, 1.7 and 2.x execute (facts 1.2).
 START = [
@@ -123,3 +123,21 @@ def test_parse_never_fails_otherwise(argv: list[str]) -> None:
     """Any command line is parsed or refused with FlagError, nothing else."""
     with contextlib.suppress(FlagError):
         assert isinstance(parse(argv).action, str)
+
+
+@pytest.mark.parametrize(
+    ("program", "found"),
+    [
+        ("/usr/local/bin/containerd-shim-kata-fc-v2", "fc"),
+        ("containerd-shim-kata-qemu-snp-v2", "qemu-snp"),
+        ("/usr/local/bin/containerd-shim-kata-v2", ""),
+        ("/x/containerd-shim-kata--v2", ""),
+        ("/x/containerd-shim-kata-..-v2", ""),
+        ("/x/containerd-shim-kata-a.b-v2", ""),
+        ("/x/containerd-shim-kata-\u00e9-v2", ""),
+        ("/x/containerd-shim-runc-v2", ""),
+        ("python -m shim.launcher", ""),
+    ],
+)
+def test_the_class_is_in_the_programs_name(program: str, found: str) -> None:
+    assert runtime_class_of(program) == found

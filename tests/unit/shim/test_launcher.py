@@ -123,6 +123,14 @@ def test_info(shims: Shims) -> None:
         assert info.version.version
 
 
+def test_a_link_is_a_runtime_class(shims: Shims, tmp_path: Path) -> None:
+    """io.containerd.kata-fc.v2 is our program under another name: the daemon is told which."""
+    link = tmp_path / "containerd-shim-kata-fc-v2"
+    link.symlink_to(shims.program)
+    result = subprocess.run([str(link), "-info"], capture_output=True, check=True, timeout=10)
+    assert introspection_pb2.RuntimeInfo.FromString(result.stdout).name == "io.containerd.kata-fc.v2"
+
+
 async def test_pod_member(shims: Shims) -> None:
     """A container of a pod gets the pod's address and no daemon of its own."""
     key = "io.kubernetes.cri."

@@ -57,6 +57,23 @@ def test_levels(tmp_path: Path, fifo: int) -> None:
     assert [line["level"] for line in _lines(fifo)] == ["debug"]
 
 
+def test_the_configured_level(tmp_path: Path, fifo: int) -> None:
+    """[runtime] log_level decides from then on, for loggers that exist too; debug wins over it."""
+    logs.configure(str(tmp_path), debug=True)
+    logger = structlog.get_logger()
+    logs.set_level("warn", debug=False)
+    logger.info("hidden")
+    logger.warning("shown")
+    logging.getLogger("library").warning("too")
+    logs.set_level("error", debug=False)
+    logger.warning("hidden")
+    logging.getLogger("library").warning("hidden")
+    logs.set_level("error", debug=True)
+    logger.debug("all")
+
+    assert [line["msg"] for line in _lines(fifo)] == ["shown", "too", "all"]
+
+
 def test_secrets(tmp_path: Path, fifo: int) -> None:
     """Of environment and annotations only the names are written."""
     logs.configure(str(tmp_path), debug=False)

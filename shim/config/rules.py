@@ -1,0 +1,106 @@
+"""Rules that values have to obey, beyond their type: ranges, relations, files that must exist.
+
+What: one function for each section; each returns the problems it finds as text with file and line.
+Why here and not in a plugin: these hold for every hypervisor, and a path that is wrong is told before
+anything is started.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from shim.config.fill import Table
+from shim.config.schema import AgentConfig, AnnotationPolicy, RuntimeConfig
+
+__all__ = ["PATH_HINT", "check_agent", "check_paths", "check_patterns", "check_runtime"]
+
+# Keys of a hypervisor section that name files, and what must be true of those that are set.
+PATH_KEYS: Mapping[str, str] = {
+    "path": "program",
+    "virtio_fs_daemon": "program",
+    "vsock_daemon": "program",
+    "jailer_path": "program",
+    "kernel": "file",
+    "initrd": "file",
+    "image": "file",
+    "firmware": "file",
+    "entropy_source": "any",
+}
+
+_LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
+
+
+def check_runtime(runtime: RuntimeConfig, table: Table) -> list[str]:
+    """Problems of [runtime]."""
+    problems = []
+    if runtime.name != "virt_container":
+        problems.append(f'{table.at("name")}: [runtime] name must be "virt_container", not "{runtime.name}"')
+    if runtime.log_level not in _LOG_LEVELS:
+        problems.append(
+            f"{table.at('log_level')}: [runtime] log_level must be one of {', '.join(_LOG_LEVELS)}, "
+            f'not "{runtime.log_level}"'
+        )
+    return problems
+
+
+def check_agent(agent: AgentConfig, table: Table) -> list[str]:
+    """Problems of [agent.NAME]."""
+    problems = []
+
+    def expect(good: bool, key: str, rule: str) -> None:
+        if not good:
+            problems.append(
+                f"{table.at(key)}: [{table.name}] {key} must be {rule}, not {getattr(agent, key)}"
+            )
+
+    expect(0 < agent.server_port < 1 << 32, "server_port", "a vsock port (1 to 4294967295)")
+    expect(agent.dial_timeout_ms > 0, "dial_timeout_ms", "above 0")
+    expect(
+        agent.reconnect_timeout_ms >= agent.dial_timeout_ms,
+        "reconnect_timeout_ms",
+        f"at least dial_timeout_ms ({agent.dial_timeout_ms})",
+    )
+    expect(agent.create_container_timeout > 0, "create_container_timeout", "above 0 (seconds)")
+    return problems
+
+
+PATH_HINT = "correct the path, or install what it names (`make guest` builds kernel, initrd and image)"
+
+
+def check_paths(section: Any, table: Table) -> list[str]:
+    """What the section names must be there: said now, not when the VMM has been started."""
+    problems = []
+    for key, kind in PATH_KEYS.items():
+        path = getattr(section, key, "")
+        if not path or (key == "virtio_fs_daemon" and getattr(section, "shared_fs", "") == "none"):
+            continue
+        where = f"{table.at(key)}: " if key in table.values else ""
+        what = f"{where}[{table.name}] {key} = {path!r}"
+        if not os.path.isabs(path):
+            problems.append(f"{what} must be an absolute path")
+        elif not os.path.exists(path):
+            problems.append(f"{what} does not exist")
+        elif kind != "any" and not os.path.isfile(path):
+            problems.append(f"{what} is not a regular file")
+        elif not os.access(path, os.X_OK if kind == "program" else os.R_OK):
+            problems.append(f"{what} is not {'executable' if kind == 'program' else 'readable'}")
+    return problems
+
+
+def check_patterns(policy: AnnotationPolicy, table: Table) -> list[str]:
+    """Patterns of enable_annotations that are none."""
+    problems = []
+    if policy.enable_annotations:
+        import re
+
+        for pattern in policy.enable_annotations:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(
+                    f"{table.at('enable_annotations')}: [{table.name}] enable_annotations has "
+                    f'"{pattern}", which is no regular expression: {error}'
+                )
+    return problems
