@@ -177,7 +177,7 @@ class Containerd:
         }
 
     def start(self) -> Self:
-        """Write the configuration, start the daemon and wait until it answers (20 s at most)."""
+        """Write the configuration, start the daemon and wait until it answers (a minute at most)."""
         os.chmod(self.root, 0o711)  # noqa: S103  containers of other users reach their root file system through it
         install_shim(self.root / "bin")
         write_configuration(self.configuration, self._overrides)
@@ -205,7 +205,7 @@ class Containerd:
                 cwd=self.root,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while self.ctr("version", check=False, timeout=10).code:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"containerd did not come up:\n{self.log_tail()}")

@@ -26,7 +26,7 @@ __all__ = ["BenchHostPlugin", "Inside"]
 
 _INSIDE = "KATA_BENCH_HOST"
 _LIMIT = float(os.environ.get("KATA_BENCH_HOST_LIMIT", "1500"))  # seconds for all tests of one machine
-_QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+_QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "timeout=900")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
