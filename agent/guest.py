@@ -1,6 +1,7 @@
 """The guest machine itself: what it can do, its vCPUs and memory, its clock and random generator.
 
-Invariants: vCPUs are only ever brought online up to the number asked for, never taken away; the
+Invariants: vCPUs are only ever brought online up to the number asked for, never taken away; memory goes
+online in the zone that the kernel chooses (our kernel parameters have it keep most of it movable); the
 clock is set only to a time that the kernel accepts; every file is one of sysfs' own.
 """
 
@@ -86,7 +87,7 @@ async def online(request: agent_pb2.OnlineCPUMemRequest) -> None:
     if not request.cpu_only:
         for file in _offline(_MEMORY, "memory"):
             state = f"{os.path.dirname(file)}/state"
-            await in_thread("onlining memory", functools.partial(_write, state, "online_movable"))
+            await in_thread("onlining memory", functools.partial(_write, state, "online"))
     loop = asyncio.get_running_loop()
     end = loop.time() + HOTPLUG_DEADLINE
     while _online_count() < request.nb_cpus:

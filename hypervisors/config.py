@@ -39,8 +39,10 @@ class HypervisorConfig:
 
     # --- memory
     default_memory: int = 2048
-    default_maxmemory: int = 0
-    memory_slots: int = 10
+    default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
+    memory_slots: int = 10  # DIMMs that can be plugged; 0 is none
+    enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
+    hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
 
     # --- shared file system
     shared_fs: str = "virtio-fs"  # or "none"
@@ -52,7 +54,9 @@ class HypervisorConfig:
     # --- devices
     vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
     entropy_source: str = "/dev/urandom"
-    pcie_root_port: int = 0
+    pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each
+    pcie_switch_port: int = 0  # the same below one switch
+    default_bridges: int = 1  # PCI bridges for hot-plug, 31 devices each
     reclaim_guest_freed_memory: bool = False
 
     # --- security

@@ -3,8 +3,8 @@
 What: `arguments` gives argv (without the program), `kernel_command_line` the guest kernel's.
 Why apart: golden tests hold every argument, and the bench boots a bare QEMU with the very same.
 Invariants: nothing that came from outside is ever put into a comma-separated option: paths go as
-JSON or as arguments of their own; ids are ours. Each PCI device has a fixed slot on the root bus, so
-its guest path is known before the start.
+JSON or as arguments of their own; ids are ours. Each PCI device and port has a fixed slot, so its guest
+path is known before the start.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from devices.addresses import Place, Port
 from devices.config import (
     BalloonConfig,
     BlockConfig,
@@ -26,9 +28,11 @@ from devices.config import (
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
 
-__all__ = ["Placed", "Plan", "arguments", "kernel_command_line"]
+__all__ = ["VIRTIO_MEM", "Placed", "Plan", "arguments", "block_node", "kernel_command_line"]
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+VIRTIO_MEM = "virtio-mem0"
+"""Id of the VM's one virtio-mem device."""
 _MEMORY_ID = "mem0"
 
 
@@ -48,7 +52,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that argv depends on. `qmp_fd` is a listening unix socket."""
+    """Everything that argv depends on. `qmp_fd` is a listening unix socket.
+
+    `max_vcpus`, `max_memory` (MiB): what the VM can grow to; not more than it starts with means that it
+    cannot. `virtio_mem`: its PCI slot, if memory grows so. `ports`: what opens PCI buses for hot-plug.
+    """
 
     sandbox_id: str
     section: HypervisorConfig
@@ -57,13 +65,19 @@ class Plan:
     qmp_fd: int
     devices: Sequence[Placed]
     home_port: int = 0
+    max_vcpus: int = 0
+    max_memory: int = 0
+    virtio_mem: Place | None = None
+    ports: Sequence[Port] = ()
 
 
 def kernel_command_line(plan: Plan) -> str:
     """The guest kernel's parameters; the configuration's come last, so that they win.
 
     cryptomgr.notests saves 0.3 s of boot; swiotlb=noforce 65 MB and 0.5 s (facts/guest-vm.md).
-    reboot=t with panic=-1 and QEMU's -no-reboot: a panic ends the VM at once.
+    reboot=t with panic=-1 and QEMU's -no-reboot: a panic ends the VM at once. Memory that is plugged is
+    used at once, three quarters of it movable at most: so it can be taken away again, and yet a VM that
+    grew a lot has memory for the kernel's own tables.
     """
     section = plan.section
     words = ["reboot=t", "panic=-1", "cryptomgr.notests", "swiotlb=noforce"]
@@ -71,6 +85,8 @@ def kernel_command_line(plan: Plan) -> str:
         words.insert(0, "console=ttyS0")
     if not section.enable_debug:
         words.append("quiet")
+    if plan.max_memory > section.default_memory:
+        words += ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"]
     if section.image:
         words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
     if plan.home_port:
@@ -88,7 +104,7 @@ def arguments(plan: Plan) -> list[str]:
     if not section.disable_seccomp:
         argv += ["-sandbox", section.seccomp_sandbox or SANDBOX]
     argv += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
-    argv += ["-smp", str(plan.vcpus), "-m", f"{section.default_memory}M"]
+    argv += ["-smp", _smp(plan), "-m", _memory(plan)]
     # Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small.
     argv += [
         "-object",
@@ -103,9 +119,60 @@ def arguments(plan: Plan) -> list[str]:
     argv += ["-rtc", "base=utc,clock=host"]
     for placed in plan.devices:
         argv += _device(placed)
-    for port in range(section.pcie_root_port):
-        argv += ["-device", f"pcie-root-port,id=rp{port},chassis={port + 1},slot={port + 1}"]
+    for chassis, port in enumerate(plan.ports, 1):
+        argv += ["-device", _port(port, chassis)]
+    if plan.virtio_mem is not None:
+        argv += _virtio_mem(plan, plan.virtio_mem)
     return argv
+
+
+def block_node(device: BlockConfig) -> dict[str, Any]:
+    """What -blockdev and blockdev-add take."""
+    return {
+        "driver": device.format.value,
+        "node-name": f"node-{device.id}",
+        "read-only": device.read_only,
+        "file": {"driver": "file", "filename": device.path, "read-only": device.read_only},
+    }
+
+
+def _smp(plan: Plan) -> str:
+    return f"{plan.vcpus},maxcpus={plan.max_vcpus}" if plan.max_vcpus > plan.vcpus else str(plan.vcpus)
+
+
+def _memory(plan: Plan) -> str:
+    size = f"{plan.section.default_memory}M"
+    if plan.max_memory <= plan.section.default_memory:
+        return size
+    slots = "" if plan.virtio_mem else f",slots={plan.section.memory_slots}"
+    return f"{size}{slots},maxmem={plan.max_memory}M"
+
+
+def _virtio_mem(plan: Plan, place: Place) -> list[str]:
+    """All that the VM may ever get, none of it yet; nothing of it is allocated or reserved on the host."""
+    size = plan.max_memory - plan.section.default_memory
+    at = f"bus={place.bus},addr={place.slot:#x}"
+    return [
+        "-object",
+        f"memory-backend-memfd,id=mem-{VIRTIO_MEM},size={size}M,share=on,reserve=off",
+        "-device",
+        f"virtio-mem-pci,id={VIRTIO_MEM},memdev=mem-{VIRTIO_MEM},requested-size=0,{at}",
+    ]
+
+
+def _port(port: Port, chassis: int) -> str:
+    at = f"id={port.name},bus={port.place.bus},addr={port.place.slot:#x}"
+    match port.kind:
+        case "root-port":
+            return f"pcie-root-port,{at},chassis={chassis},slot={chassis}"
+        case "switch-upstream":
+            return f"x3130-upstream,{at}"
+        case "switch-downstream":
+            return f"xio3130-downstream,{at},chassis={chassis},slot={chassis}"
+        case _:
+            # Without a reserve the bridge opens no window, and what is plugged later has no room in it.
+            room = "io-reserve=4k,mem-reserve=1m,pref64-reserve=1m"
+            return f"pci-bridge,{at},chassis_nr={chassis},shpc=off,{room}"
 
 
 def _machine(plan: Plan) -> str:
@@ -126,17 +193,10 @@ def _device(placed: Placed) -> list[str]:
     at = f"bus=pcie.0,addr={placed.slot:#x}"
     match device:
         case BlockConfig():
-            file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
-            node = {
-                "driver": device.format.value,
-                "node-name": f"node-{device.id}",
-                "read-only": device.read_only,
-                "file": file,
-            }
             serial = f",serial={device.serial}" if device.serial else ""
             return [
                 "-blockdev",
-                json.dumps(node),
+                json.dumps(block_node(device)),
                 "-device",
                 f"virtio-blk-pci,id={device.id},drive=node-{device.id},{at}{serial}",
             ]

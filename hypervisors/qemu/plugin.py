@@ -25,6 +25,13 @@ __all__ = ["QemuPlugin", "plugin"]
 _PROGRAM = "qemu-system-x86_64"
 _MIN_MEMORY = 64  # MiB, as in Kata
 _DEFAULT_MEMORY = 128  # MiB, Kata's meaning of 0
+_MAX_VCPUS = 240  # as in Kata; APIC ids that need no interrupt remapping
+_MOST = {  # QEMU's own limit of DIMMs; Kata's of ports and bridges
+    "memory_slots": 256,
+    "pcie_root_port": 16,
+    "pcie_switch_port": 16,
+    "default_bridges": 5,
+}
 _MACHINES = ("q35",)
 _SHARED_FS = ("none", "virtio-fs")
 _CACHES = ("never", "auto", "always")
@@ -40,7 +47,8 @@ class QemuPlugin:
         """Kata's meanings of "", 0 and of values beyond this host."""
         cpus = len(os.sched_getaffinity(0))
         vcpus = section.default_vcpus
-        vcpus = 1.0 if vcpus == 0 else float(cpus) if vcpus < 0 or vcpus > cpus else vcpus
+        most = min(section.default_maxvcpus or cpus, cpus, _MAX_VCPUS)
+        vcpus = 1.0 if vcpus == 0 else float(most) if vcpus < 0 or vcpus > most else vcpus
         host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         memory = section.default_memory or _DEFAULT_MEMORY
         cache = section.virtio_fs_cache
@@ -49,9 +57,9 @@ class QemuPlugin:
             path=section.path or shutil.which(_PROGRAM) or f"/usr/bin/{_PROGRAM}",
             machine_type=section.machine_type or "q35",
             default_vcpus=vcpus,
-            default_maxvcpus=min(section.default_maxvcpus or cpus, cpus),
+            default_maxvcpus=most,
             default_memory=min(memory, host_memory),
-            default_maxmemory=section.default_maxmemory or host_memory,
+            default_maxmemory=min(section.default_maxmemory or host_memory, host_memory),
             shared_fs=section.shared_fs or "virtio-fs",
             virtio_fs_cache="never" if cache in ("", "none") else cache,
             entropy_source=section.entropy_source or "/dev/urandom",
@@ -83,8 +91,12 @@ class QemuPlugin:
             raise _wrong("virtio_fs_queue_size", str(size), "is no power of two from 2 to 1024")
         if section.default_memory < _MIN_MEMORY:
             raise _wrong("default_memory", str(section.default_memory), f"is less than {_MIN_MEMORY} MiB")
-        if not 0 <= section.pcie_root_port <= 16:
-            raise _wrong("pcie_root_port", str(section.pcie_root_port), "is not in 0..16")
+        if not section.hotplug_timeout > 0:
+            raise _wrong("hotplug_timeout", str(section.hotplug_timeout), "is no number of seconds")
+        for key, most in _MOST.items():
+            value = getattr(section, key)
+            if not 0 <= value <= most:
+                raise _wrong(key, str(value), f"is not in 0..{most}")
         for key, path in (
             ("virtio_fs_daemon", section.virtio_fs_daemon),
             ("vsock_daemon", section.vsock_daemon),

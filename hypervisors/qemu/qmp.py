@@ -1,7 +1,7 @@
 """A client for QMP, QEMU's control protocol: one JSON object per line, over a unix stream socket.
 
 What: `QmpClient.connect` reads the greeting and negotiates; `execute` runs one command under a
-deadline; events go to one callback.
+deadline; events go to one callback, and to whoever awaits one by `expect`.
 Why our own: 200 lines without a dependency, and the peer runs guests, so what it sends is bounded
 and checked.
 Invariants:
@@ -9,6 +9,7 @@ Invariants:
 - A peer that breaks the protocol (garbage, a line over 4 MiB, an unknown greeting, an end of stream)
   ends the connection: every pending and every later `execute` raises HypervisorError at once.
 - A command that timed out does not: its late reply is dropped.
+- Who `expect`s an event before the command that causes it never misses it.
 Source: docs/interop/qmp-spec.txt of QEMU 7.2.
 """
 
@@ -19,7 +20,7 @@ import contextlib
 import itertools
 import json
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from devices.errors import HypervisorError
@@ -50,6 +51,7 @@ class QmpClient:
         self._on_event = on_event
         self._ids = itertools.count(1)
         self._pending: dict[int, tuple[str, asyncio.Future[Any]]] = {}
+        self._expected: list[tuple[Callable[[QmpEvent], bool], asyncio.Future[QmpEvent]]] = []
         self._greeting: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._broken: str | None = None
         self._write_lock = asyncio.Lock()
@@ -112,6 +114,24 @@ class QmpClient:
         finally:
             del self._pending[number]
 
+    @contextlib.contextmanager
+    def expect(self, match: Callable[[QmpEvent], bool]) -> Iterator[asyncio.Future[QmpEvent]]:
+        """The first event from now on that `match` is true of, as a future to be awaited in the block.
+
+        The future raises HypervisorError when the connection is or gets broken.
+        """
+        awaited: asyncio.Future[QmpEvent] = asyncio.get_running_loop().create_future()
+        awaited.add_done_callback(lambda done: done.cancelled() or done.exception())  # perhaps not awaited
+        entry = (match, awaited)
+        self._expected.append(entry)
+        if self._broken is not None:
+            awaited.set_exception(HypervisorError(f"QEMU tells nothing any more: {self._broken}"))
+        try:
+            yield awaited
+        finally:
+            self._expected.remove(entry)
+            awaited.cancel()
+
     async def close(self) -> None:
         """End the connection; QEMU goes on. Idempotent."""
         self._break("the connection was closed")
@@ -170,6 +190,9 @@ class QmpClient:
         elif "event" in message:
             if self._on_event is not None:
                 self._on_event(message)
+            for match, awaited in self._expected:
+                if not awaited.done() and match(message):
+                    awaited.set_result(message)
         elif "id" in message:
             self._settle(message)
         else:  # an error without id: QEMU did not understand what we sent
@@ -196,6 +219,9 @@ class QmpClient:
         for command, waiting in self._pending.values():
             if not waiting.done():
                 waiting.set_exception(HypervisorError(f"QEMU did not answer {command}: {reason}"))
+        for _, awaited in self._expected:
+            if not awaited.done():
+                awaited.set_exception(HypervisorError(f"QEMU tells nothing any more: {reason}"))
         if not self._greeting.done():
             self._greeting.set_exception(HypervisorError(f"QEMU did not greet: {reason}"))
             self._greeting.exception()  # retrieved: nobody may be waiting

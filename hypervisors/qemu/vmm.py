@@ -14,33 +14,34 @@ import asyncio
 import contextlib
 import os
 import re
-import socket
 from typing import Any
 
 import structlog
 
+from devices.addresses import PciTopology
 from devices.child import Child, process_start_time, process_stat
 from devices.config import (
     ConsoleConfig,
     DeviceConfig,
-    NetworkConfig,
     ShareFsConfig,
     VsockConfig,
 )
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
-from devices.rendezvous import connect_now, listen
 from devices.share_fs import Virtiofsd, is_noise
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import Placed, Plan, arguments
-from hypervisors.qemu.death import GATHER, Death
-from hypervisors.qemu.kvm import Choice, choose_accelerator
+from hypervisors.qemu.cmdline import Placed, Plan
+from hypervisors.qemu.death import Death
+from hypervisors.qemu.kvm import Accelerator, choose_accelerator
+from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
+from hypervisors.qemu.plan import first_plan, with_ports
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
+from hypervisors.qemu.sizing import Sizer
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
 
@@ -48,7 +49,6 @@ VHOST_VSOCK = "/dev/vhost-vsock"
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_FIRST_SLOT, _LAST_SLOT = 0x1, 0x1E  # on pcie.0; 0 is the host bridge, 1f the ISA bridge
 
 _log = structlog.get_logger("qemu")
 
@@ -64,9 +64,10 @@ class Qemu:
         self._state_dir = state_dir
         self._undo = undo
         self._netns: str | None = None
-        self._choice: Choice | None = None
+        self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
-        self._slots = iter(range(_FIRST_SLOT, _LAST_SLOT + 1))
+        self._topology = PciTopology()
+        self._sizer: Sizer | None = None  # while the VM runs
         self._death: Death | None = None  # from `start_vm` on
 
     # --- the VM's life
@@ -76,18 +77,19 @@ class Qemu:
         if id != self._sandbox_id:
             raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns
-        self._choice = choose_accelerator(self._section.accelerator)
-        _log.info("accelerator", name=self._choice.accelerator.value, reason=self._choice.reason)
+        choice = choose_accelerator(self._section.accelerator)
+        self._plan = first_plan(self._section, choice.accelerator, self._sandbox_id)
+        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason)
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
-        if self._choice is None or self._death is not None:
+        if self._plan is None or self._death is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
         parts = self._parts
         self._death = Death(self._section, parts)
         try:
             async with asyncio.timeout(timeout):
-                await self._spawn(timeout)
+                await self._launch(timeout)
         except TimeoutError:
             await self.stop_vm()
             raise self._with_evidence(
@@ -138,12 +140,12 @@ class Qemu:
     # --- sizing
 
     async def resize_vcpu(self, count: int) -> int:
-        """Not yet."""
-        raise UnsupportedByHypervisor(_NAME, f"changing the number of vCPUs of a running VM (to {count})")
+        """See `Hypervisor.resize_vcpu` and `hypervisors.qemu.sizing`."""
+        return await self._running_sizer().resize_vcpu(count)
 
     async def resize_memory(self, mib: int) -> int:
-        """Not yet."""
-        raise UnsupportedByHypervisor(_NAME, f"changing the memory of a running VM (to {mib} MiB)")
+        """See `Hypervisor.resize_memory` and `hypervisors.qemu.sizing`."""
+        return await self._running_sizer().resize_memory(mib)
 
     # --- devices
 
@@ -153,20 +155,23 @@ class Qemu:
             raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
         if any(placed.device.id == device.id for placed in self._parts.placed):
             raise BugError(f"there is a device {device.id} already")
-        slot = 0 if isinstance(device, ConsoleConfig) else next(self._slots, 0)
-        if slot == 0 and not isinstance(device, ConsoleConfig):
-            raise HypervisorError(f"no free PCI slot for {device.id}: a VM has {_LAST_SLOT}")
-        match device:
-            case ShareFsConfig():
-                await self._add_share_fs(device, slot)
-            case VsockConfig():
-                await self._add_vsock(device, slot)
-            case ConsoleConfig():
-                self._parts.console = Console(self._log_console if self._section.enable_debug else None)
-                self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
-            case _:
-                self._parts.placed.append(Placed(device=device, slot=slot))
-        return f"{slot:02x}" if slot else ""
+        if isinstance(device, ConsoleConfig):
+            self._parts.console = Console(self._log_console if self._section.enable_debug else None)
+            self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
+            return ""
+        place = self._topology.allocate(device.id)
+        try:
+            match device:
+                case ShareFsConfig():
+                    await self._add_share_fs(device, place.slot)
+                case VsockConfig():
+                    await self._add_vsock(device, place.slot)
+                case _:
+                    self._parts.placed.append(Placed(device=device, slot=place.slot))
+        except BaseException:
+            self._topology.release(device.id)
+            raise
+        return place.guest_path
 
     async def remove_device(self, device_id: str) -> None:
         """Before `start_vm` only, and only what has no daemon."""
@@ -174,6 +179,7 @@ class Qemu:
         if self._death is not None or placed is None or placed.fd >= 0:
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
+        self._topology.release(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
         """Nothing here can be changed while it is plugged."""
@@ -254,7 +260,7 @@ class Qemu:
                 sandbox_id=self._sandbox_id,
                 pid=process.pid,
                 start=process_start_time(process.pid),
-                accelerator=self._choice.accelerator.value if self._choice else "",
+                accelerator=self._plan.accelerator.value if self._plan else "",
                 netns=self._netns or "",
                 sockets={"qmp": f"{self._state_dir}/qmp.sock"},
             )
@@ -262,7 +268,15 @@ class Qemu:
 
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
+        if self._plan is None:
+            raise BugError("capabilities needs prepare_vm before it")
+        more_cpus = self._plan.max_vcpus > self._plan.vcpus
+        more_memory = self._plan.max_memory > self._section.default_memory
         return Capabilities(
+            vcpu_hotplug=more_cpus,
+            vcpu_hot_unplug=more_cpus and self._plan.accelerator is not Accelerator.TCG,
+            memory_hotplug=more_memory,
+            memory_hot_unplug=more_memory and self._section.enable_virtio_mem,
             block_device=True,
             network_device=True,
             fs_sharing=self._section.shared_fs != "none",
@@ -311,87 +325,23 @@ class Qemu:
         )
         parts.placed.append(Placed(device=device, slot=slot))  # its descriptor comes in `_spawn`
 
-    async def _spawn(self, timeout: float) -> None:
-        """QEMU up to an answering QMP. Raises KataError, TimeoutError."""
-        assert self._choice is not None
-        parts = self._parts
-        inherited: list[socket.socket] = []
-        qmp_path = f"{self._state_dir}/qmp.sock"
-        control: socket.socket | None = None
-        try:
-            listener = listen(qmp_path)
-            inherited.append(listener)
-            # Its backlog takes us before QEMU exists: one that dies at once cannot refuse us any more.
-            control = connect_now(qmp_path)
-            control.setblocking(False)
-            placed = parts.placed
-            if parts.vsock is not None:
-                vsock = await parts.vsock.connect()
-                inherited.append(vsock)
-                placed = [
-                    Placed(device=one.device, slot=one.slot, fd=vsock.fileno())
-                    if isinstance(one.device, VsockConfig)
-                    else one
-                    for one in placed
-                ]
-            if parts.share_fs is not None:
-                inherited.append(parts.share_fs.connection)
-            plan = Plan(
-                sandbox_id=self._sandbox_id,
-                section=self._section,
-                accelerator=self._choice.accelerator,
-                vcpus=max(1, -int(-self._section.default_vcpus // 1)),
-                qmp_fd=listener.fileno(),
-                devices=placed,
-                home_port=parts.channel.home_port if parts.channel else 0,
-            )
-            fds = [listener.fileno(), *(one.fd for one in placed if one.fd >= 0)]
-            for one in placed:
-                if isinstance(one.device, NetworkConfig):
-                    fds += [*one.device.tap_fds, *one.device.vhost_fds]
-            parts.process = await Child.spawn(
-                [self._section.path, *arguments(plan)],
-                name=_NAME,
-                undo=self._undo,
-                netns=self._netns,
-                pass_fds=fds,
-                on_output=self._log_output(_NAME),
-            )
-        except BaseException:
-            if control is not None:
-                control.close()
-            raise
-        finally:
-            for sock in inherited:
-                sock.close()
-        if parts.console is not None:
-            parts.console.handed_over()
+    async def _launch(self, timeout: float) -> None:
+        assert self._plan is not None
         assert self._death is not None
-        self._death.begin(f"watch {self._sandbox_id}")
-        await self._open_control(control, timeout)
-
-    async def _open_control(self, control: socket.socket, timeout: float) -> None:
-        """QMP, or the reason why not: whoever dies first ends the wait."""
-        assert self._death is not None
-        ended = self._death.ended
-        connecting = asyncio.create_task(QmpClient.connect(control, timeout=timeout, on_event=self._on_event))
-        waits: set[asyncio.Future[Any]] = {connecting, ended}
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if not connecting.done():
-                connecting.cancel()
-                await asyncio.wait({connecting})
-        if connecting.cancelled() or connecting.exception() is not None:
-            # The control socket usually breaks a moment before the death is noticed: prefer the cause.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GATHER):
-                    await asyncio.shield(ended)
-        if ended.done():
-            if not connecting.cancelled() and connecting.exception() is None:
-                await connecting.result().close()
-            raise self._death.error(ended.result())
-        self._parts.qmp = connecting.result()
+        plan = self._plan = with_ports(self._plan, self._topology)
+        await launch(
+            plan,
+            self._parts,
+            self._death,
+            undo=self._undo,
+            netns=self._netns,
+            qmp_path=f"{self._state_dir}/qmp.sock",
+            timeout=timeout,
+            on_event=self._on_event,
+            on_output=self._log_output(_NAME),
+        )
+        assert self._parts.qmp is not None
+        self._sizer = Sizer(plan, self._parts.qmp)
 
     def _on_event(self, event: QmpEvent) -> None:
         _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
@@ -419,6 +369,11 @@ class Qemu:
         if self._parts.process is None:
             raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
         return self._parts.process
+
+    def _running_sizer(self) -> Sizer:
+        if self._sizer is None:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return self._sizer
 
     def _qmp(self) -> QmpClient:
         if self._parts.qmp is None:

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from devices.addresses import PciTopology
 from devices.config import (
     BalloonConfig,
     BlockConfig,
@@ -20,6 +21,7 @@ from devices.errors import BugError
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.cmdline import Placed, Plan, arguments, kernel_command_line
 from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.plan import first_plan, with_ports
 
 SECTION = HypervisorConfig(
     path="/usr/bin/qemu-system-x86_64",
@@ -120,15 +122,62 @@ def test_a_network_card_has_its_queues() -> None:
     assert argv[-1].endswith("mac=02:00:00:00:00:01,bus=pcie.0,addr=0x6,mq=on,vectors=6")
 
 
-def test_root_ports_and_a_sandbox_of_ones_own() -> None:
-    argv = arguments(variant(pcie_root_port=2, seccomp_sandbox="off"))
+def test_ports_for_hot_plug_and_a_sandbox_of_ones_own() -> None:
+    section = dataclasses.replace(
+        SECTION, pcie_root_port=2, pcie_switch_port=2, default_bridges=1, seccomp_sandbox="off"
+    )
+    topology = PciTopology()
+    for device in PLAN.devices:
+        topology.allocate(device.device.id)
+    argv = arguments(with_ports(dataclasses.replace(PLAN, section=section), topology))
 
-    assert [word for word in argv if word.startswith("pcie-root-port")] == [
-        "pcie-root-port,id=rp0,chassis=1,slot=1",
-        "pcie-root-port,id=rp1,chassis=2,slot=2",
+    room = "io-reserve=4k,mem-reserve=1m,pref64-reserve=1m"
+    assert argv[argv.index("chardev:console") + 1 :] == [
+        *("-device", "pcie-root-port,id=rp0,bus=pcie.0,addr=0x7,chassis=1,slot=1"),
+        *("-device", "pcie-root-port,id=rp1,bus=pcie.0,addr=0x8,chassis=2,slot=2"),
+        *("-device", "pcie-root-port,id=swrp0,bus=pcie.0,addr=0x9,chassis=3,slot=3"),
+        *("-device", "x3130-upstream,id=swup0,bus=swrp0,addr=0x0"),
+        *("-device", "xio3130-downstream,id=swdp0,bus=swup0,addr=0x0,chassis=5,slot=5"),
+        *("-device", "xio3130-downstream,id=swdp1,bus=swup0,addr=0x1,chassis=6,slot=6"),
+        *("-device", f"pci-bridge,id=pci-bridge-0,bus=pcie.0,addr=0xa,chassis_nr=7,shpc=off,{room}"),
     ]
     assert argv[argv.index("-sandbox") + 1] == "off"
     assert "-sandbox" not in arguments(variant(disable_seccomp=True, seccomp_sandbox="on"))
+
+
+def test_a_vm_that_may_grow_says_how_far() -> None:
+    section = dataclasses.replace(SECTION, default_maxvcpus=4, default_maxmemory=4000)
+    plan = first_plan(section, Accelerator.TCG, "pod1")
+    argv = arguments(plan)
+
+    assert argv[argv.index("-smp") + 1] == "1,maxcpus=4"
+    assert argv[argv.index("-m") + 1] == "256M,slots=10,maxmem=3968M"  # whole memory blocks more
+    assert "memhp_default_state=online" in kernel_command_line(plan)
+
+
+def test_virtio_mem_reserves_nothing_and_needs_no_slots() -> None:
+    section = dataclasses.replace(SECTION, default_maxmemory=4096, enable_virtio_mem=True)
+    argv = arguments(with_ports(first_plan(section, Accelerator.TCG, "pod1"), PciTopology()))
+
+    assert argv[argv.index("-m") + 1] == "256M,maxmem=4096M"
+    assert argv[-3:] == [
+        "memory-backend-memfd,id=mem-virtio-mem0,size=3840M,share=on,reserve=off",
+        "-device",
+        "virtio-mem-pci,id=virtio-mem0,memdev=mem-virtio-mem0,requested-size=0,bus=pcie.0,addr=0x2",
+    ]
+
+
+def test_a_vm_that_may_not_grow_has_nothing_for_it() -> None:
+    for section in (
+        SECTION,
+        dataclasses.replace(SECTION, default_maxmemory=256, default_maxvcpus=1),
+        dataclasses.replace(SECTION, default_maxmemory=4096, memory_slots=0),
+    ):
+        plan = first_plan(section, Accelerator.TCG, "pod1")
+        argv = arguments(plan)
+
+        assert (argv[argv.index("-smp") + 1], argv[argv.index("-m") + 1]) == ("1", "256M")
+        assert "memhp" not in kernel_command_line(plan)
 
 
 def test_paths_with_commas_stay_paths() -> None:

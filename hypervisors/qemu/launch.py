@@ -1,0 +1,113 @@
+"""QEMU from a plan to an answering control connection.
+
+What: `launch` hands QEMU its sockets, starts it in the pod's network namespace, has its death watched
+and negotiates QMP.
+Invariants: daemons' sockets are connected before QEMU starts and are inherited by it: QEMU finds
+nothing to wait for. Our copies of what QEMU inherits are closed, whatever happens. Whoever dies first
+ends the wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from devices.child import Child
+from devices.config import NetworkConfig, VsockConfig
+from devices.rendezvous import connect_now, listen
+from devices.undo import UndoLog
+from hypervisors.qemu.cmdline import Plan, arguments
+from hypervisors.qemu.death import GATHER, Death
+from hypervisors.qemu.parts import Parts
+from hypervisors.qemu.qmp import QmpClient, QmpEvent
+
+__all__ = ["launch"]
+
+
+async def launch(
+    plan: Plan,
+    parts: Parts,
+    death: Death,
+    *,
+    undo: UndoLog,
+    netns: str | None,
+    qmp_path: str,
+    timeout: float,
+    on_event: Callable[[QmpEvent], None],
+    on_output: Callable[[bytes], None],
+) -> None:
+    """Fill in `parts.process` and `parts.qmp`. Of `plan` the descriptors and the devices are completed here.
+
+    Raises KataError, TimeoutError; what was started until then is in `parts`.
+    """
+    inherited: list[socket.socket] = []
+    control: socket.socket | None = None
+    try:
+        listener = listen(qmp_path)
+        inherited.append(listener)
+        # Its backlog takes us before QEMU exists: one that dies at once cannot refuse us any more.
+        control = connect_now(qmp_path)
+        control.setblocking(False)
+        placed = parts.placed
+        if parts.vsock is not None:
+            vsock = await parts.vsock.connect()
+            inherited.append(vsock)
+            placed = [
+                dataclasses.replace(one, fd=vsock.fileno()) if isinstance(one.device, VsockConfig) else one
+                for one in placed
+            ]
+        if parts.share_fs is not None:
+            inherited.append(parts.share_fs.connection)
+        home_port = parts.channel.home_port if parts.channel else 0
+        plan = dataclasses.replace(plan, qmp_fd=listener.fileno(), devices=placed, home_port=home_port)
+        fds = [listener.fileno(), *(one.fd for one in placed if one.fd >= 0)]
+        for one in placed:
+            if isinstance(one.device, NetworkConfig):
+                fds += [*one.device.tap_fds, *one.device.vhost_fds]
+        parts.process = await Child.spawn(
+            [plan.section.path, *arguments(plan)],
+            name="qemu",
+            undo=undo,
+            netns=netns,
+            pass_fds=fds,
+            on_output=on_output,
+        )
+    except BaseException:
+        if control is not None:
+            control.close()
+        raise
+    finally:
+        for sock in inherited:
+            sock.close()
+    if parts.console is not None:
+        parts.console.handed_over()
+    death.begin(f"watch {plan.sandbox_id}")
+    await _open_control(control, parts, death, timeout, on_event)
+
+
+async def _open_control(
+    control: socket.socket, parts: Parts, death: Death, timeout: float, on_event: Callable[[QmpEvent], None]
+) -> None:
+    """QMP, or the reason why not: whoever dies first ends the wait."""
+    connecting = asyncio.create_task(QmpClient.connect(control, timeout=timeout, on_event=on_event))
+    waits: set[asyncio.Future[Any]] = {connecting, death.ended}
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        if not connecting.done():
+            connecting.cancel()
+            await asyncio.wait({connecting})
+    if connecting.cancelled() or connecting.exception() is not None:
+        # The control socket usually breaks a moment before the death is noticed: prefer the cause.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHER):
+                await asyncio.shield(death.ended)
+    if death.ended.done():
+        if not connecting.cancelled() and connecting.exception() is None:
+            await connecting.result().close()
+        raise death.error(death.ended.result())
+    parts.qmp = connecting.result()

@@ -1,0 +1,168 @@
+"""A QEMU in the test's own process: QMP's commands for sizing and hot-plug, over a socket pair.
+
+What: `Machine` keeps what is plugged and answers as QEMU 7.2 does, events included. `lazy` makes its
+guest look away (no event follows), `refuse` names commands that are answered with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+from hypervisors.qemu.qmp import QmpClient
+
+__all__ = ["Machine"]
+
+
+class RefusedError(Exception):
+    """The command is answered with an error of this text."""
+
+
+class Machine:
+    """One QEMU with its guest."""
+
+    def __init__(self, *, vcpus: int = 1, max_vcpus: int = 4, memory: int = 256) -> None:
+        self.cpus: dict[int, str] = {
+            n: f"/machine/unattached/device[{n}]" if n < vcpus else "" for n in range(max_vcpus)
+        }
+        self.base = memory << 20
+        self.objects: dict[str, dict[str, Any]] = {}
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.devices: dict[str, dict[str, Any]] = {}
+        self.virtio_mem = {"requested-size": 0, "size": 0}
+        self.keeps = 0  # bytes that the guest does not give back
+        self.ost_status = 0
+        self.lazy = False
+        self.refuse: set[str] = set()
+        self.commands: list[str] = []
+        self.asked = asyncio.Condition()
+        self._writer: asyncio.StreamWriter | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def connect(self) -> QmpClient:
+        """A client of this machine."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._serving = asyncio.create_task(self._serve(reader))
+        self._say({"QMP": {}})
+        return await QmpClient.connect(theirs, timeout=10)
+
+    async def saw(self, command: str) -> None:
+        """Return when the command has come."""
+        async with self.asked:
+            await self.asked.wait_for(lambda: command in self.commands)
+
+    async def close(self) -> None:
+        """Hang up, as a QEMU does that dies."""
+        assert self._writer is not None
+        assert self._serving is not None
+        self._writer.close()
+        self._serving.cancel()
+        await asyncio.wait({self._serving})
+
+    def event(self, name: str, **data: Any) -> None:
+        """Tell of something."""
+        self._say({"event": name, "data": data})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        assert self._writer is not None
+        self._writer.write(json.dumps(message).encode() + b"\r\n")
+
+    async def _serve(self, reader: asyncio.StreamReader) -> None:
+        while line := await reader.readline():
+            command = json.loads(line)
+            name, arguments = command["execute"], command.get("arguments", {})
+            self.commands.append(name)
+            async with self.asked:
+                self.asked.notify_all()
+            try:
+                if name in self.refuse:
+                    raise RefusedError(f"{name} is refused")
+                handler = getattr(self, f"_{name.replace('-', '_')}")
+                self._say({"return": handler(arguments), "id": command["id"]})
+            except RefusedError as refusal:
+                error = {"class": "GenericError", "desc": str(refusal)}
+                self._say({"error": error, "id": command["id"]})
+
+    # --- commands
+
+    def _qmp_capabilities(self, _: dict[str, Any]) -> Any:
+        return {}
+
+    def _query_hotpluggable_cpus(self, _: dict[str, Any]) -> Any:
+        entries = [
+            {"props": {"core-id": n, "socket-id": 0, "thread-id": 0, "node-id": 0}, "type": "max-x86_64-cpu"}
+            | ({"qom-path": path} if path else {})
+            for n, path in self.cpus.items()
+        ]
+        return entries[::-1]  # QEMU begins with the last
+
+    def _query_memory_size_summary(self, _: dict[str, Any]) -> Any:
+        dimms = sum(
+            self.objects[d["memdev"]]["size"] for d in self.devices.values() if d["driver"] == "pc-dimm"
+        )
+        return {"base-memory": self.base, "plugged-memory": dimms + self.virtio_mem["size"]}
+
+    def _query_memory_devices(self, _: dict[str, Any]) -> Any:
+        return [{"type": "dimm", "data": {"id": n}} for n, d in self.devices.items() if "memdev" in d]
+
+    def _object_add(self, arguments: dict[str, Any]) -> Any:
+        self.objects[arguments["id"]] = arguments
+        return {}
+
+    def _object_del(self, arguments: dict[str, Any]) -> Any:
+        del self.objects[arguments["id"]]
+        return {}
+
+    def _qom_get(self, arguments: dict[str, Any]) -> Any:
+        assert arguments["path"] == "/machine/peripheral/virtio-mem0"
+        return self.virtio_mem[arguments["property"]]
+
+    def _qom_set(self, arguments: dict[str, Any]) -> Any:
+        self.virtio_mem["requested-size"] = arguments["value"]
+        if not self.lazy:
+            for part in (2, 1):  # it comes and goes in pieces
+                step = (arguments["value"] - self.virtio_mem["size"]) // part
+                size = max(self.virtio_mem["size"] + step, self.keeps)
+                self.virtio_mem["size"] = size
+                self.event("MEMORY_DEVICE_SIZE_CHANGE", id="virtio-mem0", size=size)
+        return {}
+
+    def _blockdev_add(self, arguments: dict[str, Any]) -> Any:
+        self.nodes[arguments["node-name"]] = arguments
+        return {}
+
+    def _blockdev_del(self, arguments: dict[str, Any]) -> Any:
+        if any(device.get("drive") == arguments["node-name"] for device in self.devices.values()):
+            raise RefusedError("Node is in use")
+        del self.nodes[arguments["node-name"]]
+        return {}
+
+    def _device_add(self, arguments: dict[str, Any]) -> Any:
+        name = arguments["id"]
+        assert name not in self.devices
+        self.devices[name] = arguments
+        if arguments["driver"].endswith("-cpu"):
+            self.cpus[arguments["core-id"]] = f"/machine/peripheral/{name}"
+        if not self.lazy and (arguments["driver"].endswith("-cpu") or arguments["driver"] == "pc-dimm"):
+            info = {"device": name, "source": 1, "status": self.ost_status, "slot": "0", "slot-type": "X"}
+            self.event("ACPI_DEVICE_OST", info=info)
+        return {}
+
+    def _device_del(self, arguments: dict[str, Any]) -> Any:
+        name = arguments["id"]
+        if name not in self.devices:
+            raise RefusedError(f"Device '{name}' not found")
+        if not self.lazy:
+            self.unplugged(name)
+        return {}
+
+    def unplugged(self, name: str) -> None:
+        """The guest let go of it."""
+        device = self.devices.pop(name)
+        if "core-id" in device:
+            self.cpus[device["core-id"]] = ""
+        self.event("DEVICE_DELETED", device=name, path=f"/machine/peripheral/{name}")

@@ -1,0 +1,183 @@
+"""A VM grows and shrinks as far as it can, waits for its guest, and says in words what it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from devices.addresses import PciTopology
+from devices.errors import HypervisorError, UnsupportedByHypervisor
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.plan import first_plan, with_ports
+from hypervisors.qemu.sizing import Sizer
+from tests.unit.hypervisors.machine import Machine
+
+SECTION = HypervisorConfig(
+    default_memory=256, default_maxmemory=64 << 10, default_maxvcpus=4, hotplug_timeout=10.0
+)
+
+Make = Callable[..., Awaitable[Sizer]]
+
+
+@pytest.fixture
+async def machine() -> AsyncIterator[Machine]:
+    made = Machine()
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def make(machine: Machine) -> AsyncIterator[Make]:
+    """A sizer of the machine; keywords change the section."""
+    clients = []
+
+    async def _make(*, kvm: bool = False, **changes: object) -> Sizer:
+        section = dataclasses.replace(SECTION, **changes)  # type: ignore[arg-type]
+        plan = first_plan(section, Accelerator.KVM if kvm else Accelerator.TCG, "vm")
+        clients.append(await machine.connect())
+        return Sizer(with_ports(plan, PciTopology()), clients[-1])
+
+    yield _make
+    for client in clients:
+        await client.close()
+
+
+def in_use(machine: Machine) -> list[int]:
+    return [number for number, path in machine.cpus.items() if path]
+
+
+async def test_vcpus_come_lowest_first_and_once(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    counts = await asyncio.gather(sizer.resize_vcpu(3), sizer.resize_vcpu(3))
+    assert list(counts) == [3, 3]
+
+    assert in_use(machine) == [0, 1, 2]
+    assert machine.commands.count("device_add") == 2
+    assert machine.devices["cpu-1-0-0"]["driver"] == "max-x86_64-cpu"
+
+
+async def test_more_vcpus_than_announced_are_refused(machine: Machine, make: Make) -> None:
+    with pytest.raises(HypervisorError, match="5 vCPUs are asked for; this VM can have 4") as caught:
+        await (await make()).resize_vcpu(5)
+
+    assert "default_maxvcpus" in caught.value.hint
+    assert in_use(machine) == [0]
+
+
+async def test_under_kvm_plugged_vcpus_go_again_but_not_the_first(machine: Machine, make: Make) -> None:
+    sizer = await make(kvm=True)
+    await sizer.resize_vcpu(4)
+    assert await sizer.resize_vcpu(2) == 2
+    assert in_use(machine) == [0, 1]
+    with pytest.raises(UnsupportedByHypervisor, match=r"fewer vCPUs than it started with \(1\)"):
+        await sizer.resize_vcpu(0)
+
+
+async def test_under_tcg_no_vcpu_is_taken_away(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    await sizer.resize_vcpu(2)
+    with pytest.raises(UnsupportedByHypervisor, match="under TCG"):
+        await sizer.resize_vcpu(1)
+
+    assert "device_del" not in machine.commands
+
+
+async def test_a_guest_that_does_not_look_meets_the_deadline(machine: Machine, make: Make) -> None:
+    sizer = await make(hotplug_timeout=0.05)
+    machine.lazy = True
+    for call in (sizer.resize_vcpu(2), sizer.resize_memory(512)):
+        with pytest.raises(HypervisorError, match=r"the guest did not take .* within 0.05 s") as caught:
+            await call
+        assert (caught.value.code, caught.value.phase) == ("DEADLINE_EXCEEDED", "sizing")
+
+    # QEMU has both now, so asking again does nothing.
+    assert await sizer.resize_vcpu(2) == 2
+    assert await sizer.resize_memory(512) == 512
+
+
+async def test_a_guest_that_refuses_is_an_error(machine: Machine, make: Make) -> None:
+    machine.ost_status = 0x81
+    with pytest.raises(HypervisorError, match="the guest refused the vCPU cpu-1-0-0 with ACPI status 129"):
+        await (await make()).resize_vcpu(2)
+
+
+async def test_a_vm_that_dies_ends_the_wait(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    machine.lazy = True
+    growing = asyncio.create_task(sizer.resize_vcpu(2))
+    await machine.saw("device_add")
+    await machine.close()
+    with pytest.raises(HypervisorError, match="closed its control socket"):
+        await growing
+
+
+async def test_memory_comes_by_dimms(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    assert await sizer.resize_memory(512) == 512
+    assert await sizer.resize_memory(512) == 512
+    assert await sizer.resize_memory(1024) == 1024
+
+    assert [device["id"] for device in machine.devices.values()] == ["dimm0", "dimm1"]
+    backend = machine.objects["mem-dimm1"]
+    assert (backend["qom-type"], backend["share"]) == ("memory-backend-memfd", True)
+    assert backend["size"] == 512 << 20
+    with pytest.raises(UnsupportedByHypervisor, match="without virtio-mem"):
+        await sizer.resize_memory(512)
+
+
+async def test_a_small_vm_grows_large_in_steps(machine: Machine, make: Make) -> None:
+    """The page table of a DIMM comes out of the memory that is there already."""
+    assert await (await make()).resize_memory(32 << 10) == 32 << 10
+
+    sizes = [machine.objects[f"mem-dimm{number}"]["size"] >> 20 for number in range(len(machine.objects))]
+    assert sizes == [2048, 18432, 12032]
+    assert all(size % 128 == 0 for size in sizes)
+
+
+async def test_more_memory_than_announced_is_refused(make: Make) -> None:
+    sizer = await make(default_maxmemory=1024)
+    with pytest.raises(HypervisorError, match="1152 MiB of memory are asked for; this VM can have 1024"):
+        await sizer.resize_memory(1152)
+
+
+async def test_a_dimm_that_qemu_refuses_leaves_nothing(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    machine.refuse.add("device_add")
+    with pytest.raises(HypervisorError, match="QEMU refused device_add") as caught:
+        await sizer.resize_memory(512)
+    assert "enable_virtio_mem" in caught.value.hint
+    assert machine.objects == {}
+
+    machine.refuse.clear()
+    assert await sizer.resize_memory(512) == 512
+
+
+async def test_virtio_mem_goes_both_ways(machine: Machine, make: Make) -> None:
+    sizer = await make(enable_virtio_mem=True)
+    assert await sizer.resize_memory(1000) == 1000
+    assert machine.virtio_mem["size"] == 744 << 20
+    assert await sizer.resize_memory(256) == 256
+    with pytest.raises(UnsupportedByHypervisor, match=r"less memory than it started with \(256 MiB\)"):
+        await sizer.resize_memory(128)
+
+
+async def test_a_guest_may_keep_what_it_uses(machine: Machine, make: Make) -> None:
+    sizer = await make(enable_virtio_mem=True, hotplug_timeout=0.05)
+    await sizer.resize_memory(1024)
+    machine.keeps = 100 << 20
+
+    assert await sizer.resize_memory(256) == 356
+
+
+async def test_a_vm_that_may_not_grow_says_so(make: Make) -> None:
+    sizer = await make(default_maxvcpus=1, default_maxmemory=256)
+    assert await sizer.resize_vcpu(1) == 1
+    assert await sizer.resize_memory(256) == 256
+    with pytest.raises(UnsupportedByHypervisor, match="other than 1 vCPUs"):
+        await sizer.resize_vcpu(2)
+    with pytest.raises(UnsupportedByHypervisor, match="other than 256 MiB"):
+        await sizer.resize_memory(512)
