@@ -16,11 +16,12 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent import log
 from agent.crun import Crun
+from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
 from agent.spec import process_json, resources_json
@@ -135,14 +136,17 @@ class Container:
         if not self._crun.release(self.id):
             await self._crun.run(f"starting {self.id}", "start", self.id)
 
-    async def exec(self, exec_id: str, process: oci_pb2.Process, ports: Ports) -> None:
-        """`crun exec`: one more process in the running container."""
+    async def exec(
+        self, exec_id: str, process: oci_pb2.Process, ports: Ports, beyond: Mapping[str, Any] = NOTHING
+    ) -> None:
+        """`crun exec`: one more process in the running container. `beyond`: see `agent.fit`."""
         old = self.execs.get(exec_id)
         if old is not None and old.alive:
             raise RpcError(Code.ALREADY_EXISTS, f"exec {exec_id} runs already in {self.id}")
         if self.init is None or not self.init.alive:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id} is not running")
         config = process_json(process)
+        merge(config, beyond.get("process", {}))
         path = self._crun.scratch("process")
         try:
             _write_json(path, config)
@@ -234,10 +238,12 @@ class Container:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.1)
 
-    async def update(self, resources: oci_pb2.LinuxResources) -> None:
-        """`crun update`: new limits for the running container."""
+    async def update(self, resources: oci_pb2.LinuxResources, beyond: Mapping[str, Any] = NOTHING) -> None:
+        """`crun update`: new limits for the running container. `beyond`: see `agent.fit`."""
         path = self._crun.scratch("resources")
         wanted = resources_json(resources)
+        merge(wanted, beyond.get("linux", {}).get("resources", {}))
+        fit_resources(wanted)
         # Device rules are a program that crun installs at creation only.
         wanted.pop("devices", None)
         if not wanted:

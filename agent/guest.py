@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from agent.fit import METADATA
 from agent.storage import DRIVERS, in_thread
 from proto import agent_pb2
 from ttrpc import Code, RpcError
@@ -59,6 +60,7 @@ def details(request: agent_pb2.GuestDetailsRequest, version: str) -> agent_pb2.G
     agent.device_handlers.extend(("blk", "mmioblk", "scsi", "nvdimm"))
     agent.storage_handlers.extend(DRIVERS)
     agent.supports_seccomp = os.path.exists("/proc/sys/kernel/seccomp")
+    agent.extra_features.append(METADATA)
     return response
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent import log
 from agent.container import Container
 from agent.crun import ROOT, Crun
+from agent.fit import NOTHING, fit, merge
 from agent.reaper import Reaper
 from agent.spec import cgroup_path, spec_json
 from agent.storage import Storages, in_thread
@@ -103,8 +105,13 @@ class Sandbox:
             raise RpcError(Code.NOT_FOUND, f"there is no container {container_id[:80]}")
         return container
 
-    async def create_container(self, request: agent_pb2.CreateContainerRequest) -> None:
-        """CreateContainer: mount its storages, write its bundle, create it with crun."""
+    async def create_container(
+        self, request: agent_pb2.CreateContainerRequest, beyond: Mapping[str, Any] = NOTHING
+    ) -> None:
+        """CreateContainer: mount its storages, write its bundle, create it with crun.
+
+        `beyond`: what of the spec the request has no field for (`agent.fit`).
+        """
         name = check_id(request.container_id, "container")
         if name in self.containers:
             raise RpcError(Code.ALREADY_EXISTS, f"there is a container {name} already")
@@ -113,6 +120,8 @@ class Sandbox:
         if not request.HasField("OCI") or not request.OCI.Process.Args:
             raise RpcError(Code.INVALID_ARGUMENT, f"container {name} has no command")
         config = spec_json(request.OCI)
+        merge(config, beyond)
+        await fit(config, self._reaper)
         self._place(config, name)
         self._share_namespaces(config["linux"], request.sandbox_pidns)
         container = Container(

@@ -157,9 +157,11 @@ class AgentService:
 
     # --- containers ---------------------------------------------------------------------------
 
-    async def create_container(self, _: CallContext, request: agent_pb2.CreateContainerRequest) -> Empty:
+    async def create_container(self, ctx: CallContext, request: agent_pb2.CreateContainerRequest) -> Empty:
         """See Sandbox.create_container."""
-        await self.sandbox.create_container(request)
+        from agent.fit import beyond
+
+        await self.sandbox.create_container(request, beyond(ctx.metadata))
         # Before it starts: a kill that comes first would be counted, but not seen as new.
         self._watch_oom(self.sandbox.container(request.container_id))
         return Empty()
@@ -176,11 +178,13 @@ class AgentService:
         await self.sandbox.remove_container(request.container_id, float(request.timeout))
         return Empty()
 
-    async def update_container(self, _: CallContext, request: agent_pb2.UpdateContainerRequest) -> Empty:
+    async def update_container(self, ctx: CallContext, request: agent_pb2.UpdateContainerRequest) -> Empty:
         """See Container.update."""
+        from agent.fit import beyond
+
         container = self._container(request)
         async with container.lock:
-            await container.update(request.resources)
+            await container.update(request.resources, beyond(ctx.metadata))
         return Empty()
 
     async def pause_container(self, _: CallContext, request: agent_pb2.PauseContainerRequest) -> Empty:
@@ -203,13 +207,14 @@ class AgentService:
 
     # --- processes ----------------------------------------------------------------------------
 
-    async def exec_process(self, _: CallContext, request: agent_pb2.ExecProcessRequest) -> Empty:
+    async def exec_process(self, ctx: CallContext, request: agent_pb2.ExecProcessRequest) -> Empty:
         """See Container.exec."""
+        from agent.fit import beyond
         from agent.sandbox import check_id
 
         ports = (request.stdin_port, request.stdout_port, request.stderr_port)
         name = check_id(request.exec_id, "exec")
-        await self._container(request).exec(name, request.process, ports)
+        await self._container(request).exec(name, request.process, ports, beyond(ctx.metadata))
         return Empty()
 
     async def signal_process(self, _: CallContext, request: agent_pb2.SignalProcessRequest) -> Empty:

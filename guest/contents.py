@@ -63,6 +63,7 @@ OTHER_MODULES = (
     "erofs",
     "squashfs",
     "loop",
+    "tun",
     "veth",
     "bridge",
     "virtio_scsi",

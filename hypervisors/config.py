@@ -60,6 +60,7 @@ class HypervisorConfig:
     reclaim_guest_freed_memory: bool = False
 
     # --- security
+    disable_guest_selinux: bool = True
     disable_seccomp: bool = False
     seccomp_sandbox: str = ""
 

@@ -10,16 +10,22 @@ Source: Kata's agent.proto; deadlines from [agent.kata].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ttrpc
 from devices.errors import CallerError, GuestError, KataError
 from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
+from shim.oci_fields import BEYOND
 from shim.protocols import Deadlines, GuestContainer
 from shim.trace import Trace
 
-__all__ = ["GuestAgent"]
+__all__ = ["FEATURE_BEYOND", "METADATA_BEYOND", "GuestAgent"]
+
+#: The agent takes OCI fields that Kata's messages have no place for as JSON in this metadata of a call.
+FEATURE_BEYOND = METADATA_BEYOND = "kata-shim-oci"
+_NOTHING: Mapping[str, Any] = {}
 
 _AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -44,17 +50,29 @@ class GuestAgent:
         self._client = client
         self._deadlines = deadlines
         self._trace = trace
+        self._features: frozenset[str] | None = None
 
     async def close(self) -> None:
         """Drop the connection; calls under way end with GuestError."""
         await self._client.close()
 
     async def _call(
-        self, name: str, request: Any, *, timeout: float | None = 0.0, service: Any = _AGENT
+        self,
+        name: str,
+        request: Any,
+        *,
+        timeout: float | None = 0.0,
+        service: Any = _AGENT,
+        beyond: Mapping[str, Any] = _NOTHING,
     ) -> Any:
         deadline = self._deadlines.request if timeout == 0.0 else timeout
+        metadata = {METADATA_BEYOND: [json.dumps(beyond)]} if beyond else None
+        if beyond:
+            await self._check_takes(beyond)
         try:
-            return await self._client.call(service.methods_by_name[name], request, timeout=deadline)
+            return await self._client.call(
+                service.methods_by_name[name], request, timeout=deadline, metadata=metadata
+            )
         except ttrpc.RpcError as error:
             raise self._translated(name, error, deadline) from error
         except (ttrpc.ConnectionClosed, ConnectionError, ttrpc.RemoteProtocolError) as error:
@@ -79,6 +97,19 @@ class GuestAgent:
         if code in _CALLER_CODES:
             return CallerError(text, phase=name, code=code)
         return GuestError(text, phase=name, code=code)
+
+    async def _check_takes(self, beyond: Mapping[str, Any]) -> None:
+        """A stock agent would not see these fields: they are refused, not lost."""
+        if self._features is None:
+            answer = await self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest())
+            self._features = frozenset(answer.agent_details.extra_features)
+        if FEATURE_BEYOND not in self._features:
+            raise CallerError(
+                f"the guest's agent has no place for {', '.join(_leaves(beyond))}",
+                phase="agent",
+                hint="leave it out, or use the guest image of this project",
+                code="UNIMPLEMENTED",
+            )
 
     async def check(self, timeout: float) -> None:
         """Health.Check; raises GuestError unless the agent says SERVING."""
@@ -120,7 +151,7 @@ class GuestAgent:
         )
         _set_ports(request, ports)
         with self._trace.phase("agent.create_container", id=container_id):
-            await self._call("CreateContainer", request)
+            await self._call("CreateContainer", request, beyond=guest.beyond)
 
     async def start_container(self, container_id: str) -> None:
         """StartContainer."""
@@ -139,12 +170,13 @@ class GuestAgent:
         process: oci_pb2.Process,
         *,
         ports: tuple[int, int, int] = (0, 0, 0),
+        beyond: Mapping[str, Any] = _NOTHING,
     ) -> None:
         """ExecProcess: the process runs afterwards."""
         request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
         _set_ports(request, ports)
         with self._trace.phase("agent.exec_process", id=f"{container_id}/{exec_id}"):
-            await self._call("ExecProcess", request)
+            await self._call("ExecProcess", request, beyond=beyond)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """SignalProcess; an empty exec id means every process of the container, its own id the init."""
@@ -208,10 +240,16 @@ class GuestAgent:
         answer: agent_pb2.StatsContainerResponse = await self._call("StatsContainer", request)
         return answer
 
-    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+    async def update_container(
+        self,
+        container_id: str,
+        resources: oci_pb2.LinuxResources,
+        *,
+        beyond: Mapping[str, Any] = _NOTHING,
+    ) -> None:
         """UpdateContainer: new cgroup limits in the guest."""
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
-        await self._call("UpdateContainer", request)
+        await self._call("UpdateContainer", request, beyond=beyond)
 
     async def get_oom_event(self) -> str:
         """GetOOMEvent: the container in which the guest's kernel killed for memory. No deadline."""
@@ -239,3 +277,13 @@ def _set_ports(request: Any, ports: tuple[int, int, int]) -> None:
     for name, port in zip(("stdin_port", "stdout_port", "stderr_port"), ports, strict=True):
         if port:
             setattr(request, name, port)
+
+
+def _leaves(document: Mapping[str, Any], place: str = "") -> list[str]:
+    """The places of all values in it, such as `linux.resources.unified`."""
+    found: list[str] = []
+    for key, value in document.items():
+        where = f"{place}{key}"
+        deeper = isinstance(value, Mapping) and where not in BEYOND
+        found += _leaves(value, f"{where}.") if deeper else [where]
+    return found

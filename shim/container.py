@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -69,7 +69,7 @@ class Container:
         self.execs: dict[str, Process] = {}
         #: Nothing more is to be expected of its init process: it has ended and its output is drained.
         self.quiet = False
-        self._exec_specs: dict[str, oci_pb2.Process] = {}
+        self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self._events = events
         self._quieted = quieted
         self._namespace = namespace
@@ -171,12 +171,12 @@ class Container:
         self._check_takes_execs()
         agent, stdio = self.sandbox.agent, process.stdio
         assert stdio is not None  # made by `add_exec`
-        spec = self._exec_specs[process.exec_id]
+        spec, beyond = self._exec_specs[process.exec_id]
         if process.window is not None:
             spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window
         try:
             ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
-            await agent.exec_process(self.id, process.exec_id, spec, ports=ports)
+            await agent.exec_process(self.id, process.exec_id, spec, ports=ports, beyond=beyond)
         except BaseException:
             # It never ran, so there is no exit event; but who waits for it must not wait for ever.
             process.finish(Exit.now(VM_DEATH))
@@ -193,14 +193,19 @@ class Container:
         if process.window is not None:
             await self._try_resize(process)
 
-    async def add_exec(self, exec_id: str, spec: oci_pb2.Process, stdio: StdioSpec) -> None:
-        """Remember a process to be run by Start. Its output FIFOs are taken now, stdin at Start."""
+    async def add_exec(
+        self, exec_id: str, spec: oci_pb2.Process, stdio: StdioSpec, *, beyond: Mapping[str, Any]
+    ) -> None:
+        """Remember a process to be run by Start. Its output FIFOs are taken now, stdin at Start.
+
+        `beyond`: what of the process is not in `spec` (`shim.oci.Rest`).
+        """
         self._check_takes_execs()
         if exec_id in self._exec_specs:
             raise CallerError(f"exec {exec_id} of {self.id}: already exists", code="ALREADY_EXISTS")
         process = Process(self.id, exec_id, stdio)
         spec.Terminal = stdio.terminal
-        self._exec_specs[exec_id] = spec
+        self._exec_specs[exec_id] = (spec, beyond)
         try:
             process.stdio = await Stdio.open(stdio, container_id=self.id, namespace=self._namespace)
             try:
@@ -264,11 +269,14 @@ class Container:
             self.init.apply(Call.RESUME)
             self._publish("resumed", events_pb2.TaskResumed(container_id=self.id))
 
-    async def update(self, resources: oci_pb2.LinuxResources) -> None:
-        """Change its limits: the VM grows first where it must, then the guest is told."""
+    async def update(self, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any]) -> None:
+        """Change its limits: the VM grows first where it must, then the guest is told.
+
+        `beyond` as for `add_exec`.
+        """
         self.init.check(Call.UPDATE)
         await self.sandbox.resize(self.id, resources)
-        await self.sandbox.agent.update_container(self.id, resources)
+        await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
 
     async def stats(self) -> any_pb2.Any:
         """What it uses in the guest, packed as containerd expects it on this host."""

@@ -221,11 +221,17 @@ class ContainerManager:
         return await container.delete(remove)
 
     async def add_exec(
-        self, container_id: str, exec_id: str, process: oci_pb2.Process, stdio: StdioSpec
+        self,
+        container_id: str,
+        exec_id: str,
+        process: oci_pb2.Process,
+        stdio: StdioSpec,
+        *,
+        beyond: Mapping[str, Any],
     ) -> None:
         """See `Container.add_exec`."""
         check_id(exec_id, "an exec's id")
-        await self._to_its_end(self.get(container_id).add_exec(exec_id, process, stdio))
+        await self._to_its_end(self.get(container_id).add_exec(exec_id, process, stdio, beyond=beyond))
 
     async def pause(self, container_id: str) -> None:
         """See `Container.pause`."""
@@ -235,9 +241,11 @@ class ContainerManager:
         """See `Container.resume`."""
         await self._to_its_end(self.get(container_id).resume())
 
-    async def update(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+    async def update(
+        self, container_id: str, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any]
+    ) -> None:
         """See `Container.update`."""
-        await self._to_its_end(self.get(container_id).update(resources))
+        await self._to_its_end(self.get(container_id).update(resources, beyond=beyond))
 
     def report_oom(self, container_id: str) -> None:
         """The guest's kernel killed something in this container for want of memory."""

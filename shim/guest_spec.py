@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError
+from shim.guest_devices import guest_rules
 
 __all__ = [
     "GUEST_SHARE",
@@ -142,9 +143,6 @@ def guest_spec(
     hooks = guest.pop("hooks", None) or {}
     if hooks.get("startContainer"):
         guest["hooks"] = {"startContainer": hooks["startContainer"]}
-    process = guest.get("process")
-    if isinstance(process, dict):
-        _drop(process, ("apparmorProfile", "selinuxLabel"), "process", left_out)
     linux = guest.get("linux")
     if isinstance(linux, dict):
         _guest_linux(linux, left_out, disable_seccomp)
@@ -158,15 +156,18 @@ def _guest_linux(linux: dict[str, Any], left_out: list[str], disable_seccomp: bo
         if space.get("type") in {"pid", "network", "time"}:
             continue
         spaces.append({"type": space.get("type")})
+    # The guest is on cgroup v2, where containerd asks for one; on a v1 host it does not, and without
+    # it a mounted cgroup file system shows the whole guest's.
+    if {"type": "cgroup"} not in spaces:
+        spaces.append({"type": "cgroup"})
     linux["namespaces"] = spaces
     resources = linux.get("resources") or {}
-    # Device rules and block limits name the host's devices; the guest numbers its own.
-    _drop(resources, ("devices", "blockIO", "network", "rdma"), "linux.resources", left_out)
+    resources["devices"] = guest_rules(resources.get("devices") or [], left_out)
     if isinstance(resources.get("cpu"), dict):
         _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
     linux["resources"] = resources
-    dropped = ("devices", "mountLabel", "intelRdt") + (("seccomp",) if disable_seccomp else ())
-    _drop(linux, dropped, "linux", left_out)
+    if disable_seccomp:
+        _drop(linux, ("seccomp",), "linux", left_out)
 
 
 def _drop(table: dict[str, Any], keys: Sequence[str], place: str, left_out: list[str]) -> None:

@@ -5,15 +5,19 @@ What: `spec_from_json` and `process_from_json` turn `config.json` (or an exec's 
 `NoNewPrivileges`), so one walk over the descriptors serves all messages; the few names that differ
 stand in `_RENAMED`.
 Why not google.protobuf.json_format: it wants exact names, and refuses what it does not know.
-Invariants: a key without a counterpart in the agent's protocol is never dropped silently: its place
-is appended to `ignored`. A value of the wrong type or out of the field's range is a CallerError
-that names its place, such as `process.user.uid`.
+Each answers the message and `Rest`: what of the document is not in it.
+Invariants: what cannot be served is refused (`oci_fields.check`) before anything else; a key without
+a counterpart in the agent's protocol is never dropped silently, it is in the rest. A value of the
+wrong type or out of the field's range is a CallerError that names its place, such as
+`process.user.uid`.
 Source: runtime-spec 1.0.2 `config.md` and `config-linux.md`; Kata's oci.proto.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,34 +26,55 @@ from google.protobuf.message import Message
 
 from devices.errors import CallerError
 from proto import oci_pb2
+from shim import oci_fields
 
-__all__ = ["process_from_json", "resources_from_json", "spec_from_json"]
+__all__ = ["Rest", "process_from_json", "resources_from_json", "spec_from_json"]
 
 #: (message, JSON key in lower case) -> protobuf field in lower case, where more than the case differs.
 _RENAMED = {("Spec", "ociversion"): "version"}
 
 
-def spec_from_json(document: Mapping[str, Any], ignored: list[str] | None = None) -> oci_pb2.Spec:
-    """The whole `config.json`. Raises CallerError (INVALID_ARGUMENT) with the place of what is wrong."""
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """What of a document is not in its message.
+
+    `dropped`: a line for the log for each field that has no effect; `beyond`: what goes to the agent
+    beside the message, in OCI's shape from the root of config.json (`oci_fields.BEYOND`).
+    """
+
+    dropped: list[str] = field(default_factory=list)
+    beyond: dict[str, Any] = field(default_factory=dict)
+
+
+def spec_from_json(document: Mapping[str, Any]) -> tuple[oci_pb2.Spec, Rest]:
+    """The whole `config.json`. Raises CallerError with the place of what is wrong or not supported."""
     spec = oci_pb2.Spec()
-    _fill(spec, document, "", [] if ignored is None else ignored)
-    return spec
+    return spec, _convert(spec, document, "")
 
 
-def process_from_json(document: Mapping[str, Any], ignored: list[str] | None = None) -> oci_pb2.Process:
+def process_from_json(document: Mapping[str, Any]) -> tuple[oci_pb2.Process, Rest]:
     """The `process` object alone, as an exec brings it. Raises CallerError as `spec_from_json`."""
     process = oci_pb2.Process()
-    _fill(process, document, "process", [] if ignored is None else ignored)
-    return process
+    return process, _convert(process, document, "process")
 
 
-def resources_from_json(
-    document: Mapping[str, Any], ignored: list[str] | None = None
-) -> oci_pb2.LinuxResources:
+def resources_from_json(document: Mapping[str, Any]) -> tuple[oci_pb2.LinuxResources, Rest]:
     """The `linux.resources` object alone, as an update brings it. Raises CallerError likewise."""
     resources = oci_pb2.LinuxResources()
-    _fill(resources, document, "linux.resources", [] if ignored is None else ignored)
-    return resources
+    return resources, _convert(resources, document, "linux.resources")
+
+
+def _convert(message: Message, document: Mapping[str, Any], place: str) -> Rest:
+    if not isinstance(document, Mapping):
+        raise _wrong(place or "the document", "an object", document)
+    part: Any = copy.deepcopy(dict(document))
+    whole: dict[str, Any] = part
+    for step in reversed(place.split(".") if place else ()):
+        whole = {step: whole}
+    oci_fields.check(whole)
+    rest = Rest(oci_fields.drop(whole), oci_fields.take_beyond(whole))
+    _fill(message, part, place, rest.dropped)
+    return rest
 
 
 @cache

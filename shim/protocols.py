@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from proto import agent_pb2, oci_pb2
@@ -46,6 +46,8 @@ class GuestContainer:
     storages: Sequence[agent_pb2.Storage] = ()
     devices: Sequence[agent_pb2.Device] = ()
     sandbox_pidns: bool = False
+    #: What of the OCI spec Kata's protocol has no field for (`shim.oci_fields.BEYOND`), in OCI's shape.
+    beyond: Mapping[str, Any] = field(default_factory=dict)
 
 
 class AgentClient(Protocol):
@@ -68,6 +70,7 @@ class AgentClient(Protocol):
         process: oci_pb2.Process,
         *,
         ports: tuple[int, int, int] = (0, 0, 0),
+        beyond: Mapping[str, Any] = ...,
     ) -> None: ...
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None: ...
     async def wait_process(self, container_id: str, exec_id: str) -> int: ...
@@ -79,7 +82,9 @@ class AgentClient(Protocol):
     async def pause_container(self, container_id: str) -> None: ...
     async def resume_container(self, container_id: str) -> None: ...
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse: ...
-    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None: ...
+    async def update_container(
+        self, container_id: str, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any] = ...
+    ) -> None: ...
 
 
 class Sandbox(Protocol):

@@ -36,11 +36,12 @@ from devices.errors import CallerError
 from devices.vsock import STREAM_PORT
 from hypervisors.registry import get_plugin
 from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
-from shim import logs
+from shim import logs, oci_fields
 from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
+from shim.guest_devices import check_devices
 from shim.limits import Size
 from shim.procfs import start_time
 from shim.protocols import Deadlines
@@ -85,6 +86,7 @@ class VirtContainer:
     ) -> VirtSandbox:
         """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
         if self._sandbox is not None and not self._sandbox.stopped:
+            self._check(spec)
             return self._sandbox
         with self.trace.phase("config", id=container_id):
             config = await asyncio.to_thread(
@@ -99,8 +101,16 @@ class VirtContainer:
             if not key.harmless:
                 _log.warning("configuration key without effect", key=str(key))
         self._config = config
+        self._check(spec)
         self._sandbox = self.new_instance(config, spec)
         return self._sandbox
+
+    def _check(self, spec: Mapping[str, Any]) -> None:
+        """Refuse what cannot be served, before anything is done for the container."""
+        assert self._config is not None  # loaded by `sandbox_for`
+        section = self._config.hypervisor
+        oci_fields.check(spec, guest_selinux=not section.disable_guest_selinux)
+        check_devices(spec)
 
     def new_instance(self, config: Config, spec: Mapping[str, Any]) -> VirtSandbox:
         """Hypervisor, devices and sandbox, none of which runs or holds anything yet."""

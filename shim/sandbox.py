@@ -157,14 +157,15 @@ class VirtSandbox:
             volumes=volumes,
             disable_seccomp=self.settings.disable_guest_seccomp,
         )
-        message = spec_from_json(document, left_out)
+        message, rest = spec_from_json(document)
+        left_out += rest.dropped
         if left_out:
             _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         with self._trace.phase("rootfs", id=container_id):
             async with self._share_lock:
                 await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
-        return GuestContainer(spec=message, sandbox_pidns=wants_sandbox_pidns(spec))
+        return GuestContainer(spec=message, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond)
 
     async def release_container(self, container_id: str) -> None:
         """Unmount what `prepare_container` mounted. Idempotent."""

@@ -17,12 +17,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import structlog
 from google.protobuf import any_pb2, empty_pb2
 
 from devices.errors import CallerError
 from proto import runc_options_pb2, task_types_pb2, task_v2_pb2, task_v3_pb2
 from shim.container_manager import ContainerManager
-from shim.oci import process_from_json, resources_from_json
+from shim.oci import Rest, process_from_json, resources_from_json
 from shim.process import Exit, Process, Status
 from shim.stdio import StdioSpec
 
@@ -37,6 +38,8 @@ _STATUS = {
     Status.STOPPED: task_types_pb2.STOPPED,
     Status.DELETED: task_types_pb2.STOPPED,
 }
+
+_log = structlog.get_logger("task")
 
 _MAX_WINDOW = 0xFFFF  # rows and columns are 16 bits wide in struct winsize
 
@@ -62,6 +65,11 @@ def _json(payload: any_pb2.Any, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CallerError(f"{what} is not valid JSON: {error}", code="INVALID_ARGUMENT") from error
     return document
+
+
+def _tell_dropped(what: str, rest: Rest) -> None:
+    if rest.dropped:
+        _log.info("not passed to the guest", process=what[:256], keys=rest.dropped[:50])
 
 
 def _stdio(request: Any) -> StdioSpec:
@@ -157,8 +165,11 @@ class TaskService:
     async def exec(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Remember a further process, which Start then runs."""
         self._manager.get(request.id)
-        process = process_from_json(_json(request.spec, "the exec's process"))
-        await self._manager.add_exec(request.id, request.exec_id, process, _stdio(request))
+        process, rest = process_from_json(_json(request.spec, "the exec's process"))
+        _tell_dropped(f"{request.id}/{request.exec_id}", rest)
+        await self._manager.add_exec(
+            request.id, request.exec_id, process, _stdio(request), beyond=rest.beyond
+        )
         return empty_pb2.Empty()
 
     async def resize_pty(self, _ctx: object, request: Any) -> empty_pb2.Empty:
@@ -180,8 +191,9 @@ class TaskService:
     async def update(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Change a container's limits."""
         self._manager.get(request.id)
-        resources = resources_from_json(_json(request.resources, "the resources"))
-        await self._manager.update(request.id, resources)
+        resources, rest = resources_from_json(_json(request.resources, "the resources"))
+        _tell_dropped(request.id, rest)
+        await self._manager.update(request.id, resources, beyond=rest.beyond)
         return empty_pb2.Empty()
 
     async def wait(self, _ctx: object, request: Any) -> Any:

@@ -142,6 +142,7 @@ class FakeAgent:
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
         self.paused: set[str] = set()
         self.resources: list[Any] = []
+        self.beyond: list[Mapping[str, Any]] = []  # of each exec and update
         self.stats = agent_pb2.StatsContainerResponse()
 
     async def _enter(self, name: str, container_id: str, exec_id: str = "") -> None:
@@ -207,7 +208,9 @@ class FakeAgent:
         process: oci_pb2.Process,
         *,
         ports: tuple[int, int, int] = (0, 0, 0),
+        beyond: Mapping[str, Any] | None = None,
     ) -> None:
+        self.beyond.append(beyond or {})
         await self._enter("exec_process", container_id, exec_id)
         if self.process(container_id).exited.done():
             raise GuestError("the container has stopped")
@@ -279,7 +282,14 @@ class FakeAgent:
         await self._enter("stats_container", container_id)
         return self.stats
 
-    async def update_container(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+    async def update_container(
+        self,
+        container_id: str,
+        resources: oci_pb2.LinuxResources,
+        *,
+        beyond: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.beyond.append(beyond or {})
         await self._enter("update_container", container_id)
         self.resources.append(resources)
 

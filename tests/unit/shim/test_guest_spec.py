@@ -39,7 +39,7 @@ def test_namespaces_of_the_host_do_not_reach_the_guest() -> None:
     ]
     guest, _ = amended({"linux": {"namespaces": spaces}})
 
-    assert guest["linux"]["namespaces"] == [{"type": "ipc"}, {"type": "mount"}]
+    assert guest["linux"]["namespaces"] == [{"type": "ipc"}, {"type": "mount"}, {"type": "cgroup"}]
     assert not wants_sandbox_pidns({"linux": {"namespaces": spaces}})
     assert wants_sandbox_pidns({"linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}})
 
@@ -54,12 +54,17 @@ def test_only_start_container_hooks_go_along() -> None:
 
 def test_what_names_host_devices_is_left_out_and_listed() -> None:
     spec = {
-        "process": {"apparmorProfile": "p", "selinuxLabel": ""},
         "linux": {
-            "devices": [{"path": "/dev/sda"}],
+            "devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}],
             "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"},
             "resources": {
-                "devices": [{"allow": False}],
+                "devices": [
+                    {"allow": False, "access": "rwm"},
+                    {"allow": True, "type": "b", "major": 8, "minor": 0, "access": "r"},
+                    {"allow": True, "type": "c", "major": 10, "minor": 60, "access": "r"},
+                    {"allow": True, "type": "c", "major": 136, "access": "rwm"},
+                    {"allow": True, "type": "b", "access": "m"},
+                ],
                 "pids": {"limit": 3},
                 "cpu": {"cpus": "0-3", "quota": 5},
             },
@@ -67,12 +72,19 @@ def test_what_names_host_devices_is_left_out_and_listed() -> None:
     }
     guest, left_out = amended(spec, disable_seccomp=True)
 
-    assert guest["linux"]["resources"] == {"pids": {"limit": 3}, "cpu": {"quota": 5}}
+    resources = guest["linux"]["resources"]
+    assert resources["pids"] == {"limit": 3}
+    assert resources["cpu"] == {"quota": 5}
+    assert [(r["allow"], r.get("type"), r["major"], r["minor"]) for r in resources["devices"]] == [
+        (False, None, -1, -1),
+        (True, "c", 136, -1),
+        (True, "b", -1, -1),
+    ]
+    assert guest["linux"]["devices"] == spec["linux"]["devices"]
     assert left_out == [
-        "process.apparmorProfile",
-        "linux.resources.devices",
+        "linux.resources.devices[1] (the host's b 8:0)",
+        "linux.resources.devices[2] (the host's c 10:60)",
         "linux.resources.cpu.cpus",
-        "linux.devices",
         "linux.seccomp",
     ]
 

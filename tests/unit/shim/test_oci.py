@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from devices.errors import CallerError
-from shim.oci import process_from_json, resources_from_json, spec_from_json
+from shim.oci import Rest, process_from_json, resources_from_json, spec_from_json
 
 SPEC = {
     "ociVersion": "1.0.2",
@@ -34,11 +36,10 @@ SPEC = {
         "uidMappings": [{"hostID": 1, "containerID": 2, "size": 3}],
         "sysctl": {"net.ipv4.ip_forward": "1"},
         "resources": {
-            "memory": {"limit": 1 << 33, "kernelTCP": 5},
+            "memory": {"limit": 1 << 33, "swap": 5},
             "cpu": {"shares": 2, "quota": -1},
             "pids": {"limit": 10},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 9}],
-            "blockIO": {"weight": 10},
         },
         "cgroupsPath": "/x",
         "namespaces": [{"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}],
@@ -62,10 +63,9 @@ SPEC = {
 
 
 def test_every_field_arrives() -> None:
-    ignored: list[str] = []
-    spec = spec_from_json(SPEC, ignored)
+    spec, rest = spec_from_json(SPEC)
 
-    assert ignored == []
+    assert rest == Rest()
     assert spec.Version == "1.0.2"
     assert spec.Process.User.UID == 1000
     assert list(spec.Process.User.AdditionalGids) == [5, 6]
@@ -88,10 +88,40 @@ def test_every_field_arrives() -> None:
 
 
 def test_unknown_keys_are_listed_with_their_place() -> None:
-    ignored: list[str] = []
-    spec_from_json({"process": {"scheduler": {}}, "linux": {"resources": {"unified": {"a": "b"}}}}, ignored)
+    _, rest = spec_from_json({"process": {"fancy": {}}, "linux": {"resources": {"quota": {"a": "b"}}}})
 
-    assert ignored == ["process.scheduler", "linux.resources.unified"]
+    assert rest.dropped == ["process.fancy", "linux.resources.quota"]
+
+
+def test_fields_without_effect_are_listed_with_the_reason() -> None:
+    spec, rest = spec_from_json(
+        {
+            "process": {"apparmorProfile": "p", "selinuxLabel": ""},
+            "linux": {"resources": {"network": {"classID": 1}}},
+        }
+    )
+
+    assert spec.Process.ApparmorProfile == ""
+    assert [line.partition(" (")[0] for line in rest.dropped] == [
+        "process.apparmorProfile",
+        "linux.resources.network",
+    ]
+
+
+def test_fields_beyond_the_agents_protocol_keep_their_shape() -> None:
+    document: dict[str, Any] = {
+        "process": {"user": {"uid": 7, "umask": 0}},
+        "linux": {"resources": {"unified": {"memory.high": "9"}, "cpu": {"idle": 1, "shares": 5}}},
+    }
+    spec, rest = spec_from_json(document)
+
+    assert rest.dropped == []
+    assert rest.beyond == {
+        "process": {"user": {"umask": 0}},
+        "linux": {"resources": {"unified": {"memory.high": "9"}, "cpu": {"idle": 1}}},
+    }
+    assert (spec.Process.User.UID, spec.Linux.Resources.CPU.Shares) == (7, 5)
+    assert document["process"]["user"] == {"uid": 7, "umask": 0}, "the caller's document is not changed"
 
 
 @pytest.mark.parametrize(
@@ -115,8 +145,32 @@ def test_what_is_wrong_is_named(document: dict[str, object], place: str) -> None
 
 
 def test_process_and_resources_alone() -> None:
-    assert list(process_from_json({"args": ["ls"]}).Args) == ["ls"]
-    assert resources_from_json({"pids": {"limit": 7}}).Pids.Limit == 7
+    process, rest = process_from_json({"args": ["ls"], "user": {"umask": 18}, "apparmorProfile": "p"})
+    assert list(process.Args) == ["ls"]
+    assert rest.beyond == {"process": {"user": {"umask": 18}}}
+    assert rest.dropped[0].startswith("process.apparmorProfile (")
+
+    resources, rest = resources_from_json({"pids": {"limit": 7}, "unified": {"a": "b"}})
+    assert resources.Pids.Limit == 7
+    assert rest.beyond == {"linux": {"resources": {"unified": {"a": "b"}}}}
+
+
+@pytest.mark.parametrize(
+    ("call", "document", "place"),
+    [
+        (spec_from_json, {"mounts": [{}, {"uidMappings": [{"size": 1}]}]}, "mounts[1].uidMappings"),
+        (process_from_json, {"scheduler": {"policy": "SCHED_FIFO"}}, "process.scheduler"),
+        (resources_from_json, {"rdma": {"mlx5_1": {}}}, "linux.resources.rdma"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_its_place(
+    call: Callable[[dict[str, object]], object], document: dict[str, object], place: str
+) -> None:
+    with pytest.raises(CallerError) as caught:
+        call(document)
+
+    assert place in str(caught.value)
+    assert caught.value.code == "UNIMPLEMENTED"
 
 
 JSON = st.recursive(
@@ -151,8 +205,7 @@ def test_the_reference_runtimes_own_example_converts() -> None:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["runc", "spec", "--bundle", folder], check=True)
         document = json.loads((Path(folder) / "config.json").read_text())
-    ignored: list[str] = []
-    spec = spec_from_json(document, ignored)
+    spec, rest = spec_from_json(document)
 
-    assert ignored == []
+    assert rest == Rest()
     assert len(spec.Mounts) == len(document["mounts"])

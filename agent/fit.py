@@ -1,0 +1,110 @@
+"""Fitting an OCI config to this guest: what depends on the kernel, the devices and the sizes here.
+
+What: `merge` adds the fields that came beside Kata's messages; `fit` checks character devices, drops
+limits of page sizes that do not exist here, and turns what crun knows by cgroup v1 names only into
+cgroup v2's.
+Why here: the host cannot know; crun would fail with an errno that names nothing.
+Invariants: a device is never made under a number that no driver here serves; a limit is only dropped
+when nothing could exceed it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent import log
+from agent.reaper import Reaper
+from ttrpc import Code, RpcError
+
+__all__ = ["METADATA", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
+
+#: The metadata of a call in which OCI fields travel that Kata's messages have no place for.
+METADATA = "kata-shim-oci"
+
+_CHAR_DEVICES = "/sys/dev/char"
+_HUGEPAGES = "/sys/kernel/mm/hugepages"
+_MODPROBE_DEADLINE = 30.0
+_UNITS = {"KB": 1, "MB": 1 << 10, "GB": 1 << 20}
+
+Json = dict[str, Any]
+
+NOTHING: Mapping[str, Any] = {}
+
+
+def beyond(metadata: Mapping[str, Sequence[str]]) -> Json:
+    """What came in a call's metadata, in the shape of config.json. Raises INVALID_ARGUMENT."""
+    found: Json = {}
+    for text in metadata.get(METADATA, ()):
+        try:
+            part = json.loads(text)
+            if not isinstance(part, dict):
+                raise ValueError("it is no object")
+        except (ValueError, RecursionError) as error:
+            raise RpcError(Code.INVALID_ARGUMENT, f"metadata {METADATA}: {error}") from None
+        merge(found, part)
+    return found
+
+
+def merge(target: Json, more: Mapping[str, Any]) -> None:
+    """Put all values of `more` into `target`, object by object."""
+    for key, value in more.items():
+        here = target.get(key)
+        if isinstance(value, Mapping) and isinstance(here, dict):
+            merge(here, value)
+        else:
+            target[key] = value
+
+
+async def fit(config: Json, reaper: Reaper) -> None:
+    """Change a whole config in place. Raises INVALID_ARGUMENT for a device that is not here."""
+    linux = config["linux"]
+    for device in linux.get("devices", []):
+        if device["type"] in ("c", "u"):
+            await _need_char_device(device, reaper)
+    fit_resources(linux.setdefault("resources", {}))
+
+
+def fit_resources(resources: Json, hugepages: str = _HUGEPAGES) -> None:
+    """Change `linux.resources` in place, of a config or of an update."""
+    limits = resources.get("hugepageLimits")
+    if limits:
+        resources["hugepageLimits"] = [each for each in limits if _has_page_size(each, hugepages)]
+    burst = resources.get("cpu", {}).pop("burst", None)
+    if burst is not None:
+        resources.setdefault("unified", {}).setdefault("cpu.max.burst", str(burst))
+
+
+def _has_page_size(limit: Json, hugepages: str) -> bool:
+    size = str(limit["pageSize"])
+    number, unit = size[:-2], _UNITS.get(size[-2:])
+    if not number.isdigit() or unit is None:
+        raise RpcError(Code.INVALID_ARGUMENT, f"linux.resources.hugepageLimits: page size {size[:20]!r}")
+    if os.path.isdir(f"{hugepages}/hugepages-{int(number) * unit}kB"):
+        return True
+    log.debug(f"no pages of {size} here, so their limit holds by itself")
+    return False
+
+
+async def _need_char_device(device: Json, reaper: Reaper) -> None:
+    number = f"{device['major']}:{device['minor']}"
+    if os.path.exists(f"{_CHAR_DEVICES}/{number}"):
+        return
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        # What the kernel itself would ask for at the first open.
+        argv = ["/sbin/modprobe", "-q", f"char-major-{device['major']}-{device['minor']}"]
+        _, ended = reaper.spawn(argv, env={"PATH": "/usr/sbin:/sbin"}, stdin=null, stdout=null, stderr=null)
+        await asyncio.wait_for(ended, _MODPROBE_DEADLINE)
+    except OSError as error:
+        log.debug(f"modprobe: {error}")
+    finally:
+        os.close(null)
+    if not os.path.exists(f"{_CHAR_DEVICES}/{number}"):
+        raise RpcError(
+            Code.INVALID_ARGUMENT,
+            f"linux.devices: the guest has no character device {number} for {device['path'][:200]}",
+        )
