@@ -31,7 +31,8 @@ MIB = 1 << 20
     ],
 )
 def test_what_limits_ask_for(document: dict[str, Any], size: Size) -> None:
-    assert wanted(resources_from_json(document)) == size
+    resources, _ = resources_from_json(document)
+    assert wanted(resources) == size
 
 
 async def update(shim: TaskClient, document: dict[str, Any]) -> None:
