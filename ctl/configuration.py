@@ -46,6 +46,7 @@ def check(path: str | None) -> int:
     except ConfigFileError as error:
         for problem in error.problems:
             print(problem, file=sys.stderr)
+        print(f"try: {error.hint}", file=sys.stderr)
         return 1
     except KataError as error:
         print(_plain(error), file=sys.stderr)

@@ -80,10 +80,17 @@ class KataError(Exception):
 
 
 class ConfigError(KataError):
-    """The configuration is wrong: file, line and key belong in the cause."""
+    """The configuration is wrong: file, line and key belong in the cause.
+
+    `key`: a key of the section in question, from who knows no file (a plugin): the loader adds the place.
+    """
 
     default_code = "INVALID_ARGUMENT"
     owner = "configuration"
+
+    def __init__(self, cause: str, *, key: str = "", phase: str = "", hint: str = "", code: str = "") -> None:
+        super().__init__(cause, phase=phase, hint=hint, code=code)
+        self.key = key
 
 
 class HostError(KataError):

@@ -218,7 +218,8 @@ class HypervisorPlugin(Protocol[SectionT]):
         ...
 
     def validate_config(self, section: SectionT) -> None:
-        """Raise ConfigError for a section (already adjusted) that cannot work."""
+        """Raise ConfigError (with `key`, so that file and line are told) for a section, already adjusted,
+        that cannot work."""
         ...
 
     def check(self) -> list[CheckResult]:

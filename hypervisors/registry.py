@@ -17,10 +17,13 @@ from typing import Any
 from devices.errors import BugError, ConfigError
 from hypervisors.base import HypervisorPlugin
 
-__all__ = ["get_plugin", "load_plugins", "register_hypervisor_plugin"]
+__all__ = ["broken_plugins", "get_plugin", "load_plugins", "names_of", "register_hypervisor_plugin"]
 
 GROUP = "kata_shim.hypervisors"
 _BUILT_IN = {"qemu": "hypervisors.qemu.plugin:plugin"}
+
+# Names of one VMM in the files of Kata's two runtimes; the first is the plugin's.
+_NAMES = (("firecracker", "fc"), ("clh", "cloud-hypervisor", "ch"))
 
 _plugins: dict[str, HypervisorPlugin[Any]] = {}
 _broken: dict[str, Exception] = {}
@@ -33,8 +36,14 @@ def register_hypervisor_plugin(name: str, plugin: HypervisorPlugin[Any]) -> None
         raise BugError(f"two hypervisor plugins are called {name!r}: {known!r} and {plugin!r}")
 
 
+def names_of(name: str) -> tuple[str, ...]:
+    """All names of the VMM that is called `name` in some file; the first is its plugin's."""
+    return next((names for names in _NAMES if name in names), (name,))
+
+
 def get_plugin(name: str) -> HypervisorPlugin[Any]:
     """The plugin called `name`. Raises ConfigError that lists what there is."""
+    name = names_of(name)[0]
     if name in _plugins:
         return _plugins[name]
     if name in _BUILT_IN:
@@ -45,10 +54,17 @@ def get_plugin(name: str) -> HypervisorPlugin[Any]:
         return _plugins[name]
     if name in _broken:
         raise ConfigError(
-            f"the hypervisor plugin {name!r} cannot be loaded: {_broken[name]}", phase="config"
+            f"the hypervisor plugin {name!r} cannot be loaded: {_broken[name]}",
+            phase="config",
+            hint="install the package that provides it again",
         ) from _broken[name]
+    import difflib
+
+    known = sorted(load_plugins())
+    near = difflib.get_close_matches(name, known, n=1)
+    nearest = f'the nearest is "{near[0]}"; ' if near else ""
     raise ConfigError(
-        f"there is no hypervisor {name!r}; known: {', '.join(sorted(load_plugins()))}",
+        f'there is no hypervisor "{name}"; {nearest}known: {", ".join(known)}',
         phase="config",
         hint="correct [runtime] hypervisor_name, or install the package that provides it",
     )
@@ -64,6 +80,11 @@ def load_plugins() -> dict[str, HypervisorPlugin[Any]]:
     for name, value in found.items():
         _load(name, value)
     return dict(_plugins)
+
+
+def broken_plugins() -> dict[str, str]:
+    """Plugins that are installed and cannot be loaded, with the reason; complete after `load_plugins`."""
+    return {name: f"{type(error).__name__}: {error}" for name, error in _broken.items()}
 
 
 def _load(name: str, value: str) -> None:

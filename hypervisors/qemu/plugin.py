@@ -76,6 +76,7 @@ class QemuPlugin:
         if not section.initrd and not section.image:
             raise ConfigError(
                 "[hypervisor.qemu] has neither image nor initrd: the guest would have no root file system",
+                key="image",
                 phase="config",
                 hint="set image (and initrd) to what `make guest` builds",
             )
@@ -88,15 +89,15 @@ class QemuPlugin:
         _one_of("virtio_fs_cache", section.virtio_fs_cache, _CACHES)
         size = section.virtio_fs_queue_size
         if size & (size - 1) or not 2 <= size <= 1024:
-            raise _wrong("virtio_fs_queue_size", str(size), "is no power of two from 2 to 1024")
+            raise _wrong("virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
         if section.default_memory < _MIN_MEMORY:
-            raise _wrong("default_memory", str(section.default_memory), f"is less than {_MIN_MEMORY} MiB")
+            raise _wrong("default_memory", section.default_memory, f"is less than {_MIN_MEMORY} MiB")
         if not section.hotplug_timeout > 0:
-            raise _wrong("hotplug_timeout", str(section.hotplug_timeout), "is no number of seconds")
+            raise _wrong("hotplug_timeout", section.hotplug_timeout, "is no number of seconds")
         for key, most in _MOST.items():
             value = getattr(section, key)
             if not 0 <= value <= most:
-                raise _wrong(key, str(value), f"is not in 0..{most}")
+                raise _wrong(key, value, f"is not in 0..{most}")
         for key, path in (
             ("virtio_fs_daemon", section.virtio_fs_daemon),
             ("vsock_daemon", section.vsock_daemon),
@@ -125,8 +126,9 @@ class QemuPlugin:
         return Qemu(section, sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
 
 
-def _wrong(key: str, value: str, what: str) -> ConfigError:
-    return ConfigError(f'[hypervisor.qemu] {key} = "{value}" {what}', phase="config")
+def _wrong(key: str, value: str | float, what: str) -> ConfigError:
+    shown = f'"{value}"' if isinstance(value, str) else str(value)
+    return ConfigError(f"[hypervisor.qemu] {key} = {shown} {what}", key=key, phase="config")
 
 
 def _file(key: str, path: str, hint: str) -> None:
@@ -140,7 +142,7 @@ def _file(key: str, path: str, hint: str) -> None:
 
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise _wrong(key, value, f"is none of {', '.join(allowed)}")
+        raise _wrong(key, value, f"is not allowed; allowed: {', '.join(allowed)}")
 
 
 def _found(name: str, find: object) -> CheckResult:

@@ -163,11 +163,13 @@ def listed_path(path: str, patterns: Iterable[str]) -> bool:
 class PodAnnotations:
     """The io.katacontainers.config.* annotations of one pod, by the part of the name after PREFIX.
 
-    `used` are those that were laid over the configuration. Raises ConfigError for one that nobody knows.
+    `used` are those that were laid over the configuration, `origin` the full name of one by (section, key)
+    that it set. Raises ConfigError for one that nobody knows.
     """
 
     def __init__(self, annotations: Mapping[str, Any]) -> None:
         self.used: list[str] = []
+        self.origin: dict[tuple[str, str], str] = {}
         self._values: dict[str, str] = {}
         for name, value in annotations.items():
             if not name.startswith(PREFIX):
@@ -246,6 +248,7 @@ class PodAnnotations:
                 without_effect.append(Inactive(section, key, value, inactive[key], locate))
             else:
                 values[key] = value
+                self.origin[section, key] = PREFIX + short
         return without_effect
 
     def _allow(self, short: str, policy: AnnotationPolicy, where: Place) -> None:

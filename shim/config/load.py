@@ -13,7 +13,8 @@ Reading blocks for about a millisecond; nothing is imported for messages that ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -180,8 +181,8 @@ def _check(
     )
     agent_name = runtime.get("agent_name") or _only_section(source, "agent", DEFAULT_AGENT)
     if pod:
-        policy = _policy(source, hypervisor_name)
-        where = source.table("hypervisor", hypervisor_name).at
+        own = _section_name(source, hypervisor_name)
+        policy, where = _policy(source, own), source.table("hypervisor", own).at
         sections = source.table("hypervisor").values, source.table("agent").values
         hypervisor_name = pod.section_name("hypervisor", hypervisor_name, policy, where, sections[0])
         agent_name = pod.section_name("agent", agent_name, policy, where, sections[1])
@@ -192,24 +193,33 @@ def _check(
     for name, keys in TOP_LEVEL.items():
         reading.section(name, schema=None, inactive=keys)
 
-    plugin = get_plugin(hypervisor_name)
+    plugin: HypervisorPlugin[Any] | None = None
+    hint = "correct the file"
+    try:
+        plugin = get_plugin(hypervisor_name)
+    except ConfigError as error:  # told with everything else that is wrong
+        place = source.table("runtime").at("hypervisor_name") if "hypervisor_name" in runtime else base
+        problems.append(f"{place}: {error.cause}")
+        hint = error.hint or hint
+    hypervisor_name = _section_name(source, hypervisor_name)
     table = source.table("hypervisor", hypervisor_name)
     values = reading.section(
         "hypervisor",
         hypervisor_name,
-        schema=plugin.section,
+        schema=plugin.section if plugin else None,
         inactive=HYPERVISOR_INACTIVE,
         moved=_POLICY_KEYS,
         aliases=HYPERVISOR_ALIASES,
     )
     policy = _policy(source, hypervisor_name)
     problems += check_patterns(policy, table)
-    if problems:
-        raise ConfigFileError(base, problems)
+    if problems or plugin is None:
+        raise ConfigFileError(base, problems, hint=hint)
     if pod:
         inactive += _overlay(pod, policy, table, plugin, runtime, agent, values)
 
-    section = plugin.adjust_config(plugin.section(**values))
+    with _placed(base, table, pod):
+        section = plugin.adjust_config(plugin.section(**values))
     problems += check_paths(section, table)
     if problems:
         raise ConfigFileError(base, problems, hint=PATH_HINT)
@@ -230,7 +240,8 @@ def _check(
     problems += check_agent(agent_config, agent_table)
     if problems:
         raise ConfigFileError(base, problems)
-    plugin.validate_config(section)
+    with _placed(base, table, pod):
+        plugin.validate_config(section)
     return Config(
         path=base,
         files=tuple(source.files),
@@ -243,6 +254,31 @@ def _check(
         inactive=tuple(inactive),
         source=source,
     )
+
+
+@contextlib.contextmanager
+def _placed(base: str, table: Table, pod: PodAnnotations | None) -> Iterator[None]:
+    """What the plugin refuses with a key gets the key's place."""
+    try:
+        yield
+    except ConfigError as error:
+        if not error.key:
+            raise
+        place = table.at(error.key) if table.values else base
+        if pod:
+            annotation = pod.origin.get((table.name, error.key))
+            place = f"annotation {annotation}" if annotation else place
+        what = "the annotation" if place.startswith("annotation") else "the file"
+        hint = error.hint or f"correct {what}"
+        raise ConfigFileError(base, [f"{place}: {error.cause}"], hint=hint) from error
+
+
+def _section_name(source: Source, name: str) -> str:
+    """The section of hypervisor `name`: its own, or the one under another name of the same VMM's."""
+    from hypervisors.registry import names_of
+
+    have = source.table("hypervisor").values
+    return next((each for each in (name, *names_of(name)) if each in have), name)
 
 
 def _policy(source: Source, hypervisor_name: str) -> AnnotationPolicy:

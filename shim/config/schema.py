@@ -327,6 +327,7 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "virtio_fs_cache_size": 0,
     "virtio_fs_is_dax": False,
     # debugging
+    "enable_debug": False,
     "extra_monitor_socket": "",
     "guest_memory_dump_paging": False,
     "guest_memory_dump_path": "",

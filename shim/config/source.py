@@ -56,8 +56,13 @@ class Source:
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
+            what, _, place = str(error).rstrip(")").partition(" (at line ")
+            line, _, column = place.partition(", ")  # empty at the end of the document
+            where = f"{path}:{line}" if line else path
             raise ConfigError(
-                f"{path}: not TOML: {error}", phase="config", hint=f"correct the syntax in {path}"
+                f"{where}: not TOML: {what}" + (f" ({column})" if column else ""),
+                phase="config",
+                hint="correct the syntax there",
             ) from error
         self.files[path] = text
         self._merge(self.values, values, (), path)

@@ -73,7 +73,7 @@ def test_config_check_tells_everything(
     assert main(["config", "check", "c.toml"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}:2", f"{path}:5"]
+    assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}:2", f"{path}:5", "try"]
     path.write_text("[runtime]\nenable_tracing = true\n[hypervisor.qemu]\nqueue_size = 128\n")
     assert main(["config", "check", "c.toml"]) == 0
     assert capsys.readouterr().out.splitlines() == [

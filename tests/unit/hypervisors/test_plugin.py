@@ -41,7 +41,7 @@ def test_a_sound_section_passes(section: HypervisorConfig) -> None:
         ({"kernel": ""}, "kernel .* is needed"),
         ({"initrd": ""}, "neither image nor initrd"),
         ({"image": "/nope/image"}, 'image = "/nope/image" does not exist'),
-        ({"machine_type": "pc"}, 'machine_type = "pc" is none of q35'),
+        ({"machine_type": "pc"}, 'machine_type = "pc" is not allowed; allowed: q35'),
         ({"accelerator": "hax"}, "accelerator"),
         ({"shared_fs": "virtio-9p"}, "shared_fs"),
         ({"virtio_fs_queue_size": 1000}, "power of two"),
