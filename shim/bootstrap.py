@@ -1,15 +1,18 @@
-"""The options that containerd may write to the stdin of `start`.
+"""The bootstrap protocol: what containerd writes to the stdin of `start`, and the answer on its stdout.
 
-What: finds the two options that `start` can act on: the cgroup to put the shim in, and 2.3's place
-for sockets. Everything else arrives again with CreateTaskRequest.
+What: finds what `start` and the daemon can act on (the cgroup to put the shim in, the configuration's
+path, and, from 2.3 on, the place for sockets and the log level), and writes the answer in the form that
+the asking containerd is known to read.
 Why by hand: loading protobuf costs three times what `start` takes.
 Invariants: bytes that are no protobuf, or of unknown types, are ignored, never an error: clients
-send runc's options to every runtime. Nothing here reads more than the given bytes.
+send runc's options to every runtime. Nothing here reads more than the given bytes. The bare address is
+the answer that every containerd takes; only one that has shown to be 2.3 or later by sending
+BootstrapParams is answered with BootstrapResult and the task service's version 3: a 1.x refuses both.
 
 Two messages are possible (facts: containerd 1.6-2.2, and 2.3+):
 google.protobuf.Any {1 type_url, 2 value} and
-containerd.runtime.bootstrap.v1.BootstrapParams {... 8 repeated Extension{1 Any}, 9 socket_dir};
-only the second has fields above 2.
+containerd.runtime.bootstrap.v1.BootstrapParams {... 3 log_level, 8 repeated Extension{1 Any},
+9 socket_dir}; only the second has fields above 2.
 """
 
 from __future__ import annotations
@@ -17,29 +20,63 @@ from __future__ import annotations
 import errno
 import os
 
-__all__ = ["decode", "join_cgroup"]
+__all__ = ["Options", "answer", "decode", "join_cgroup"]
 
 # Where each options type keeps its shim_cgroup.
 _SHIM_CGROUP = {b"containerd.runc.v1.Options": 3, b"containerd.linux.runc.CreateOptions": 9}
+# Where each options type keeps the path of the runtime's configuration.
+_CONFIG_PATH = {b"runtimeoptions.v1.Options": 2, b"cri.runtimeoptions.v1.Options": 2}
 _MAX_SOCKET_DIR = 42  # so that <dir>/<64 hex digits> stays a legal socket path
 
 
-def decode(data: bytes) -> tuple[str, str]:
-    """(shim_cgroup, socket_dir), each empty when not given."""
+class Options:
+    """What is used of the options; empty where not given.
+
+    `bootstrap`: they came as BootstrapParams, so that BootstrapResult is understood.
+    """
+
+    __slots__ = ("bootstrap", "config_path", "debug", "shim_cgroup", "socket_dir")
+
+    def __init__(self) -> None:
+        self.bootstrap = False
+        self.config_path = ""
+        self.debug = False
+        self.shim_cgroup = ""
+        self.socket_dir = ""
+
+
+def decode(data: bytes) -> Options:
+    """What `data`, all of stdin, holds of it."""
+    options = Options()
     fields = _fields(data)
-    if not any(number > 2 for number, _ in fields):
-        return _cgroup_of(fields), ""
-    cgroup, socket_dir = "", ""
-    for number, value in fields:
-        if number == 9:
-            socket_dir = _text(value)
+    if not any(number > 2 for number, _, _ in fields):
+        _take(options, fields)
+        return options
+    options.bootstrap = True
+    for number, value, integer in fields:
+        if number == 3:
+            # Levels are Go's (slog): DEBUG -4, TRACE -8; a negative enum is a varint of 64 bits.
+            options.debug = integer >= 1 << 63
+        elif number == 9:
+            directory = _text(value)
+            if directory.startswith("/") and len(directory) <= _MAX_SOCKET_DIR:
+                options.socket_dir = directory
         elif number == 8:
-            for inner, extension in _fields(value):
+            for inner, extension, _ in _fields(value):
                 if inner == 1:
-                    cgroup = cgroup or _cgroup_of(_fields(extension))
-    if not socket_dir.startswith("/") or len(socket_dir) > _MAX_SOCKET_DIR:
-        socket_dir = ""
-    return cgroup, socket_dir
+                    _take(options, _fields(extension))
+    return options
+
+
+def answer(address: str, options: Options) -> bytes:
+    """What `start` prints for a shim at `address`.
+
+    BootstrapResult is {1 version, 2 address, 3 protocol}.
+    """
+    text = address.encode()
+    if not options.bootstrap:
+        return text
+    return b"\x08\x03\x12" + _length(len(text)) + text + b"\x1a\x05ttrpc"
 
 
 def join_cgroup(root: str, path: str, pid: int) -> None:
@@ -64,12 +101,21 @@ def join_cgroup(root: str, path: str, pid: int) -> None:
         raise OSError(errno.ENOENT, f"shim_cgroup {path!a} does not exist below {root}")
 
 
-def _cgroup_of(any_fields: list[tuple[int, bytes]]) -> str:
-    values = dict(any_fields)
-    wanted = _SHIM_CGROUP.get(values.get(1, b"").rpartition(b"/")[2])
-    if wanted is None:
-        return ""
-    return _text(dict(_fields(values.get(2, b""))).get(wanted, b""))
+def _take(options: Options, any_fields: list[tuple[int, bytes, int]]) -> None:
+    """What a google.protobuf.Any with these fields tells; the first one to tell something wins."""
+    values = {number: value for number, value, _ in any_fields}
+    name = values.get(1, b"").rpartition(b"/")[2]
+    cgroup, path = _SHIM_CGROUP.get(name), _CONFIG_PATH.get(name)
+    for number, value, _ in _fields(values.get(2, b"")):
+        if number == cgroup:
+            options.shim_cgroup = options.shim_cgroup or _text(value)
+        elif number == path:
+            options.config_path = options.config_path or _text(value)
+
+
+def _length(size: int) -> bytes:
+    """A varint below 2**14: no socket address is longer."""
+    return bytes((size,)) if size < 0x80 else bytes((size & 0x7F | 0x80, size >> 7))
 
 
 def _text(value: bytes) -> str:
@@ -91,17 +137,20 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
             raise ValueError("varint too long")
 
 
-def _fields(data: bytes) -> list[tuple[int, bytes]]:
-    """(number, bytes) of each length-delimited field, (number, b"") of each other; [] if malformed."""
-    found: list[tuple[int, bytes]] = []
+def _fields(data: bytes) -> list[tuple[int, bytes, int]]:
+    """(number, bytes, 0) of each length-delimited field, (number, b"", value) of each varint.
+
+    Fields of fixed length are (number, b"", 0). Empty if malformed.
+    """
+    found: list[tuple[int, bytes, int]] = []
     at = 0
     try:
         while at < len(data):
             key, at = _varint(data, at)
             number, wire = key >> 3, key & 7
-            value = b""
+            value, integer = b"", 0
             if wire == 0:
-                _, at = _varint(data, at)
+                integer, at = _varint(data, at)
             elif wire == 1:
                 at += 8
             elif wire == 5:
@@ -114,7 +163,7 @@ def _fields(data: bytes) -> list[tuple[int, bytes]]:
                 return []
             if at > len(data) or number == 0:
                 return []
-            found.append((number, value))
+            found.append((number, value, integer))
     except (IndexError, ValueError):
         return []
     return found

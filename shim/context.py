@@ -26,8 +26,9 @@ class DaemonContext:
     `id` is the container that `start` was called for and `sandbox_id` the one whose VM this is;
     they are the same but for callers that group containers in their own way. `bundle` is the
     absolute path of that container's bundle. `address` is the shim's own ("unix:///run/...").
-    `publish_binary` is containerd's path. `state_dir` exists, 0700: /run/kata/<sandbox_id>. `runtime_class`
-    is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see `shim.config.find`.
+    `publish_binary` is containerd's path. `config_path` is the configuration that the options of
+    `start` name, empty if they name none. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
+    `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see `shim.config.find`.
     """
 
     namespace: str
@@ -36,6 +37,7 @@ class DaemonContext:
     bundle: str
     address: str
     publish_binary: str
+    config_path: str
     state_dir: str
     debug: bool
     events: EventSink

@@ -53,7 +53,14 @@ _log = structlog.get_logger("daemon")
 
 
 def run(
-    flags: Flags, *, sandbox_id: str, bundle: str, address: str, listener: int, foreground: bool = False
+    flags: Flags,
+    *,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    listener: int,
+    config_path: str = "",
+    foreground: bool = False,
 ) -> NoReturn:
     """Serve on the listening socket `listener` until shutdown, then exit the process."""
     logs.configure(
@@ -63,7 +70,7 @@ def run(
     try:
         _prepare_process()
         with asyncio.Runner() as runner:
-            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener))
+            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path))
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
         _unlink(address)
@@ -83,14 +90,16 @@ def _prepare_process() -> None:
         _log.warning("no mount namespace of our own: not permitted")
 
 
-async def _serve(flags: Flags, sandbox_id: str, bundle: str, address: str, listener: int) -> int:
+async def _serve(
+    flags: Flags, sandbox_id: str, bundle: str, address: str, listener: int, config_path: str
+) -> int:
     """Set up, serve, take down; returns the exit code."""
     sock = socket.socket(fileno=listener)
     sock.setblocking(False)
     server = Server(allowed_uids={0, os.geteuid()})
     stop = asyncio.Event()
     try:
-        return await _serve_tasks(flags, sandbox_id, bundle, address, server, sock, stop)
+        return await _serve_tasks(flags, sandbox_id, bundle, address, config_path, server, sock, stop)
     except KataError as error:
         # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
         # so it stays for the Create that will come and answers that.
@@ -143,6 +152,7 @@ async def _serve_tasks(
     sandbox_id: str,
     bundle: str,
     address: str,
+    config_path: str,
     server: Server,
     sock: socket.socket,
     stop: asyncio.Event,
@@ -164,6 +174,7 @@ async def _serve_tasks(
         sandbox_id=sandbox_id,
         bundle=bundle,
         address=address,
+        config_path=config_path,
         publish_binary=flags.publish_binary,
         state_dir=directory,
         debug=flags.debug,

@@ -6,7 +6,7 @@ Why: containerd waits for `start` and for `delete` once per container, so these 
 that the interpreter has not loaded anyway: no asyncio, no protobuf, no re, not even `socket`
 (`_socket` is the C module underneath; tests/unit/shim/test_launcher.py holds the list).
 Invariants:
-- stdout carries the address and nothing else, stderr stays empty when `start` succeeds: both are
+- stdout carries the answer (the address) and nothing else, stderr stays empty when `start` succeeds: both are
   one pipe to containerd, which reads it until every holder has closed it. The child therefore gives
   up fds 0, 1 and 2 before anything else.
 - The socket listens before the address is printed: containerd dials once and at once.
@@ -22,6 +22,7 @@ import os
 import sys
 
 from shim import bundle
+from shim.bootstrap import Options, answer, decode, join_cgroup
 from shim.flags import USAGE, FlagError, Flags, check_id, parse, runtime_class_of
 
 TYPE_CHECKING = False
@@ -85,10 +86,11 @@ def _dispatch(flags: Flags) -> int:
 def _start(flags: Flags) -> NoReturn:
     os.umask(0o077)
     here = os.getcwd()
-    params = _read_options()
+    options = _read_options()
+    flags.debug = flags.debug or options.debug
     group = bundle.find_group(here, flags.id)
     check_id("sandbox-id", group.sandbox_id)
-    path = bundle.socket_path(flags.address, flags.namespace, group.sandbox_id, params.socket_dir)
+    path = bundle.socket_path(flags.address, flags.namespace, group.sandbox_id, options.socket_dir)
     address = bundle.address_of(path)
     listener = -1
     if group.is_member:
@@ -100,43 +102,29 @@ def _start(flags: Flags) -> NoReturn:
         bundle.write_atomically(here, "address", address)
         if listener >= 0:
             _share_core_scheduling()
-            pid = _fork_daemon(flags, group.sandbox_id, here, address, listener)
+            pid = _fork_daemon(flags, group.sandbox_id, here, address, listener, options.config_path)
             bundle.write_atomically(here, "shim.pid", str(pid))
-            _adjust_daemon(pid, params.shim_cgroup)
+            _adjust_daemon(pid, options.shim_cgroup)
     except BaseException:
         if pid:
             os.kill(pid, 9)
         if listener >= 0:
             _unlink(path)
         raise
-    os.write(1, address.encode())
+    os.write(1, answer(address, options))
     os._exit(0)  # nothing is left to do, and to take the interpreter down costs 2 ms
 
 
-class _Options:
-    """What `start` uses of the options on its stdin."""
-
-    __slots__ = ("shim_cgroup", "socket_dir")
-
-    def __init__(self, shim_cgroup: str = "", socket_dir: str = "") -> None:
-        self.shim_cgroup = shim_cgroup
-        self.socket_dir = socket_dir
-
-
-def _read_options() -> _Options:
+def _read_options() -> Options:
     """Options from a pipe on stdin; containerd gives /dev/null when there are none."""
     try:
         is_pipe = os.fstat(0).st_mode & 0o170000 == 0o010000  # S_ISFIFO
     except OSError:
-        return _Options()
-    data = os.read(0, 1 << 16) if is_pipe else b""
-    if not data:
-        return _Options()
-    from shim.bootstrap import decode
-
-    while len(data) < 1 << 20 and (more := os.read(0, 1 << 16)):
+        is_pipe = False
+    data = b""
+    while is_pipe and len(data) < 1 << 20 and (more := os.read(0, 1 << 16)):
         data += more
-    return _Options(*decode(data))
+    return decode(data)
 
 
 def _connect(path: str) -> int:
@@ -217,7 +205,9 @@ def _share_core_scheduling() -> None:
         ) from None
 
 
-def _fork_daemon(flags: Flags, sandbox_id: str, here: str, address: str, listener: int) -> int:
+def _fork_daemon(
+    flags: Flags, sandbox_id: str, here: str, address: str, listener: int, config_path: str
+) -> int:
     """Fork the daemon; returns its pid in the parent only.
 
     One fork and setsid: `start` exits right after, which orphans the daemon as a second fork would.
@@ -236,7 +226,14 @@ def _fork_daemon(flags: Flags, sandbox_id: str, here: str, address: str, listene
         gc.disable()  # importing makes objects that stay; the daemon turns it on again. Saves 10 ms
         from shim.daemon import run
 
-        run(flags, sandbox_id=sandbox_id, bundle=here, address=address, listener=listener)
+        run(
+            flags,
+            sandbox_id=sandbox_id,
+            bundle=here,
+            address=address,
+            listener=listener,
+            config_path=config_path,
+        )
     except BaseException:  # noqa: BLE001  (a forked child must never return)
         import traceback
 
@@ -277,8 +274,6 @@ def _adjust_daemon(pid: int, shim_cgroup: str) -> None:
     except (OSError, ValueError):
         pass  # not root, or containerd just went away: a preference, not a need
     if shim_cgroup:
-        from shim.bootstrap import join_cgroup
-
         join_cgroup(_CGROUP_ROOT, shim_cgroup, pid)
 
 

@@ -89,9 +89,10 @@ class VirtContainer:
             self._check(spec)
             return self._sandbox
         with self.trace.phase("config", id=container_id):
+            # A sandbox without a task of its own (Sandbox API) has its options from `start` alone.
             config = await asyncio.to_thread(
                 load_config,
-                options_path=_config_path(options),
+                options_path=_config_path(options) or self._context.config_path or None,
                 env=os.environ,
                 runtime_class=self._context.runtime_class,
                 annotations=_annotations(spec),

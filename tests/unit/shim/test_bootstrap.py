@@ -1,4 +1,4 @@
-"""`start` finds shim_cgroup and socket_dir in what containerd writes to its stdin, and nothing else."""
+"""`start` finds what it can use in what containerd writes to its stdin, and answers as that one can read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto import bootstrap_pb2, linux_runc_pb2, runc_options_pb2, runtimeoptions_pb2
-from shim.bootstrap import decode, join_cgroup
+from shim.bootstrap import Options, answer, decode, join_cgroup
 
 
 def _any(type_url: str, value: bytes) -> bytes:
@@ -23,7 +23,8 @@ def test_recorded_any() -> None:
     message = Any.FromString(data)
 
     assert runtimeoptions_pb2.Options.FromString(message.value).config_path == "/etc/kata/x.toml"
-    assert decode(data) == ("", "")
+    options = decode(data)
+    assert (options.config_path, options.bootstrap) == ("/etc/kata/x.toml", False)
 
 
 @pytest.mark.parametrize("prefix", ["", "types.googleapis.com/"])
@@ -32,8 +33,8 @@ def test_shim_cgroup_of_runc(prefix: str) -> None:
     new = runc_options_pb2.Options(shim_cgroup="/pods/new").SerializeToString()
     old = linux_runc_pb2.CreateOptions(shim_cgroup="/pods/old").SerializeToString()
 
-    assert decode(_any(prefix + "containerd.runc.v1.Options", new))[0] == "/pods/new"
-    assert decode(_any(prefix + "containerd.linux.runc.CreateOptions", old))[0] == "/pods/old"
+    assert decode(_any(prefix + "containerd.runc.v1.Options", new)).shim_cgroup == "/pods/new"
+    assert decode(_any(prefix + "containerd.linux.runc.CreateOptions", old)).shim_cgroup == "/pods/old"
 
 
 def test_bootstrap_params() -> None:
@@ -42,8 +43,44 @@ def test_bootstrap_params() -> None:
     extension = params.extensions.add()
     extension.value.type_url = "containerd.runc.v1.Options"
     extension.value.value = runc_options_pb2.Options(shim_cgroup="/x").SerializeToString()
+    extension = params.extensions.add()
+    extension.value.type_url = "runtimeoptions.v1.Options"
+    extension.value.value = runtimeoptions_pb2.Options(config_path="/k.toml").SerializeToString()
 
-    assert decode(params.SerializeToString()) == ("/x", "/run/c/s")
+    options = decode(params.SerializeToString())
+
+    assert (options.shim_cgroup, options.socket_dir, options.config_path) == ("/x", "/run/c/s", "/k.toml")
+    assert (options.bootstrap, options.debug) == (True, False)
+
+
+def test_recorded_params() -> None:
+    """The bytes of a containerd 2.3.4 for a container without options (recorded; the paths are ours)."""
+    data = (
+        b"\x0a\x02t1\x12\x07default\x22\x0d2.3.4+unknown\x2a\x1b/run/containerd/containerd."
+        b"\x32\x15/run/containerd/c.soc\x3a\x19/usr/local/bin/containerd\x4a\x11/run/containerd/s"
+    )
+
+    options = decode(data)
+
+    assert (options.bootstrap, options.socket_dir) == (True, "/run/containerd/s")
+
+
+@pytest.mark.parametrize(
+    ("level", "debug"),
+    [
+        ("LOG_LEVEL_TRACE", True),
+        ("LOG_LEVEL_DEBUG", True),
+        ("LOG_LEVEL_INFO", False),
+        ("LOG_LEVEL_ERROR", False),
+    ],
+)
+def test_log_level(level: str, debug: bool) -> None:
+    """The level that 2.3 asks for holds like the flag -debug."""
+    params = bootstrap_pb2.BootstrapParams(
+        containerd_version="2.3", log_level=bootstrap_pb2.LogLevel.Value(level)
+    )
+
+    assert decode(params.SerializeToString()).debug is debug
 
 
 @pytest.mark.parametrize("directory", ["relative", "/" + "x" * 42])
@@ -51,15 +88,28 @@ def test_unusable_socket_dir(directory: str) -> None:
     """A socket_dir that would make an illegal path is ignored."""
     params = bootstrap_pb2.BootstrapParams(containerd_version="2.3", socket_dir=directory)
 
-    assert decode(params.SerializeToString()) == ("", "")
+    assert decode(params.SerializeToString()).socket_dir == ""
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes(data: bytes) -> None:
     """Bytes of any kind are decoded or ignored, never an error."""
-    cgroup, socket_dir = decode(data)
+    options = decode(data)
 
-    assert "\0" not in cgroup + socket_dir
+    assert "\0" not in options.shim_cgroup + options.socket_dir + options.config_path
+
+
+@pytest.mark.parametrize("length", [64, 113, 120])
+def test_answer(length: int) -> None:
+    """The bare address for whoever may be a 1.x; version 3 of the task service for a 2.3 and later."""
+    address = "unix://" + "/" * (length - 7)
+    options = Options()
+    assert answer(address, options) == address.encode()
+
+    options.bootstrap = True
+    result = bootstrap_pb2.BootstrapResult.FromString(answer(address, options))
+
+    assert (result.version, result.address, result.protocol) == (3, address, "ttrpc")
 
 
 def test_join_unified(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from proto import introspection_pb2, task_v2_pb2
+from proto import bootstrap_pb2, introspection_pb2, task_v2_pb2, task_v3_pb2
 from shim import launcher_script
 from shim.bundle import socket_path
 from shim.launcher import VERSION
@@ -129,6 +129,35 @@ def test_a_link_is_a_runtime_class(shims: Shims, tmp_path: Path) -> None:
     link.symlink_to(shims.program)
     result = subprocess.run([str(link), "-info"], capture_output=True, check=True, timeout=10)
     assert introspection_pb2.RuntimeInfo.FromString(result.stdout).name == "io.containerd.kata-fc.v2"
+
+
+async def test_bootstrap_of_containerd_2_3(shims: Shims) -> None:
+    """A containerd that sends BootstrapParams gets BootstrapResult, and the task service that it promises."""
+    bundle = shims.bundle("c1")
+    sockets = shims.root / "s"
+    params = bootstrap_pb2.BootstrapParams(
+        instance_id="c1",
+        containerd_version="2.3.4",
+        socket_dir=str(sockets),
+        log_level=bootstrap_pb2.LOG_LEVEL_DEBUG,
+    )
+
+    started = shims.start(bundle, stdin=params.SerializeToString())
+
+    assert started.returncode == 0
+    result = bootstrap_pb2.BootstrapResult.FromString(started.stdout)
+    assert (result.version, result.protocol) == (3, "ttrpc")
+    assert Path(result.address.removeprefix("unix://")).parent == sockets
+    assert bundle.read("address") == result.address  # for a 1.x that comes back to it, or `delete`
+    async with await Client.connect_unix(result.address.removeprefix("unix://"), timeout=5) as client:
+        service = task_v3_pb2.DESCRIPTOR.services_by_name["Task"]
+        reply = await client.stub(service, default_timeout=20).connect(task_v3_pb2.ConnectRequest(id="c1"))
+        assert reply.shim_pid == bundle.pid
+        pid = bundle.pid
+        await client.stub(service, default_timeout=20).shutdown(task_v3_pb2.ShutdownRequest(id="c1"))
+    assert shims.wait_gone(pid)
+    assert shims.delete(bundle).returncode == 0
+    assert shims.leftovers() == []
 
 
 async def test_pod_member(shims: Shims) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from devices.syscalls import mount
-from proto import events_pb2, task_v2_pb2
+from proto import events_pb2, task_v2_pb2, task_v3_pb2
 from shim.context import DaemonContext
 from shim.procfs import start_time
 from ttrpc import Code, RpcError, Server
@@ -27,7 +27,8 @@ class Stub:
         self.containers: dict[str, subprocess.Popen[bytes] | None] = {}
 
     def register(self, server: Server) -> None:
-        server.register(task_v2_pb2.DESCRIPTOR.services_by_name["Task"], self)
+        for package in (task_v2_pb2, task_v3_pb2):  # of the same form
+            server.register(package.DESCRIPTOR.services_by_name["Task"], self)
 
     @property
     def idle(self) -> bool:
@@ -54,7 +55,8 @@ class Stub:
         return task_v2_pb2.CreateTaskResponse(pid=helper.pid if helper else os.getpid())
 
     async def connect(self, _: Any, request: Any) -> Any:
-        return task_v2_pb2.ConnectResponse(shim_pid=os.getpid())
+        package = task_v3_pb2 if isinstance(request, task_v3_pb2.ConnectRequest) else task_v2_pb2
+        return package.ConnectResponse(shim_pid=os.getpid())
 
     async def state(self, _: Any, request: Any) -> Any:
         if request.id not in self.containers:
