@@ -7,10 +7,10 @@ PYTEST_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-containerds lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the guest (as root)
 	@scripts/setup.sh
@@ -26,6 +26,12 @@ test-unit: setup ## the tests that need no containerd and no VM
 
 test-e2e: setup ## the tests through containerd; KATA_E2E_RUNTIME=io.containerd.runc.v2 checks them against runc
 	@$(PY) -m pytest -m e2e $(PYTEST_ARGS)
+
+test-containerds: setup ## all end-to-end tests under each containerd: 1.6, 1.7 and 2.x; with a minute without it (20 min)
+	@set -e; for version in 1.6 1.7 2; do \
+	    echo "== containerd $$version"; \
+	    KATA_E2E_CONTAINERD=$$version KATA_E2E_AWAY=65 $(PY) -m pytest -m e2e $(PYTEST_ARGS); \
+	done
 
 test-kvm: setup ## the tests that need KVM, inside the bench host, a nested machine that has it
 	@$(PY) -m pytest -m benchhost --bench-host=all $(PYTEST_ARGS)

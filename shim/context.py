@@ -28,7 +28,8 @@ class DaemonContext:
     absolute path of that container's bundle. `address` is the shim's own ("unix:///run/...").
     `publish_binary` is containerd's path. `config_path` is the configuration that the options of
     `start` name, empty if they name none. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
-    `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see `shim.config.find`.
+    `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
+    `shim.config.find`.
     """
 
     namespace: str

@@ -7,8 +7,8 @@ Invariants:
 - Order: an event leaves the queue only when containerd answered for it, or refused it for good.
   A reply lost with its connection makes the event arrive twice, never out of order.
 - Bounded: 2048 events; then the oldest go, which is logged. `publish` never blocks, never raises.
-- Nothing here waits without a limit: 5 s for a call and for a connection, back-off up to a minute,
-  and `flush` takes the time that it is given.
+- Nothing here waits without a limit: 5 s for a call and for a connection, back-off up to two seconds,
+  and `flush` takes the time that it is given. An event is not given up because time goes by.
 
 Source of the envelope's form: containerd's events service, which refuses a zero timestamp and, in
 1.6, looks types up by their bare message name.
@@ -33,7 +33,7 @@ QUEUE_LIMIT = 2048
 """Events kept while containerd is away; what its own shims keep."""
 _CALL_TIMEOUT = 5.0  # seconds
 _FIRST_DELAY = 0.05  # seconds before the second attempt; doubles
-_LAST_DELAY = 60.0
+_LAST_DELAY = 2.0  # to dial a socket where nobody listens is cheap; an exit told late is not
 
 # containerd understood and refuses: the same bytes will never be welcome.
 _REFUSALS = frozenset({Code.INVALID_ARGUMENT, Code.UNIMPLEMENTED, Code.ALREADY_EXISTS, Code.OUT_OF_RANGE})

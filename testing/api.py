@@ -30,6 +30,8 @@ from grpc_tools import protoc
 __all__ = ["Api", "Event", "Stdio", "Task"]
 
 _PROTO = Path(__file__).parent / "proto"
+_EVENTS = "containerd.services.events.v1.Events"
+_MARK = "/testing/subscribed"
 
 
 @functools.cache
@@ -278,12 +280,19 @@ class Task:
 
 
 class Api:
-    """A connection to one containerd."""
+    """A connection to one containerd. While that is away calls wait for it, as long as they may."""
 
     def __init__(self, address: str, namespace: str, directory: Path) -> None:
         self.directory = directory
         self._metadata = (("containerd-namespace", namespace),)
-        self._channel = grpc.insecure_channel(f"unix://{address}")
+        self._channel = grpc.insecure_channel(
+            f"unix://{address}",
+            options=[
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 500),
+            ],
+        )
 
     def close(self) -> None:
         """Close the connection."""
@@ -303,21 +312,28 @@ class Api:
         stub = self._channel.unary_unary(
             path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )
-        return stub(request(**fields), timeout=timeout, metadata=self._metadata)
+        return stub(request(**fields), timeout=timeout, metadata=self._metadata, wait_for_ready=True)
 
     @contextlib.contextmanager
     def events(self) -> Iterator[Callable[[float], Event]]:
-        """Subscribe; gives a function that answers the next event, or raises queue.Empty after a time."""
-        path, request, response = self._method("containerd.services.events.v1.Events", "Subscribe")
+        """Subscribe; gives a function that answers the next event, or raises queue.Empty after a time.
+
+        Inside, every event that containerd takes is seen: the subscription is tried out first.
+        """
+        path, request, response = self._method(_EVENTS, "Subscribe")
         stub = self._channel.unary_stream(
             path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )
-        stream = stub(request(), metadata=self._metadata)
+        stream = stub(request(), metadata=self._metadata, wait_for_ready=True)
         gathered: queue.Queue[Event] = queue.Queue()
+        subscribed = threading.Event()
 
         def gather() -> None:
             with contextlib.suppress(grpc.RpcError):
                 for envelope in stream:
+                    if envelope.topic == _MARK:
+                        subscribed.set()
+                        continue
                     name = envelope.event.type_url.rpartition("/")[2]
                     with contextlib.suppress(KeyError):
                         gathered.put(Event((envelope.topic, message(name).FromString(envelope.event.value))))
@@ -325,10 +341,21 @@ class Api:
         thread = threading.Thread(target=gather, daemon=True)
         thread.start()
         try:
+            deadline = time.monotonic() + 20
+            while not subscribed.is_set():  # nothing else tells that containerd has taken it
+                if time.monotonic() > deadline:
+                    raise TimeoutError("containerd does not deliver events")
+                self.publish(_MARK)
+                subscribed.wait(0.05)
             yield lambda timeout: gathered.get(timeout=timeout)
         finally:
             stream.cancel()
             thread.join(10)
+
+    def publish(self, topic: str) -> None:
+        """Publish an event of one's own: what was published before it has been delivered when it arrives."""
+        event = {"type_url": "containerd.events.TaskPaused"}
+        self.call(_EVENTS, "Publish", topic=topic, event=event)
 
     def patch_spec(self, container: str, change: Callable[[dict[str, Any]], None]) -> None:
         """Let `change` edit the OCI spec of a container that `ctr container create` made."""

@@ -129,6 +129,38 @@ async def test_redelivery_after_absence(
     assert await publisher.flush(5)
 
 
+async def test_absence_of_an_hour(
+    containerd: _Containerd, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long containerd is away nothing is given up, and what waits comes within seconds after."""
+    away = 0.0
+    over = asyncio.Event()
+
+    async def pause(delay: float) -> None:
+        nonlocal away
+        assert delay <= 2
+        if away > 3600:
+            over.set()
+            await asyncio.sleep(0.01)
+        else:
+            away += delay
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(publisher, "_pause", pause)  # the clock
+    await containerd.stop()
+    for pid in range(50):
+        publisher.publish("/tasks/start", _start(pid))
+    async with asyncio.timeout(60):
+        await over.wait()
+    assert publisher.pending == 50
+
+    await containerd.start()
+
+    assert await containerd.received(50) == list(range(50))
+    publisher.publish("/tasks/start", _start(50))
+    assert await containerd.received(51) == list(range(51))  # each once
+
+
 async def test_temporary_failure_is_repeated(containerd: _Containerd, publisher: EventPublisher) -> None:
     """An answer that promises better times keeps the event, and its place."""
     containerd.failures = [RpcError(Code.UNAVAILABLE, "later"), RpcError(Code.UNKNOWN, "oops")]

@@ -1,0 +1,317 @@
+"""A task's whole life is the same under each of Debian's containerds, and survives the death of containerd.
+
+Here each of 1.6, 1.7 and 2.x is started, unless KATA_E2E_CONTAINERD names one. KATA_E2E_AWAY is how many
+seconds containerd stays away in the test of its absence (`make test-containerds`: more than a minute).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testing.api import Api, Event, Task
+from testing.containerd import KATA, VERSIONS, Containerd, Result
+from testing.images import busybox_image
+
+BUSYBOX = "local/busybox:1"
+NAMED = os.environ.get("KATA_E2E_CONTAINERD")
+AWAY = float(os.environ.get("KATA_E2E_AWAY") or 0)
+RUNNING, PAUSED = 2, 4
+END = "/testing/end"
+
+Create = Callable[..., Task]
+
+
+@pytest.fixture(scope="module", params=[NAMED] if NAMED else VERSIONS)
+def containerd(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Containerd]:
+    """A containerd of this module's own: it is killed here."""
+    archive = tmp_path_factory.mktemp("images") / "busybox.tar"
+    busybox_image(archive, BUSYBOX)
+    with Containerd(debug=True, version=request.param) as daemon:
+        daemon.ctr("image", "import", str(archive))
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def api(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    connection = Api(containerd.address, containerd.namespace, tmp_path_factory.mktemp("fifos"))
+    yield connection
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def living(containerd: Containerd, runtime: str, api: Api) -> Iterator[Task]:
+    """A running `cat` that several tests share."""
+    name = containerd.new_id("living")
+    containerd.ctr("container", "create", "--runtime", runtime, BUSYBOX, name)
+    api.patch_spec(name, lambda spec: spec["process"].update(args=["cat"]))
+    task = api.task(name)
+    task.start()
+    yield task
+    containerd.remove(name)
+    task.io.close()
+
+
+def _bundle(containerd: Containerd, name: str) -> Path:
+    return containerd.state / "io.containerd.runtime.v2.task" / containerd.namespace / name
+
+
+def _shim(containerd: Containerd, name: str) -> int:
+    return int((_bundle(containerd, name) / "shim.pid").read_text())
+
+
+def _status(containerd: Containerd, name: str) -> str:
+    lines = [line.split() for line in containerd.ctr("task", "ls").text.splitlines()]
+    return next((words[-1] for words in lines if words[0] == name), "")
+
+
+def _echo(task: Task, word: str) -> None:
+    """What goes into `cat` comes out of it."""
+    before = len(task.io.out)
+    task.io.write(word.encode() + b"\n")
+    task.io.wait_for(word.encode() + b"\n", 60, after=before)
+
+
+def _until(
+    next_event: Callable[[float], Event], container: str, last: str, count: int = 1
+) -> list[tuple[Any, ...]]:
+    """The container's events up to the `count`th of topic `last`: (topic, process, exit status)."""
+    seen: list[tuple[Any, ...]] = []
+    while sum(event[0] == last for event in seen) < count:
+        topic, event = next_event(60)
+        if topic == END:
+            seen.append((END,))
+        elif topic.startswith("/tasks/") and event.container_id == container:
+            process = getattr(event, "exec_id", "") or getattr(event, "id", "")
+            seen.append((topic.removeprefix("/tasks/"), process, getattr(event, "exit_status", None)))
+    return seen
+
+
+def test_a_command_runs_and_its_exit_code_is_told(
+    containerd: Containerd, run: Callable[..., Result], no_leaks: Callable[[], None]
+) -> None:
+    result = run("sh", "-c", "echo out; echo err >&2; exit 3", check=False)
+    assert (result.code, result.out, result.err) == (3, b"out\n", b"err\n"), containerd.log_tail()
+
+
+@pytest.mark.kata_only
+def test_the_shims_address_is_where_this_containerd_looks_for_it(
+    containerd: Containerd, living: Task
+) -> None:
+    bundle = _bundle(containerd, living.container)
+    address = (bundle / "address").read_text()
+    assert Path(address.removeprefix("unix://")).is_socket()
+    if containerd.version == "2":
+        found = json.loads((bundle / "bootstrap.json").read_text())
+        assert (found["address"], found["protocol"]) == (address, "ttrpc")
+        assert found["version"] in {2, 3}
+
+
+@pytest.mark.kata_only
+def test_containerd_2_is_told_what_runtime_this_is(containerd: Containerd, runtime: str) -> None:
+    if containerd.version != "2":
+        pytest.skip(f"containerd {containerd.version} does not ask")
+    info = json.loads(containerd.ctr("plugins", "inspect-runtime", "--runtime", runtime).text)
+    assert info["Name"] == runtime
+    assert info["Version"]["Version"]
+
+
+def test_a_process_is_added(containerd: Containerd, living: Task) -> None:
+    script = "cat; echo err >&2; exit 5"
+    result = containerd.ctr(
+        "task", "exec", "--exec-id", "added", living.container, "sh", "-c", script, stdin=b"in", check=False
+    )
+    assert (result.code, result.out, result.err) == (5, b"in", b"err\n")
+
+
+def test_a_process_with_a_terminal_is_added(living: Task) -> None:
+    process = living.exec("sh", exec_id="terminal", terminal=True)
+    process.start()
+    process.resize(101, 37)
+    process.io.write(b"stty size; exit 4\n")
+    assert process.wait() == 4
+    assert b"37 101" in process.io.finish()[0]
+    assert process.delete().exit_status == 4
+
+
+def test_a_paused_task_does_nothing_until_it_is_resumed(containerd: Containerd, living: Task) -> None:
+    containerd.ctr("task", "pause", living.container)
+    try:
+        assert living.state().status == PAUSED
+        living.io.write(b"while-paused\n")
+        assert _status(containerd, living.container) == "PAUSED"
+        assert b"while-paused" not in living.io.out
+    finally:
+        containerd.ctr("task", "resume", living.container)
+    living.io.wait_for(b"while-paused\n", 60)
+    assert living.state().status == RUNNING
+
+
+def test_its_use_of_memory_is_told(containerd: Containerd, living: Task) -> None:
+    lines = [line.split() for line in containerd.ctr("task", "metrics", living.container).text.splitlines()]
+    figures = {words[0]: words[1] for words in lines if len(words) == 2}
+    used = figures.get("memory.usage_in_bytes") or figures["memory.usage"]
+    assert 0 < int(used) < 1 << 40
+
+
+def test_events_tell_the_whole_life_once_and_in_order(
+    containerd: Containerd, runtime: str, api: Api, create: Create
+) -> None:
+    """And the shim stays for as long as there is something to ask it, and no longer."""
+    with api.events() as next_event:
+        task = create("sleep", "1000", stdin=False)
+        task.start()
+        shim = os.pidfd_open(_shim(containerd, task.container) if runtime == KATA else task.pid)
+        process = task.exec("sh", "-c", "exit 5", exec_id="e", stdin=False)
+        process.start()
+        assert process.wait() == 5
+        process.delete()
+        seen = _until(next_event, task.container, "exit")
+        containerd.ctr("task", "pause", task.container)
+        containerd.ctr("task", "resume", task.container)
+        seen += _until(next_event, task.container, "resumed")
+        task.kill(signal.SIGKILL)
+        assert task.wait() == 137
+        if runtime == KATA:
+            signal.pidfd_send_signal(shim, 0)
+        assert task.delete().exit_status == 137
+        poll = select.poll()
+        poll.register(shim)
+        assert poll.poll(60_000)
+        os.close(shim)
+        seen += _until(next_event, task.container, "delete")
+        api.publish(END)
+        seen += _until(next_event, task.container, END)
+    assert seen == [
+        ("create", "", None),
+        ("start", "", None),
+        ("exec-added", "e", None),
+        ("exec-started", "e", None),
+        ("exit", "e", 5),
+        ("paused", "", None),
+        ("resumed", "", None),
+        ("exit", task.container, 137),
+        ("delete", "", 137),
+        (END,),
+    ]
+
+
+def test_a_killed_containerd_finds_its_tasks_again(containerd: Containerd, living: Task) -> None:
+    """State, Wait, Exec, Kill and standard streams go on, of processes from before and of new ones."""
+    pid = living.state().pid
+    before = living.exec("cat", exec_id="before")
+    before.start()
+    _echo(before, "one")
+    containerd.halt(signal.SIGKILL)
+    _echo(living, "nobody-is-there")  # streams need no containerd
+    containerd.boot()
+
+    state = living.state()
+    assert (state.status, state.pid) == (RUNNING, pid)
+    assert before.state().status == RUNNING
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(before.wait)
+        _echo(before, "two")
+        _echo(living, "three")
+        before.kill(signal.SIGKILL)
+        assert ended.result(60) == 137
+    assert before.delete().exit_status == 137
+    new = living.exec("sh", "-c", "read line; exit 6", exec_id="new")
+    new.start()
+    new.io.write(b"go\n")
+    assert new.wait() == 6
+    new.delete()
+
+
+def _away(containerd: Containerd) -> Callable[[], None]:
+    """Restart containerd so that events do not reach it until the function that this answers is called.
+
+    The socket for events has another name than the shims know, and gets theirs as a link.
+    """
+    with (containerd.root / "config.toml").open("a") as config:
+        config.write(f'[ttrpc]\n  address = "{containerd.root}/late.sock"\n')
+    containerd.boot()
+
+    def listen() -> None:
+        known = Path(containerd.address + ".ttrpc")
+        known.unlink()
+        known.symlink_to("late.sock")
+
+    return listen
+
+
+@pytest.mark.timeout(300 + AWAY)
+def test_events_of_an_absence_come_once_and_in_order(
+    containerd: Containerd, api: Api, create: Create
+) -> None:
+    """What ends while containerd is away is told when it is back, however long that takes."""
+    with api.events() as next_event:
+        task = create("sh", "-c", "read line; exit 7")
+        task.start()
+        process = task.exec("sh", "-c", "read line; exit 5", exec_id="e")
+        process.start()
+        _until(next_event, task.container, "exec-started")
+    containerd.halt()
+    process.io.write(b"go\n")
+    process.io.finish(60)
+    time.sleep(AWAY)  # the absence is the parameter
+    task.io.write(b"go\n")
+    task.io.finish(60)
+    listen = _away(containerd)
+
+    with api.events() as next_event:
+        listen()
+        assert task.wait() == 7
+        seen = _until(next_event, task.container, "exit", 2)
+        assert process.delete().exit_status == 5
+        assert task.delete().exit_status == 7
+        seen += _until(next_event, task.container, "delete")
+        api.publish(END)
+        seen += _until(next_event, task.container, END)
+    assert seen == [("exit", "e", 5), ("exit", task.container, 7), ("delete", "", 7), (END,)]
+
+
+@pytest.mark.kata_only
+def test_a_silent_shim_blocks_nobody_else(
+    containerd: Containerd, living: Task, run: Callable[..., Result]
+) -> None:
+    """While a shim does not answer, containerd lists, and runs others; when it answers again all is well."""
+    shim = _shim(containerd, living.container)
+    os.kill(shim, signal.SIGSTOP)
+    try:
+        listed = containerd.ctr("task", "ls", timeout=30)
+        assert "UNKNOWN" in next(line for line in listed.text.splitlines() if living.container in line)
+        assert run("echo", "others go on").text == "others go on"
+    finally:
+        os.kill(shim, signal.SIGCONT)
+    assert living.state().status == RUNNING
+    _echo(living, "awake")
+
+
+@pytest.mark.kata_only
+def test_the_death_of_a_shim_is_told_once_and_cleaned_up(
+    containerd: Containerd, api: Api, create: Create, no_leaks: Callable[[], None]
+) -> None:
+    """containerd runs `delete`, and tells the exit and the deletion that it answers: 137."""
+    with api.events() as next_event:
+        task = create("sleep", "1000", stdin=False)
+        task.start()
+        _until(next_event, task.container, "start")
+        os.kill(_shim(containerd, task.container), signal.SIGKILL)
+        seen = _until(next_event, task.container, "delete")
+        api.publish(END)
+        seen += _until(next_event, task.container, END)
+    assert seen == [("exit", task.container, 137), ("delete", "", 137), (END,)]
+    assert _status(containerd, task.container) == ""
+    task.io.close()
