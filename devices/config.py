@@ -31,6 +31,7 @@ __all__ = [
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
+_TAP = re.compile(r"[A-Za-z0-9_.-]{0,15}")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
 
@@ -127,15 +128,20 @@ class ConsoleConfig(_Device):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkConfig(_Device):
-    """A virtio network card; the caller opened the tap (one descriptor per queue) in the pod's netns."""
+    """A virtio network card; the caller made the tap in the pod's netns.
+
+    A VMM takes it as descriptors (one for each queue) or by its name, as its kind has it.
+    """
 
     mac: str
+    tap: str = ""
     tap_fds: tuple[int, ...] = field(default=())
     vhost_fds: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         _check(_ID, self.id, "device id")
         _check(_MAC, self.mac, "MAC address")
+        _check(_TAP, self.tap, "name of a tap device")
 
 
 DeviceConfig = (

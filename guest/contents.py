@@ -55,7 +55,7 @@ PACKAGES = (
 )
 
 # In the initramfs: without these there is no root disk, no agent channel and no shared directory.
-EARLY_MODULES = ("virtio_pci", "virtio_blk", "vmw_vsock_virtio_transport", "virtiofs")
+EARLY_MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "vmw_vsock_virtio_transport", "virtiofs")
 # In the image, loaded while the agent starts.
 LATE_MODULES = ("overlay", "virtio_net", "virtio_console", "virtio_balloon", "virtio_rng", "virtio_mem")
 # In the image, loaded by the kernel or the agent when something asks for them.

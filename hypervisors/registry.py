@@ -20,7 +20,10 @@ from hypervisors.base import HypervisorPlugin
 __all__ = ["broken_plugins", "get_plugin", "load_plugins", "names_of", "register_hypervisor_plugin"]
 
 GROUP = "kata_shim.hypervisors"
-_BUILT_IN = {"qemu": "hypervisors.qemu.plugin:plugin"}
+_BUILT_IN = {
+    "firecracker": "hypervisors.firecracker.plugin:plugin",
+    "qemu": "hypervisors.qemu.plugin:plugin",
+}
 
 # Names of one VMM in the files of Kata's two runtimes; the first is the plugin's.
 _NAMES = (("firecracker", "fc"), ("clh", "cloud-hypervisor", "ch"))

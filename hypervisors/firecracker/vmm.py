@@ -1,0 +1,555 @@
+"""One VM under Firecracker: `Firecracker` implements `hypervisors.base.Hypervisor`.
+
+What: its process (jailed or not), its API, its death; `drives` has its disks.
+Invariants:
+- Order: process, logger and metrics, machine, devices, InstanceStart; from a snapshot: process, logger and
+  metrics, load.
+- `_ended` resolves once, after Firecracker is reaped.
+- What a method acquired is released by `cleanup`, whatever failed in between; what is lent into the jail is
+  taken back by `remove_device` too.
+Source: Firecracker's API, v1.12.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from devices.child import Child, process_start_time, process_stat
+from devices.config import (
+    BlockConfig,
+    ConsoleConfig,
+    DeviceConfig,
+    NetworkConfig,
+    RngConfig,
+    VsockConfig,
+)
+from devices.errors import BugError, HostError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.rendezvous import connect_when_listening
+from devices.undo import Entry, UndoLog
+from devices.vsock import AgentChannel, HybridVsock
+from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
+from hypervisors.firecracker import boot
+from hypervisors.firecracker.api import FirecrackerApi
+from hypervisors.firecracker.config import FirecrackerConfig
+from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
+from hypervisors.firecracker.fifo import LineFifo
+from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
+
+__all__ = ["Firecracker"]
+
+_NAME = "firecracker"
+_CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory takes to write
+_SNAPSHOT = 120.0
+_EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_LEVELS = {"ERROR": "error", "WARN": "warning"}
+
+_log = structlog.get_logger(_NAME)
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What a VM is made of, as far as it got."""
+
+    den: Den | None = None
+    cold: list[DeviceConfig] = field(default_factory=list)
+    drives: Drives | None = None
+    channel: HybridVsock | None = None
+    log: LineFifo | None = None
+    metrics: LineFifo | None = None
+    process: Child | None = None
+    api: FirecrackerApi | None = None
+    cgroups: list[Entry] = field(default_factory=list)
+
+
+class Firecracker:
+    """See the module's docstring and `hypervisors.base.Hypervisor`."""
+
+    def __init__(self, section: FirecrackerConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> None:
+        if not _ID.fullmatch(sandbox_id):
+            raise BugError(f"{sandbox_id!r} is no sandbox id")
+        self._section = section
+        self._sandbox_id = sandbox_id
+        self._state_dir = state_dir
+        self._undo = undo
+        self._netns: str | None = None
+        self._parts = _Parts()
+        self._stopping = False
+        self._ended: asyncio.Future[VmExit] | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._numbers: asyncio.Future[dict[str, Any]] | None = None
+
+    # --- the VM's life
+
+    async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
+        """See `Hypervisor.prepare_vm`. Makes the jail."""
+        if id != self._sandbox_id:
+            raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
+        if self._parts.den is not None:
+            raise BugError("prepare_vm was called twice")
+        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+            raise HostError(
+                "/dev/kvm cannot be opened, and Firecracker has no other accelerator",
+                phase="vmm",
+                hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
+            )
+        self._netns = netns
+        self._parts.den = await asyncio.to_thread(self._open_den)
+
+    async def start_vm(self, timeout: float) -> None:
+        """See `Hypervisor.start_vm`."""
+        if self._parts.den is None or self._ended is not None:
+            raise BugError("start_vm needs prepare_vm before it, and once")
+        self._ended = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._spawn(timeout)
+                if self._section.boot_from_template:
+                    await self._load()
+                else:
+                    await self._configure()
+        except TimeoutError:
+            await self.stop_vm()
+            raise self._with_evidence(
+                HypervisorError(f"Firecracker did not start within {timeout:g} s", code="DEADLINE_EXCEEDED")
+            ) from None
+        except KataError as error:
+            await self.stop_vm()
+            raise self._with_evidence(error) from None
+        except OSError as error:
+            await self.stop_vm()
+            raise self._with_evidence(
+                HostError(f"cannot prepare Firecracker's files: {error}", phase="vmm")
+            ) from error
+        except BaseException:
+            await self.stop_vm()
+            raise
+        _log.info("Firecracker runs", pid=self._process().pid, jail=self._parts.den.jailed)
+
+    async def wait_vm(self) -> VmExit:
+        """See `Hypervisor.wait_vm`."""
+        if self._ended is None:
+            raise BugError("wait_vm needs start_vm before it")
+        return await asyncio.shield(self._ended)
+
+    async def stop_vm(self) -> None:
+        """See `Hypervisor.stop_vm`: Firecracker keeps nothing that would want flushing, so SIGKILL."""
+        self._stopping = True
+        if self._parts.process is not None:
+            await self._parts.process.kill()
+        if self._watcher is not None:
+            await asyncio.wait({self._watcher})
+        elif self._ended is not None and not self._ended.done():
+            self._settle(VmExit(-9, "Firecracker was never started", expected=True))
+
+    async def pause_vm(self) -> None:
+        """See `Hypervisor.pause_vm`."""
+        await self._api().patch("/vm", {"state": "Paused"}, timeout=_CALL)
+
+    async def resume_vm(self) -> None:
+        """See `Hypervisor.resume_vm`."""
+        await self._api().patch("/vm", {"state": "Resumed"}, timeout=_CALL)
+
+    async def save_vm(self, path: str) -> None:
+        """See `Hypervisor.save_vm`: writes `path`/device_state and `path`/memory; a running VM is paused
+        meanwhile. `boot_from_template` with both loads it."""
+        den, api = self._den(), self._api()
+        running = (await api.get("/", timeout=_CALL)).get("state") == "Running"
+        if running:
+            await self.pause_vm()
+        try:
+            if den.jailed:
+                await asyncio.to_thread(os.chown, path, den.uid, den.gid)
+            inside = await asyncio.to_thread(den.lend, path, "snapshot", read_only=False)
+            body = {
+                "snapshot_type": "Full",
+                "snapshot_path": f"{inside}/device_state",
+                "mem_file_path": f"{inside}/memory",
+            }
+            await api.put("/snapshot/create", body, timeout=_SNAPSHOT)
+        except OSError as error:
+            raise HostError(
+                f"cannot save the VM to {path}: {error.strerror or error}", phase="save"
+            ) from error
+        finally:
+            await asyncio.to_thread(den.take_back, "snapshot")
+            if running:
+                await self.resume_vm()
+
+    # --- sizing
+
+    async def resize_vcpu(self, count: int) -> int:
+        """Firecracker cannot."""
+        raise UnsupportedByHypervisor(_NAME, f"changing the number of vCPUs of a running VM (to {count})")
+
+    async def resize_memory(self, mib: int) -> int:
+        """Firecracker cannot."""
+        raise UnsupportedByHypervisor(_NAME, f"changing the memory of a running VM (to {mib} MiB)")
+
+    # --- devices
+
+    async def add_device(self, device: DeviceConfig) -> str:
+        """See `Hypervisor.add_device`. A disk's address is its name in the guest, "/dev/vdb". Before
+        `start_vm` every kind that Firecracker has, later disks only."""
+        if not isinstance(device, BlockConfig | ConsoleConfig | NetworkConfig | RngConfig | VsockConfig):
+            raise UnsupportedByHypervisor(_NAME, f"a {type(device).__name__}")
+        if any(one.id == device.id for one in self._parts.cold) or self._has(device.id):
+            raise BugError(f"there is a device {device.id} already")
+        if self._ended is not None:
+            if not isinstance(device, BlockConfig):
+                raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
+            return await self._drives().fill(device, self._api())
+        if isinstance(device, NetworkConfig) and not device.tap:
+            raise UnsupportedByHypervisor(_NAME, "a network card without the name of its tap device")
+        if isinstance(device, VsockConfig):
+            self._parts.channel = HybridVsock(
+                self._den().path(boot.VSOCK),
+                # A loaded VM called home long ago.
+                home_call=device.home_call and not self._section.boot_from_template,
+                tells_port=True,
+                diagnostics=self.diagnostics,
+            )
+            if self._parts.channel.home_port and self._den().jailed:
+                home = self._den().path(f"{boot.VSOCK}_{self._parts.channel.home_port}")
+                os.chown(home, self._den().uid, self._den().gid)  # to connect is to write
+        self._parts.cold.append(device)
+        disks = sum(isinstance(one, BlockConfig) for one in self._parts.cold)
+        return disk_path(disks - 1) if isinstance(device, BlockConfig) else ""
+
+    async def remove_device(self, device_id: str) -> None:
+        """Before `start_vm` whatever was added, later disks that were plugged since."""
+        if self._ended is None:
+            known = next((one for one in self._parts.cold if one.id == device_id), None)
+            if known is None or isinstance(known, VsockConfig):
+                raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
+            self._parts.cold.remove(known)
+            return
+        if not await self._drives().empty(device_id, self._api()):
+            raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
+
+    async def update_device(self, device: DeviceConfig) -> None:
+        """A plugged disk whose file has another size now: the guest is told."""
+        if not isinstance(device, BlockConfig) or not await self._drives().announce(device, self._api()):
+            raise UnsupportedByHypervisor(_NAME, f"changing device {device.id}")
+
+    # --- knowledge
+
+    async def get_agent_socket(self) -> AgentChannel:
+        """See `Hypervisor.get_agent_socket`."""
+        if self._parts.channel is None:
+            raise BugError("this VM has no vsock device")
+        return self._parts.channel
+
+    async def disconnect(self) -> None:
+        """See `Hypervisor.disconnect`."""
+        if self._parts.api is not None:
+            await self._parts.api.close()
+            self._parts.api = None
+
+    async def hypervisor_config(self) -> FirecrackerConfig:
+        """See `Hypervisor.hypervisor_config`."""
+        return self._section
+
+    async def get_thread_ids(self) -> VcpuThreadIds:
+        """See `Hypervisor.get_thread_ids`: Firecracker names its threads `fc_vcpu N`."""
+        return VcpuThreadIds(await asyncio.to_thread(_vcpu_threads, self._process().pid))
+
+    async def get_pids(self) -> list[int]:
+        """See `Hypervisor.get_pids`."""
+        process = self._parts.process
+        return [process.pid] if process is not None and process.alive else []
+
+    async def get_vmm_master_tid(self) -> int:
+        """See `Hypervisor.get_vmm_master_tid`."""
+        return self._process().pid
+
+    async def get_ns_path(self) -> str:
+        """See `Hypervisor.get_ns_path`."""
+        return f"/proc/{self._process().pid}/ns/net"
+
+    async def cleanup(self) -> None:
+        """See `Hypervisor.cleanup`."""
+        await self.stop_vm()
+        parts = self._parts
+        if parts.channel is not None:
+            await parts.channel.close()
+        if parts.api is not None:
+            await parts.api.close()
+        for fifo in (parts.log, parts.metrics):
+            if fifo is not None:
+                fifo.close()
+        for entry in parts.cgroups:
+            await self._undo.release(entry)
+        parts.cgroups.clear()
+        if parts.den is not None:
+            await asyncio.to_thread(_remove_files, parts.den)
+
+    async def check(self) -> None:
+        """See `Hypervisor.check`."""
+        info = await self._api().get("/", timeout=_CALL)
+        if not isinstance(info, dict) or info.get("state") not in ("Running", "Paused"):
+            raise HypervisorError(f"the VM does not run: {info!r:.100}")
+
+    async def get_jailer_root(self) -> str:
+        """See `Hypervisor.get_jailer_root`."""
+        den = self._parts.den
+        return den.root if den is not None and den.jailed else ""
+
+    async def save_state(self) -> HypervisorState:
+        """See `Hypervisor.save_state`."""
+        process = self._process()
+        with contextlib.suppress(ProcessLookupError):
+            return HypervisorState(
+                hypervisor=_NAME,
+                sandbox_id=self._sandbox_id,
+                pid=process.pid,
+                start=process_start_time(process.pid),
+                accelerator="kvm",
+                netns=self._netns or "",
+                sockets={"api": self._den().path(boot.API_SOCKET), "vsock": self._den().path(boot.VSOCK)},
+            )
+        raise HypervisorError("the VM does not run")
+
+    async def capabilities(self) -> Capabilities:
+        """See `Hypervisor.capabilities`."""
+        slots = self._section.block_device_slots > 0
+        return Capabilities(
+            block_device=True,
+            block_hotplug=slots,
+            block_hot_unplug=slots,
+            network_device=True,
+            hybrid_vsock=True,
+            pause=True,
+            snapshot=True,
+        )
+
+    async def get_hypervisor_metrics(self) -> dict[str, float]:
+        """CPU seconds and resident bytes from /proc, and Firecracker's own counters, `group_name` each."""
+        pid = self._process().pid
+        metrics: dict[str, float] = {"processes": 0.0}
+        with contextlib.suppress(ProcessLookupError):
+            fields = process_stat(pid)
+            metrics["processes"] = 1.0
+            metrics["cpu_seconds_total"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            metrics["resident_bytes"] = float(int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
+        self._numbers = asyncio.get_running_loop().create_future()
+        await self._api().put("/actions", {"action_type": "FlushMetrics"}, timeout=_CALL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CALL):
+                for group, values in (await self._numbers).items():
+                    if isinstance(values, dict):
+                        metrics |= {
+                            f"{group}_{name}": float(value)
+                            for name, value in values.items()
+                            if isinstance(value, int | float)
+                        }
+        return metrics
+
+    def diagnostics(self) -> dict[str, str]:
+        """See `Hypervisor.diagnostics`. The process's own output is the guest's serial port."""
+        parts = self._parts
+        evidence = {"firecracker log": parts.log.tail.tail() if parts.log else ""}
+        evidence["guest console"] = parts.process.stderr_tail() if parts.process else ""
+        return {name: text for name, text in evidence.items() if text}
+
+    # --- how it is done
+
+    def _open_den(self) -> Den:
+        if not self._section.jailer_path:
+            return Den.plain(self._state_dir, self._undo)
+        section = self._section
+        return Den.jail(
+            self._sandbox_id, section.path, self._undo, uid=section.jailer_uid, gid=section.jailer_gid
+        )
+
+    async def _spawn(self, timeout: float) -> None:
+        """Firecracker up to an answering API, log and metrics flowing. Raises KataError, OSError."""
+        den, parts, section = self._den(), self._parts, self._section
+        await asyncio.to_thread(self._make_files, den)
+        parts.log = LineFifo(den.path("log.fifo"), self._on_log)
+        parts.metrics = LineFifo(den.path("metrics.fifo"), self._on_metrics)
+        jail = jail_id(self._sandbox_id) if den.jailed else ""
+        version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
+        if jail and section.jailer_cgroups:
+            for path in _cgroup_paths(section, jail, version):
+                parts.cgroups.append(self._undo.record("cgroup", path=path))
+        parts.process = await Child.spawn(
+            boot.arguments(section, jail=jail, base=JAIL_BASE, netns=self._netns, cgroups=version),
+            name=_NAME,
+            undo=self._undo,
+            netns=None if jail else self._netns,
+            cwd=None if jail else den.root,
+            on_output=self._on_console if section.enable_debug else None,
+        )
+        self._watcher = asyncio.create_task(self._watch(parts.process), name=f"watch {self._sandbox_id}")
+        sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
+        parts.api = FirecrackerApi(sock)
+        level = "Debug" if section.enable_debug else "Warn"
+        await self._put("/logger", {"log_path": "log.fifo", "level": level, "show_level": True})
+        await self._put("/metrics", {"metrics_path": "metrics.fifo"})
+
+    def _make_files(self, den: Den) -> None:
+        den.make_fifo("log.fifo")
+        den.make_fifo("metrics.fifo")
+        den.make_file(EMPTY, _EMPTY_SIZE)
+
+    async def _configure(self) -> None:
+        """Everything up to InstanceStart. Raises HypervisorError, OSError."""
+        den, section, parts = self._den(), self._section, self._parts
+        kernel = await asyncio.to_thread(den.lend, section.kernel, "kernel")
+        initrd = await asyncio.to_thread(den.lend, section.initrd, "initrd") if section.initrd else ""
+        words = boot.kernel_command_line(
+            section,
+            console=any(isinstance(device, ConsoleConfig) for device in parts.cold),
+            home_port=parts.channel.home_port if parts.channel else 0,
+        )
+        calls = list(boot.machine(section, kernel, initrd, words))
+        calls += await self._boot_drives(den)
+        for device in parts.cold:
+            match device:
+                case NetworkConfig():
+                    calls.append(boot.network(section, device.id, device.tap, device.mac))
+                case VsockConfig():
+                    vsock = {"guest_cid": boot.GUEST_CID, "uds_path": boot.VSOCK}
+                    calls.append(boot.Call("/vsock", vsock))
+                case RngConfig():
+                    calls.append(boot.Call("/entropy", {}))
+                case _:
+                    pass
+        for call in calls:
+            await self._put(call.path, call.body)
+        await self._put("/actions", {"action_type": "InstanceStart"})
+
+    async def _load(self) -> None:
+        """The VM of a snapshot instead. Its disks are those it was saved with, by the same names."""
+        den, section = self._den(), self._section
+        await self._boot_drives(den)  # the saved state knows them by these names
+        state = await asyncio.to_thread(den.lend, section.device_state_path, "device-state")
+        memory = await asyncio.to_thread(den.lend, section.memory_path, "memory")
+        body = {
+            "snapshot_path": state,
+            "mem_backend": {"backend_type": "File", "backend_path": memory},
+            "resume_vm": True,
+        }
+        await self._api().put("/snapshot/load", body, timeout=_SNAPSHOT)
+
+    async def _put(self, path: str, body: dict[str, Any]) -> None:
+        await self._api().put(path, body, timeout=_CALL)
+
+    async def _boot_drives(self, den: Den) -> list[boot.Call]:
+        self._parts.drives = Drives(self._section, den)
+        disks = [device for device in self._parts.cold if isinstance(device, BlockConfig)]
+        return await self._parts.drives.boot_with(disks)
+
+    def _has(self, device_id: str) -> bool:
+        return self._parts.drives is not None and self._parts.drives.has(device_id)
+
+    async def _watch(self, process: Child) -> None:
+        """Wait for the end, tell everybody."""
+        await process.wait()
+        if self._parts.log is not None:
+            self._parts.log.drain()
+        code = process.exited.result()
+        reason = f"{_NAME} {process.describe()}"
+        if code == 0:
+            reason = "the guest ended the VM"
+        ended = VmExit(
+            code=code,
+            reason="the VM was stopped" if self._stopping else reason,
+            stderr_tail=self._parts.log.tail.tail() if self._parts.log else "",
+            console_tail=process.stderr_tail(),
+            expected=self._stopping,
+        )
+        if not self._stopping:
+            _log.error("the VM died", reason=reason, log=ended.stderr_tail)
+        self._settle(ended)
+
+    def _settle(self, ended: VmExit) -> None:
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(ended)
+        if self._parts.channel is not None:
+            self._parts.channel.fail(
+                lambda: HypervisorError(
+                    f"the VM is gone: {ended.reason}", phase="boot", details=self.diagnostics()
+                )
+            )
+
+    def _on_log(self, line: bytes) -> None:
+        text = line.decode("utf-8", "replace")[:500]
+        level = next(
+            (name for word, name in _LEVELS.items() if f":{word}]" in text or f"[{word}" in text), "debug"
+        )
+        getattr(_log, level)("log", line=text)
+
+    def _on_metrics(self, line: bytes) -> None:
+        if self._numbers is not None and not self._numbers.done():
+            with contextlib.suppress(ValueError):
+                numbers = json.loads(line)
+                if isinstance(numbers, dict):
+                    self._numbers.set_result(numbers)
+
+    def _on_console(self, data: bytes) -> None:
+        for line in data.decode("utf-8", "replace").splitlines():
+            if line.strip():
+                _log.debug("console", line=line[:500])
+
+    def _with_evidence(self, error: KataError) -> KataError:
+        return error.with_context(phase="boot", details=self.diagnostics())
+
+    def _den(self) -> Den:
+        if self._parts.den is None:
+            raise BugError("the VM was not prepared")
+        return self._parts.den
+
+    def _drives(self) -> Drives:
+        if self._parts.drives is None:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return self._parts.drives
+
+    def _process(self) -> Child:
+        if self._parts.process is None:
+            raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
+        return self._parts.process
+
+    def _api(self) -> FirecrackerApi:
+        if self._parts.api is None:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return self._parts.api
+
+
+def _vcpu_threads(pid: int) -> dict[int, int]:
+    found = {}
+    for tid in os.listdir(f"/proc/{pid}/task"):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/task/{tid}/comm", encoding="utf-8") as file:
+                match = re.fullmatch(r"fc_vcpu (\d+)\n?", file.read())
+            if match:
+                found[int(match[1])] = int(tid)
+    return found
+
+
+def _cgroup_paths(section: FirecrackerConfig, jail: str, version: int) -> list[str]:
+    """Where the jailer makes the VM's cgroups: below one named after the program."""
+    program = os.path.basename(section.path)
+    if version == 2:
+        return [f"/sys/fs/cgroup/{program}/{jail}"]
+    controllers = sorted({setting.partition(".")[0] for setting in section.jailer_cgroups})
+    return [f"/sys/fs/cgroup/{name}/{program}/{jail}" for name in controllers]
+
+
+def _remove_files(den: Den) -> None:
+    """What Firecracker and we put into the den; then the den."""
+    for name in (boot.API_SOCKET, boot.VSOCK):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.lstat(den.path(name)).st_mode):
+                os.unlink(den.path(name))
+    den.close()
