@@ -40,20 +40,20 @@ def test_somebody_elses_plugin_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     offer(monkeypatch, metadata.EntryPoint("acme", "acme_vmm:plugin", registry.GROUP))
 
     assert registry.get_plugin("acme") is module.plugin
-    assert sorted(registry.load_plugins()) == ["acme", "qemu"]
+    assert sorted(registry.load_plugins()) == ["acme", "firecracker", "qemu"]
 
 
 def test_a_broken_plugin_is_named_and_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, metadata.EntryPoint("bad", "no_such_module_here:plugin", registry.GROUP))
 
-    assert sorted(registry.load_plugins()) == ["qemu"]
+    assert sorted(registry.load_plugins()) == ["firecracker", "qemu"]
     with pytest.raises(ConfigError, match=r"'bad' cannot be loaded.*no_such_module_here"):
         registry.get_plugin("bad")
 
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch)
-    with pytest.raises(ConfigError, match='no hypervisor "qemuu"; the nearest is "qemu"; known: qemu'):
+    with pytest.raises(ConfigError, match='no hypervisor "qemuu"; the nearest is "qemu"; known: firecracker, qemu'):
         registry.get_plugin("qemuu")
 
 
