@@ -53,7 +53,8 @@ def test_a_broken_plugin_is_named_and_hides_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch)
-    with pytest.raises(ConfigError, match='no hypervisor "qemuu"; the nearest is "qemu"; known: firecracker, qemu'):
+    known = 'no hypervisor "qemuu"; the nearest is "qemu"; known: firecracker, qemu'
+    with pytest.raises(ConfigError, match=known):
         registry.get_plugin("qemuu")
 
 
