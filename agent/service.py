@@ -332,12 +332,17 @@ class AgentService:
     async def get_diagnostic_data(
         self, _: CallContext, request: agent_pb2.GetDiagnosticDataRequest
     ) -> agent_pb2.GetDiagnosticDataResponse:
-        """The container's termination message."""
-        from agent.guest import termination_log
+        """The container's termination message, as in Kata's agent; or its processes, which is ours."""
+        container = self._container(request)
+        if request.log_type == "termination_log":
+            from agent.guest import termination_log
 
-        if request.log_type != "termination_log":
-            raise _unimplemented(f"diagnostic data {request.log_type[:60]!r}")
-        return agent_pb2.GetDiagnosticDataResponse(data=termination_log(self._container(request)))
+            return agent_pb2.GetDiagnosticDataResponse(data=termination_log(container))
+        if request.log_type == "processes":
+            from agent.stats import process_list
+
+            return agent_pb2.GetDiagnosticDataResponse(data=process_list(container))
+        raise _unimplemented(f"diagnostic data {request.log_type[:60]!r}")
 
     async def get_volume_stats(
         self, _: CallContext, request: agent_pb2.VolumeStatsRequest

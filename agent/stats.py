@@ -1,19 +1,27 @@
-"""Counters of a container's cgroup (version 2) and of a volume, in the agent protocol's terms.
+"""Counters of a cgroup (version 2), of the network and of a volume, in the terms of the agent's protocol.
 
-What: text of cgroup files in, `StatsContainerResponse` out.
+What: text of cgroup files and of /proc/net/dev in, `StatsContainerResponse` out.
 Why lenient: a controller that is off has no files; its counters are then zero.
 Invariants: times in nanoseconds, sizes in bytes; a limit of "max" is 2**64 - 1 for memory (as
-cgroup v1 has no limit) and 0 for pids, as Kata's agent reports them.
+cgroup v1 has no limit) and 0 for pids, as Kata's agent reports them. What memory.events counts, for
+which the protocol has no field, is in the map `stats` under `memory.events.NAME`.
 """
 
 from __future__ import annotations
 
+import json
 import os
+from typing import TYPE_CHECKING
 
 from proto import agent_pb2, csi_pb2
 from ttrpc import Code, RpcError
 
-__all__ = ["container_stats", "flat", "volume_stats"]
+if TYPE_CHECKING:
+    from agent.container import Container
+
+__all__ = ["PROCESSES_MAX", "container_stats", "flat", "process_list", "volume_stats"]
+
+PROCESSES_MAX = 1024
 
 _UNLIMITED = 2**64 - 1
 # io.stat key -> (field of BlkioStats, operation)
@@ -74,6 +82,8 @@ def _memory(cgroup: str, stats: agent_pb2.MemoryStats) -> None:
     stats.kernel_usage.usage = detail.get("kernel", 0)
     for key, value in detail.items():
         stats.stats[key] = value
+    for key, value in events.items():
+        stats.stats[f"memory.events.{key}"] = value
 
 
 def _blkio(cgroup: str, stats: agent_pb2.BlkioStats) -> None:
@@ -101,9 +111,24 @@ def _hugetlb(cgroup: str, stats: agent_pb2.CgroupStats) -> None:
             huge.failcnt = flat(_read(f"{cgroup}/hugetlb.{size}.events")).get("max", 0)
 
 
-def container_stats(cgroup: str) -> agent_pb2.StatsContainerResponse:
-    """Everything the cgroup directory tells; `network_stats` stays empty, as in Kata's agent."""
+def _network(text: str, response: agent_pb2.StatsContainerResponse) -> None:
+    """The links of /proc/net/dev but the loopback: the VM's, so of all containers alike; proc(5)."""
+    for line in text.splitlines():
+        name, colon, rest = line.partition(":")
+        counters = rest.split()
+        if not colon or len(counters) < 16 or name.strip() == "lo" or not all(map(str.isdigit, counters)):
+            continue
+        numbers = [int(counter) for counter in counters]
+        names = ("bytes", "packets", "errors", "dropped")
+        fields = {f"rx_{key}": value for key, value in zip(names, numbers[:4], strict=True)}
+        fields |= {f"tx_{key}": value for key, value in zip(names, numbers[8:12], strict=True)}
+        response.network_stats.add(name=name.strip(), **fields)
+
+
+def container_stats(cgroup: str, links: str = "/proc/net/dev") -> agent_pb2.StatsContainerResponse:
+    """Everything the cgroup directory and the list of links tell."""
     response = agent_pb2.StatsContainerResponse()
+    _network(_read(links), response)
     stats = response.cgroup_stats
     _cpu(cgroup, stats.cpu_stats)
     _memory(cgroup, stats.memory_stats)
@@ -112,6 +137,18 @@ def container_stats(cgroup: str) -> agent_pb2.StatsContainerResponse:
     _blkio(cgroup, stats.blkio_stats)
     _hugetlb(cgroup, stats)
     return response
+
+
+def process_list(container: Container) -> str:
+    """JSON: `{"pid": N}` for each process of the container, with `"exec": ID` for those that the host knows.
+
+    The init's exec id is empty. At most `PROCESSES_MAX` processes are listed.
+    """
+    known = {process.pid: process.exec_id for process in container.execs.values() if process.alive}
+    if container.init is not None:
+        known[container.init.pid] = ""
+    pids = container.pids()[:PROCESSES_MAX]
+    return json.dumps([{"pid": pid, "exec": known[pid]} if pid in known else {"pid": pid} for pid in pids])
 
 
 def volume_stats(path: str) -> csi_pb2.VolumeStatsResponse:

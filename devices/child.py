@@ -31,7 +31,7 @@ from devices.errors import HostError
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
 
-__all__ = ["Child", "describe_exit", "process_start_time", "process_stat"]
+__all__ = ["Child", "describe_exit", "process_memory", "process_start_time", "process_stat"]
 
 _CLONE_NEWNET = 0x40000000
 _READ_SIZE = 64 << 10
@@ -61,6 +61,18 @@ def process_stat(pid: int) -> list[str]:
     except (FileNotFoundError, ProcessLookupError) as error:
         raise ProcessLookupError(pid) from error
     return text[text.rindex(")") + 2 :].split()  # the name may hold blanks and parentheses
+
+
+def process_memory(pid: int) -> tuple[int, int]:
+    """Resident bytes of the process: its own, and those in memory that it shares (VmRSS less RssShmem,
+    and RssShmem, of /proc/PID/status). Raises ProcessLookupError if it is gone."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
+            fields = dict(line.split(":", 1) for line in status.read().splitlines() if ":" in line)
+    except OSError as error:
+        raise ProcessLookupError(pid) from error
+    whole, shared = (int(fields.get(key, "0").split()[0]) << 10 for key in ("VmRSS", "RssShmem"))
+    return whole - shared, shared
 
 
 def process_start_time(pid: int) -> int:

@@ -20,13 +20,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, S
 from typing import Any
 
 import structlog
-from google.protobuf import any_pb2
 
 from devices.errors import CallerError, KataError
 from proto import events_pb2, mount_pb2, oci_pb2
 from shim.process import Call, Exit, Kind, Process, Status
 from shim.protocols import EventSink, GuestContainer, Sandbox
-from shim.stats import host_is_unified, to_any
 from shim.stdio import Stdio, StdioSpec
 
 __all__ = ["VM_DEATH", "Container"]
@@ -277,11 +275,6 @@ class Container:
         self.init.check(Call.UPDATE)
         await self.sandbox.resize(self.id, resources)
         await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
-
-    async def stats(self) -> any_pb2.Any:
-        """What it uses in the guest, packed as containerd expects it on this host."""
-        self.init.check(Call.STATS)
-        return to_any(await self.sandbox.agent.stats_container(self.id), unified=host_is_unified())
 
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
         """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op."""

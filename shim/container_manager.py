@@ -29,9 +29,11 @@ from google.protobuf import any_pb2
 from devices.errors import CallerError, KataError
 from proto import events_pb2, mount_pb2, oci_pb2
 from shim.container import Container
-from shim.process import Exit
+from shim.process import Call, Exit, Status
 from shim.protocols import EventSink, RootfsMount, Sandbox
+from shim.stats import host_is_unified, to_any
 from shim.stdio import StdioSpec
+from shim.usage import Usage
 
 __all__ = ["ContainerManager", "Runtime", "check_id", "load_spec"]
 
@@ -102,6 +104,7 @@ class ContainerManager:
         self._creating: set[str] = set()
         self._over: set[str] = set()  # sandboxes whose own container has ended
         self._stopped: set[str] = set()  # and those that were stopped
+        self._usage = Usage()
         self._work: set[asyncio.Task[Any]] = set()
         self._when_idle: Callable[[], None] | None = None
 
@@ -247,6 +250,28 @@ class ContainerManager:
         """See `Container.update`."""
         await self._to_its_end(self.get(container_id).update(resources, beyond=beyond))
 
+    async def stats(self, container_id: str) -> any_pb2.Any:
+        """What it uses (`shim.usage`), packed as containerd expects it on this host."""
+        container = self.get(container_id)
+        container.init.check(Call.STATS)
+        others = [
+            other.id
+            for other in self._containers.values()
+            if other.sandbox is container.sandbox and other is not container
+        ]
+        response = await self._usage.stats(container.sandbox, container_id, others)
+        return to_any(response, unified=host_is_unified())
+
+    async def processes(self, container_id: str) -> list[str]:
+        """Of each process of the container its exec id, "" for the init, which is the first, and for
+        those that containerd does not know. Waits for the guest a second at most."""
+        container = self.get(container_id)
+        known = [p.exec_id for p in container.processes() if not p.exec_id or p.status is Status.RUNNING]
+        if container.init.status not in {Status.RUNNING, Status.PAUSED}:
+            return known
+        in_guest = await self._usage.processes(container.sandbox, container_id)
+        return known + [""] * sum(process.exec_id is None for process in in_guest)
+
     def report_oom(self, container_id: str) -> None:
         """The guest's kernel killed something in this container for want of memory."""
         if container_id in self._containers:
@@ -292,6 +317,7 @@ class ContainerManager:
 
     async def _stop(self, sandbox: Sandbox) -> None:
         self._stopped.add(sandbox.id)
+        self._usage = Usage()
         try:
             await sandbox.stop()
         except (KataError, OSError) as error:  # `delete` does it again, from the journal

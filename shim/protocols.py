@@ -16,7 +16,16 @@ from typing import Any, Protocol
 
 from proto import agent_pb2, oci_pb2
 
-__all__ = ["AgentClient", "Deadlines", "EventSink", "GuestContainer", "RootfsMount", "Sandbox"]
+__all__ = [
+    "AgentClient",
+    "Deadlines",
+    "EventSink",
+    "GuestContainer",
+    "GuestProcess",
+    "HostUsage",
+    "RootfsMount",
+    "Sandbox",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,22 @@ class GuestContainer:
     sandbox_pidns: bool = False
     #: What of the OCI spec Kata's protocol has no field for (`shim.oci_fields.BEYOND`), in OCI's shape.
     beyond: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestProcess:
+    """A process of a container: its pid in the guest, and its exec id ("" the init's), None for others."""
+
+    pid: int
+    exec_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsage:
+    """What the VMM and its daemons use on the host: CPU time in ns, resident memory in bytes."""
+
+    cpu: int = 0
+    memory: int = 0
 
 
 class AgentClient(Protocol):
@@ -82,6 +107,7 @@ class AgentClient(Protocol):
     async def pause_container(self, container_id: str) -> None: ...
     async def resume_container(self, container_id: str) -> None: ...
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse: ...
+    async def list_processes(self, container_id: str) -> Sequence[GuestProcess]: ...
     async def update_container(
         self, container_id: str, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any] = ...
     ) -> None: ...
@@ -132,6 +158,15 @@ class Sandbox(Protocol):
 
         Raises CallerError FAILED_PRECONDITION, with nothing changed, if the VM cannot be that large.
         """
+        ...
+
+    @property
+    def is_pod(self) -> bool:
+        """Whether its own container is a pod's sandbox container, not a single one."""
+        ...
+
+    async def host_usage(self) -> HostUsage:
+        """Of the whole VM, what runs in the guest included."""
         ...
 
     async def open_stream(self) -> tuple[socket.socket, int]:

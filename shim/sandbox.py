@@ -35,7 +35,7 @@ from shim.agent_client import GuestAgent
 from shim.guest_spec import GUEST_SHARE, GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.limits import Size, wanted
 from shim.oci import spec_from_json
-from shim.protocols import Deadlines, GuestContainer, RootfsMount
+from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.shared_dir import SharedDir
 from shim.trace import Trace
 
@@ -188,6 +188,16 @@ class VirtSandbox:
                     hint="raise default_vcpus or default_memory in the configuration",
                     code="FAILED_PRECONDITION",
                 )
+
+    @property
+    def is_pod(self) -> bool:
+        """Whether its own container is a pod's sandbox container."""
+        return self.settings.container_type == "pod_sandbox"
+
+    async def host_usage(self) -> HostUsage:
+        """Of the VMM and its daemons, by the hypervisor's own account."""
+        metrics = await self._hypervisor.get_hypervisor_metrics()
+        return HostUsage(int(metrics["cpu_seconds_total"] * 1e9), int(metrics["resident_bytes"]))
 
     async def open_stream(self) -> tuple[socket.socket, int]:
         """A connection for one stdio stream, and the number that names it to the agent."""

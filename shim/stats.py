@@ -66,6 +66,14 @@ def _limit(value: int, unlimited: int) -> int:
     return unlimited if value == 0 or value >= _UNLIMITED_FROM else value
 
 
+def _copy_events(target: Any, stats: Mapping[str, int]) -> None:
+    """What our agent counts of memory.events, into the fields of `target` with these names."""
+    for field in target.DESCRIPTOR.fields:
+        value = stats.get(f"memory.events.{field.name}")
+        if value is not None:
+            setattr(target, field.name, value)
+
+
 def _copy_stats(
     target: Any, stats: Mapping[str, int], aliases: Mapping[str, Iterable[str]], prefix: str = ""
 ) -> None:
@@ -95,7 +103,10 @@ def _v1(response: agent_pb2.StatsContainerResponse) -> metrics_v1_pb2.Metrics:
     metrics.cpu.throttling.throttled_time = throttling.throttled_time
     memory = guest.memory_stats
     _copy_stats(metrics.memory, memory.stats, _V1_ALIASES, "total_")
+    _copy_events(metrics.memory_oom_control, memory.stats)
     metrics.memory.cache = memory.cache or metrics.memory.cache
+    metrics.memory.hierarchical_memory_limit = _limit(memory.usage.limit, _V1_UNLIMITED)
+    metrics.memory.hierarchical_swap_limit = _limit(memory.swap_usage.limit, _V1_UNLIMITED)
     for entry, data in (
         (metrics.memory.usage, memory.usage),
         (metrics.memory.swap, memory.swap_usage),
@@ -115,7 +126,8 @@ def _v1(response: agent_pb2.StatsContainerResponse) -> metrics_v1_pb2.Metrics:
 def _v2(response: agent_pb2.StatsContainerResponse) -> metrics_v2_pb2.Metrics:
     guest = response.cgroup_stats
     metrics = metrics_v2_pb2.Metrics()
-    metrics.pids.current, metrics.pids.limit = guest.pids_stats.current, guest.pids_stats.limit
+    metrics.pids.current = guest.pids_stats.current
+    metrics.pids.limit = guest.pids_stats.limit or _V2_UNLIMITED  # "max", as containerd's own reads it
     usage, throttling = guest.cpu_stats.cpu_usage, guest.cpu_stats.throttling_data
     metrics.cpu.usage_usec = usage.total_usage // 1000
     metrics.cpu.user_usec = usage.usage_in_usermode // 1000
@@ -132,6 +144,7 @@ def _v2(response: agent_pb2.StatsContainerResponse) -> metrics_v2_pb2.Metrics:
     metrics.memory.swap_limit = _limit(memory.swap_usage.limit, _V2_UNLIMITED)
     metrics.memory.swap_max_usage = memory.swap_usage.max_usage
     metrics.memory_events.max = memory.usage.failcnt
+    _copy_events(metrics.memory_events, memory.stats)
     devices: dict[tuple[int, int], metrics_v2_pb2.IOEntry] = {}
     for items, unit in (
         (guest.blkio_stats.io_service_bytes_recursive, "bytes"),

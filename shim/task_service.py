@@ -5,7 +5,8 @@ another package name; each request is answered with the class of the package it 
 object serves both.
 Why so thin: what the calls mean stands in `container_manager`, `container` and `process`; here is
 only what they look like on the wire.
-Invariants: State, Pids, Connect and Wait read the host's own books; they never ask the guest.
+Invariants: State, Connect and Wait read the host's own books; they never ask the guest. Pids asks it, but
+answers from the books alone if the guest does not within a second.
 Errors are KataErrors whose code the ttrpc server puts into the reply.
 Source: containerd's api/runtime/task/v2/shim.proto; facts/containerd-shim.md 1.9-1.12 and 3.1.
 """
@@ -127,16 +128,15 @@ class TaskService:
         return _exit_fields(_messages(request).DeleteResponse(pid=pid), ended)
 
     async def pids(self, _ctx: object, request: Any) -> Any:
-        """Its processes as containerd knows them, each with the VMM's pid. Never empty: containerd
-        1.7 takes a shim that answers with none for leaked."""
+        """Its processes in the guest, each with the VMM's pid: a guest's pid would name somebody else's
+        process to whoever signals or lists it on the host. Those of Exec say whose they are. Never empty:
+        containerd 1.7 takes a shim that answers with none for leaked."""
         container = self._manager.get(request.id)
         response = _messages(request).PidsResponse()
-        for process in container.processes():
-            if process.exec_id and process.status is not Status.RUNNING:
-                continue
+        for exec_id in await self._manager.processes(request.id):
             entry = response.processes.add(pid=container.pid)
-            if process.exec_id:
-                details = runc_options_pb2.ProcessDetails(exec_id=process.exec_id)
+            if exec_id:
+                details = runc_options_pb2.ProcessDetails(exec_id=exec_id)
                 entry.info.type_url = details.DESCRIPTOR.full_name
                 entry.info.value = details.SerializeToString()
         return response
@@ -203,8 +203,7 @@ class TaskService:
 
     async def stats(self, _ctx: object, request: Any) -> Any:
         """What the container uses, in the form of the host's cgroup version."""
-        usage = await self._manager.get(request.id).stats()
-        return _messages(request).StatsResponse(stats=usage)
+        return _messages(request).StatsResponse(stats=await self._manager.stats(request.id))
 
     async def connect(self, _ctx: object, request: Any) -> Any:
         """Who serves this container; for an unknown one the answer has no task pid."""

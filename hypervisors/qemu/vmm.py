@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 
 from devices.addresses import PciTopology
-from devices.child import Child, process_start_time, process_stat
+from devices.child import Child, process_memory, process_start_time, process_stat
 from devices.config import (
     ConsoleConfig,
     DeviceConfig,
@@ -285,14 +285,18 @@ class Qemu:
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
-        """CPU seconds and resident bytes of QEMU and its daemons, from /proc."""
-        tick, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+        """CPU seconds and resident bytes of QEMU and its daemons, from /proc.
+
+        The guest's memory, which the daemons map too, counts once, with QEMU.
+        """
+        tick = os.sysconf("SC_CLK_TCK")
         metrics = {"cpu_seconds_total": 0.0, "resident_bytes": 0.0, "processes": 0.0}
-        for pid in await self.get_pids():
+        for index, pid in enumerate(await self.get_pids()):
             with contextlib.suppress(ProcessLookupError):
                 fields = process_stat(pid)
+                own, shared = process_memory(pid)
                 metrics["cpu_seconds_total"] += (int(fields[11]) + int(fields[12])) / tick
-                metrics["resident_bytes"] += int(fields[21]) * page
+                metrics["resident_bytes"] += own + (0 if index else shared)
                 metrics["processes"] += 1
         return metrics
 

@@ -10,6 +10,14 @@ from agent.oom import oom_kills
 from agent.stats import container_stats, volume_stats
 from ttrpc import Code, RpcError
 
+# As /proc/net/dev has it, proc(5).
+LINKS = """\
+Inter-|   Receive                                                |  Transmit
+ face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo colls
+    lo: 7 7 0 0 0 0 0 0 7 7 0 0 0 0 0 0
+  eth0: 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16
+"""
+
 
 def test_a_full_cgroup(tmp_path: Path) -> None:
     files = {
@@ -31,8 +39,19 @@ def test_a_full_cgroup(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
 
-    stats = container_stats(str(tmp_path)).cgroup_stats
+    (tmp_path / "dev").write_text(LINKS)
+    response = container_stats(str(tmp_path), str(tmp_path / "dev"))
+    stats = response.cgroup_stats
 
+    (link,) = response.network_stats
+    assert (link.name, link.rx_bytes, link.rx_packets, link.rx_errors, link.rx_dropped) == (
+        "eth0",
+        1,
+        2,
+        3,
+        4,
+    )
+    assert (link.tx_bytes, link.tx_packets, link.tx_errors, link.tx_dropped) == (9, 10, 11, 12)
     assert stats.cpu_stats.cpu_usage.total_usage == 30_000
     assert stats.cpu_stats.cpu_usage.usage_in_usermode == 20_000
     assert stats.cpu_stats.throttling_data.throttled_time == 2_000
@@ -42,7 +61,9 @@ def test_a_full_cgroup(tmp_path: Path) -> None:
     assert stats.memory_stats.usage.failcnt == 9
     assert stats.memory_stats.swap_usage.limit == 4
     assert stats.memory_stats.cache == 6
-    assert dict(stats.memory_stats.stats) == {"anon": 5, "file": 6, "kernel": 7}
+    events = {f"memory.events.{key}": value for key, value in [("low", 0), ("max", 9), ("oom", 1)]}
+    events["memory.events.oom_kill"] = 1
+    assert dict(stats.memory_stats.stats) == {"anon": 5, "file": 6, "kernel": 7, **events}
     assert (stats.pids_stats.current, stats.pids_stats.limit) == (2, 10)
     entries = [(e.major, e.minor, e.op, e.value) for e in stats.blkio_stats.io_service_bytes_recursive]
     assert entries == [(254, 0, "read", 1), (254, 0, "write", 2)]

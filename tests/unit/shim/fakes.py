@@ -24,7 +24,8 @@ from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.container_manager import ContainerManager
 from shim.limits import Size, wanted
-from shim.protocols import GuestContainer, RootfsMount
+from shim.protocols import GuestContainer, HostUsage, RootfsMount
+from shim.protocols import GuestProcess as InGuest
 from shim.stdio_pump import END, FRAME_MAX, FrameReader
 from shim.task_service import TaskService
 from ttrpc import snake_case
@@ -144,6 +145,8 @@ class FakeAgent:
         self.resources: list[Any] = []
         self.beyond: list[Mapping[str, Any]] = []  # of each exec and update
         self.stats = agent_pb2.StatsContainerResponse()
+        self.stats_of: dict[str, agent_pb2.StatsContainerResponse] = {}
+        self.children = 0  # processes of each container that the host did not start
 
     async def _enter(self, name: str, container_id: str, exec_id: str = "") -> None:
         self.calls.append((name, container_id, exec_id))
@@ -280,7 +283,16 @@ class FakeAgent:
 
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         await self._enter("stats_container", container_id)
-        return self.stats
+        answer = agent_pb2.StatsContainerResponse()
+        answer.CopyFrom(self.stats_of.get(container_id, self.stats))
+        return answer
+
+    async def list_processes(self, container_id: str) -> list[InGuest]:
+        await self._enter("list_processes", container_id)
+        known = [
+            key[1] for key, process in self.processes.items() if key[0] == container_id and process.running
+        ]
+        return [InGuest(pid, exec_id) for pid, exec_id in enumerate([*known, *[None] * self.children], 7)]
 
     async def update_container(
         self,
@@ -312,6 +324,8 @@ class FakeSandbox:
         self.stopped = False
         self.log: list[str] = []
         self.sizes: list[tuple[str, Size]] = []
+        self.pod = False
+        self.usage = HostUsage()
         self.fail: dict[str, Exception] = {}
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
 
@@ -363,6 +377,14 @@ class FakeSandbox:
         await self._enter("release_container")
         self.prepared.discard(container_id)
 
+    @property
+    def is_pod(self) -> bool:
+        return self.pod
+
+    async def host_usage(self) -> HostUsage:
+        await self._enter("host_usage")
+        return self.usage
+
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         await self._enter("resize")
         self.sizes.append((container_id, wanted(resources)))
@@ -413,6 +435,7 @@ class FakeRuntime:
     ) -> FakeSandbox:
         if self.sandbox is None or self.sandbox.stopped:
             self.sandbox = FakeSandbox(self._pod or container_id, direct=self._direct)
+            self.sandbox.pod = bool(self._pod)
             self.sandboxes.append(self.sandbox)
             self.prepare(self.sandbox)
         return self.sandbox

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from proto import agent_pb2, metrics_v1_pb2, metrics_v2_pb2
-from shim import container as container_module
+from shim import container_manager
 from shim.stats import to_any
 from tests.unit.shim.fakes import TaskClient
 
@@ -68,6 +68,16 @@ def test_of_a_host_with_cgroup_v1() -> None:
     assert metrics.network[0].name == "eth0"
 
 
+def test_out_of_memory_is_counted() -> None:
+    """memory.events has no field in the agent's protocol; our agent puts it among the other counters."""
+    response = agent_pb2.StatsContainerResponse()
+    response.cgroup_stats.memory_stats.stats.update({"memory.events.oom": 3, "memory.events.oom_kill": 2})
+    v1 = metrics_v1_pb2.Metrics.FromString(to_any(response, unified=False).value)
+    v2 = metrics_v2_pb2.Metrics.FromString(to_any(response, unified=True).value)
+    assert v1.memory_oom_control.oom_kill == 2
+    assert (v2.memory_events.oom, v2.memory_events.oom_kill) == (3, 2)
+
+
 def test_names_of_a_guest_with_cgroup_v1() -> None:
     """A stock guest may have either; v1's totals win over the container's own."""
     response = agent_pb2.StatsContainerResponse()
@@ -82,14 +92,16 @@ def test_no_limit_is_above_what_any_memory_has(limit: int) -> None:
     response.cgroup_stats.memory_stats.usage.limit = limit
     v1 = metrics_v1_pb2.Metrics.FromString(to_any(response, unified=False).value)
     v2 = metrics_v2_pb2.Metrics.FromString(to_any(response, unified=True).value)
-    limits = (v1.memory.usage.limit, v1.memory.swap.limit, v2.memory.usage_limit, v2.memory.swap_limit)
+    limits = [v1.memory.usage.limit, v1.memory.swap.limit, v2.memory.usage_limit, v2.memory.swap_limit]
+    limits += [v1.memory.hierarchical_memory_limit, v1.memory.hierarchical_swap_limit, v2.pids.limit]
     assert all(value > UNLIMITED for value in limits)
+    assert v1.pids.limit == 0, "what cgroup v1's readers take for none"
 
 
 @pytest.mark.parametrize("unified", [True, False])
 async def test_through_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unified: bool) -> None:
     """Also for a container that does not run yet."""
-    monkeypatch.setattr(container_module, "host_is_unified", lambda: unified)
+    monkeypatch.setattr(container_manager, "host_is_unified", lambda: unified)
     shim = TaskClient(tmp_path)
     await shim.create()
     shim.agent.stats = sample()

@@ -90,6 +90,23 @@ async def test_connect_and_pids(shim: TaskClient) -> None:
     assert [entry.pid for entry in entries] == [VMM_PID, VMM_PID]
     assert entries[1].info.type_url == "containerd.runc.v1.ProcessDetails"
     assert entries[1].info.value == b"\x0a\x01e"
+    shim.agent.children = 2
+    entries = (await shim.call("Pids", id="c")).processes
+    assert [entry.pid for entry in entries] == [VMM_PID] * 4, "no pid of the guest gets out"
+    assert [entry.HasField("info") for entry in entries] == [False, True, False, False]
+
+
+async def test_pids_of_a_guest_that_does_not_say(shim: TaskClient) -> None:
+    """A stock agent does not list processes, and a hanging one is not waited for: the books are enough."""
+    await shim.create()
+    await shim.start()
+    shim.agent.children = 2
+
+    async def refuse() -> None:
+        raise CallerError("GetDiagnosticData is not implemented", code="UNIMPLEMENTED")
+
+    shim.agent.before["list_processes"] = refuse
+    assert [entry.pid for entry in (await shim.call("Pids", id="c")).processes] == [VMM_PID]
 
 
 @pytest.mark.parametrize("messages", [task_v2_pb2, task_v3_pb2])
