@@ -1,6 +1,7 @@
 """The [hypervisor.NAME] section: Kata's keys, Kata's defaults, and the few keys of our own.
 
-What: `HypervisorConfig`, the schema that QEMU uses; other VMMs may use it or bring their own.
+What: `SandboxSection`, the keys that the sandbox reads itself, whatever VMM runs it: a plugin's schema
+extends it. `HypervisorConfig`, the schema that QEMU uses; other VMMs may use it or bring their own.
 Why: an existing configuration.toml must mean the same here (design D5).
 `enable_annotations` and the valid_* lists are the loader's (`shim.config.schema.AnnotationPolicy`): they hold
 for every plugin, whatever its schema.
@@ -12,37 +13,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HypervisorConfig"]
+__all__ = ["HypervisorConfig", "SandboxSection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HypervisorConfig:
-    """One VMM's section. Keys marked "ours" do not exist in Kata."""
-
-    # --- programs
-    path: str = ""
+class SandboxSection:
+    """What every VMM's section has. Keys marked "ours" do not exist in Kata."""
 
     # --- boot
     kernel: str = ""
     kernel_params: str = ""
     initrd: str = ""  # with `image` too: an initrd that mounts the image (Kata: one of them only)
     image: str = ""
-    rootfs_type: str = "ext4"
 
-    # --- machine and CPU
-    machine_type: str = "q35"
-    machine_accelerators: str = ""
-    accelerator: str = "auto"  # ours: "auto" | "kvm" | "tcg"
-    cpu_features: str = ""
+    # --- size
     default_vcpus: float = 1.0
-    default_maxvcpus: int = 0
-
-    # --- memory
     default_memory: int = 2048
-    default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
-    memory_slots: int = 10  # DIMMs that can be plugged; 0 is none
-    enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
-    hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
 
     # --- shared file system
     shared_fs: str = "virtio-fs"  # or "none"
@@ -54,15 +40,43 @@ class HypervisorConfig:
     # --- devices
     vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
     entropy_source: str = "/dev/urandom"
-    pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each
-    pcie_switch_port: int = 0  # the same below one switch
-    default_bridges: int = 1  # PCI bridges for hot-plug, 31 devices each
     reclaim_guest_freed_memory: bool = False
 
     # --- security
     disable_guest_selinux: bool = True
-    disable_seccomp: bool = False
-    seccomp_sandbox: str = ""
 
     # --- debugging
     enable_debug: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HypervisorConfig(SandboxSection):
+    """QEMU's section."""
+
+    # --- programs
+    path: str = ""
+
+    # --- boot
+    rootfs_type: str = "ext4"
+
+    # --- machine and CPU
+    machine_type: str = "q35"
+    machine_accelerators: str = ""
+    accelerator: str = "auto"  # ours: "auto" | "kvm" | "tcg"
+    cpu_features: str = ""
+    default_maxvcpus: int = 0
+
+    # --- memory
+    default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
+    memory_slots: int = 10  # DIMMs that can be plugged; 0 is none
+    enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
+    hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
+
+    # --- devices
+    pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each
+    pcie_switch_port: int = 0  # the same below one switch
+    default_bridges: int = 1  # PCI bridges for hot-plug, 31 devices each
+
+    # --- security
+    disable_seccomp: bool = False
+    seccomp_sandbox: str = ""

@@ -48,7 +48,7 @@ def test_a_sound_section_passes(section: HypervisorConfig) -> None:
         ({"default_memory": 32}, "less than 64 MiB"),
         ({"pcie_root_port": 99}, "0..16"),
         ({"virtio_fs_daemon": "/nope/virtiofsd"}, "virtio_fs_daemon .* does not exist"),
-        ({"path": "/"}, 'path = "/" is no file'),
+        ({"path": "/"}, 'path = "/" is not executable'),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -1,0 +1,105 @@
+"""Rules and defaults that the sections of all VMMs share, for plugins' `adjust_config` and `validate_config`.
+
+What: `adjust_sandbox_section` and `check_sandbox_section` for the keys of `SandboxSection`; `wrong`,
+`check_file`, `check_program` and `check_word` for a plugin's own keys.
+Invariants: each error carries its key, from which the loader finds file and line, and says what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+from devices.errors import ConfigError
+from hypervisors.config import SandboxSection
+
+__all__ = [
+    "adjust_sandbox_section",
+    "check_file",
+    "check_program",
+    "check_sandbox_section",
+    "check_word",
+    "wrong",
+]
+
+_DEFAULT_MEMORY = 128  # MiB, Kata's meaning of 0
+_MIN_MEMORY = 64  # MiB, as in Kata
+_SHARED_FS = ("none", "virtio-fs")
+_CACHES = ("never", "auto", "always")
+
+SectionT = TypeVar("SectionT", bound=SandboxSection)
+
+
+def adjust_sandbox_section(section: SectionT, *, max_vcpus: int) -> SectionT:
+    """Kata's meanings of "", 0 and of values beyond this host. `max_vcpus`: what the VMM can do."""
+    most = min(len(os.sched_getaffinity(0)), max_vcpus)
+    vcpus = section.default_vcpus
+    host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    cache = section.virtio_fs_cache
+    return dataclasses.replace(
+        section,
+        default_vcpus=1.0 if vcpus == 0 else float(most) if vcpus < 0 or vcpus > most else vcpus,
+        default_memory=min(section.default_memory or _DEFAULT_MEMORY, host_memory),
+        shared_fs=section.shared_fs or "virtio-fs",
+        virtio_fs_cache="never" if cache in ("", "none") else cache,
+        entropy_source=section.entropy_source or "/dev/urandom",
+    )
+
+
+def check_sandbox_section(name: str, section: SandboxSection) -> None:
+    """Raise ConfigError for what no sandbox can work with. `name` is that of [hypervisor.NAME]."""
+    if not section.kernel:
+        raise wrong(name, "kernel", "", "is needed")
+    check_file(name, "kernel", section.kernel)
+    if not section.initrd and not section.image:
+        raise ConfigError(
+            f"[hypervisor.{name}] has neither image nor initrd: the guest would have no root file system",
+            key="image",
+            phase="config",
+            hint="set image (and initrd) to what `make guest` builds",
+        )
+    for key in ("initrd", "image"):
+        if getattr(section, key):
+            check_file(name, key, getattr(section, key))
+    check_word(name, "shared_fs", section.shared_fs, _SHARED_FS)
+    check_word(name, "virtio_fs_cache", section.virtio_fs_cache, _CACHES)
+    size = section.virtio_fs_queue_size
+    if size & (size - 1) or not 2 <= size <= 1024:
+        raise wrong(name, "virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
+    if section.default_memory < _MIN_MEMORY:
+        raise wrong(name, "default_memory", section.default_memory, f"is less than {_MIN_MEMORY} MiB")
+    if section.virtio_fs_daemon and section.shared_fs != "none":
+        check_program(name, "virtio_fs_daemon", section.virtio_fs_daemon)
+    if section.vsock_daemon:
+        check_program(name, "vsock_daemon", section.vsock_daemon)
+
+
+def wrong(name: str, key: str, value: str | float, what: str, hint: str = "") -> ConfigError:
+    """The error for `key` of [hypervisor.NAME]; `what` goes on after the value: "is less than 64 MiB"."""
+    shown = f'"{value}"' if isinstance(value, str) else str(value)
+    return ConfigError(f"[hypervisor.{name}] {key} = {shown} {what}", key=key, phase="config", hint=hint)
+
+
+def check_file(
+    name: str, key: str, path: str, hint: str = "build it with `make guest`, or correct the path"
+) -> None:
+    """Raise ConfigError unless `path` is a readable file."""
+    if not os.path.isfile(path):
+        raise wrong(name, key, path, "is no file" if os.path.exists(path) else "does not exist", hint)
+    if not os.access(path, os.R_OK):
+        raise wrong(name, key, path, "is not readable")
+
+
+def check_program(name: str, key: str, path: str, hint: str = "") -> None:
+    """Raise ConfigError unless `path` can be run."""
+    if not os.path.isfile(path) or not os.access(path, os.X_OK):
+        what = "is not executable" if os.path.exists(path) else "does not exist"
+        raise wrong(name, key, path, what, hint)
+
+
+def check_word(name: str, key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise wrong(name, key, value, f"is not allowed; allowed: {', '.join(allowed)}")
