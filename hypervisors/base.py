@@ -210,7 +210,13 @@ class HypervisorPlugin(Protocol[SectionT]):
 
     @property
     def section(self) -> type[SectionT]:
-        """A frozen dataclass: the schema of the section, defaults included."""
+        """A frozen dataclass: the schema of the section, defaults included; extends
+        `hypervisors.config.SandboxSection`, which the sandbox reads."""
+        ...
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The most that this VMM can do here; one VM's own capabilities may be fewer, never more."""
         ...
 
     def adjust_config(self, section: SectionT) -> SectionT:

@@ -17,7 +17,14 @@ from typing import Any
 from devices.errors import BugError, ConfigError
 from hypervisors.base import HypervisorPlugin
 
-__all__ = ["broken_plugins", "get_plugin", "load_plugins", "names_of", "register_hypervisor_plugin"]
+__all__ = [
+    "broken_plugins",
+    "get_plugin",
+    "load_plugins",
+    "names_of",
+    "register_built_in",
+    "register_hypervisor_plugin",
+]
 
 GROUP = "kata_shim.hypervisors"
 _BUILT_IN = {
@@ -29,6 +36,7 @@ _BUILT_IN = {
 _NAMES = (("firecracker", "fc"), ("clh", "cloud-hypervisor", "ch"))
 
 _plugins: dict[str, HypervisorPlugin[Any]] = {}
+_offers: dict[str, str] = {}  # "module:attribute" of plugins that are known by name only
 _broken: dict[str, Exception] = {}
 
 
@@ -37,6 +45,12 @@ def register_hypervisor_plugin(name: str, plugin: HypervisorPlugin[Any]) -> None
     known = _plugins.setdefault(name, plugin)
     if known is not plugin:
         raise BugError(f"two hypervisor plugins are called {name!r}: {known!r} and {plugin!r}")
+
+
+def register_built_in() -> None:
+    """Make those known that come with the shim; each is imported when it is asked for. Idempotent."""
+    for name, value in _BUILT_IN.items():
+        _offers.setdefault(name, value)
 
 
 def names_of(name: str) -> tuple[str, ...]:
@@ -49,8 +63,9 @@ def get_plugin(name: str) -> HypervisorPlugin[Any]:
     name = names_of(name)[0]
     if name in _plugins:
         return _plugins[name]
-    if name in _BUILT_IN:
-        _load(name, _BUILT_IN[name])
+    register_built_in()
+    if name in _offers:
+        _load(name, _offers[name])
     else:
         load_plugins()
     if name in _plugins:
@@ -77,10 +92,10 @@ def load_plugins() -> dict[str, HypervisorPlugin[Any]]:
     """All plugins that can be loaded, by name."""
     from importlib import metadata  # 15 ms with what it imports: not for a built-in plugin
 
-    found = dict(_BUILT_IN)
+    register_built_in()
     for point in metadata.entry_points(group=GROUP):
-        found.setdefault(point.name, point.value)
-    for name, value in found.items():
+        _offers.setdefault(point.name, point.value)
+    for name, value in _offers.items():
         _load(name, value)
     return dict(_plugins)
 

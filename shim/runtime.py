@@ -34,7 +34,7 @@ from devices.config import (
 )
 from devices.errors import CallerError
 from devices.vsock import STREAM_PORT
-from hypervisors.registry import get_plugin
+from hypervisors.registry import get_plugin, register_built_in
 from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
 from shim import logs, oci_fields
 from shim.bundle import share_dir
@@ -76,6 +76,11 @@ class VirtContainer:
         self.trace = Trace(context.sandbox_id, context.state_dir)
         self.trace.mark("daemon", start_time(os.getpid()) / os.sysconf("SC_CLK_TCK"), time.monotonic())
         self.manager: ContainerManager | None = None
+
+    @staticmethod
+    def init() -> None:
+        """Register the hypervisors that come with the shim (the mission's `VirtContainer::init`)."""
+        register_built_in()
 
     async def sandbox_for(
         self,
@@ -166,6 +171,7 @@ class Service:
         self._closing = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
         self._runner = asyncio.create_task(self._run(), name="runtime")
+        VirtContainer.init()
         self._handler = VirtContainer(context, self._tasks)
         self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
         self._handler.manager = self._manager

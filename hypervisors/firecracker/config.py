@@ -10,34 +10,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hypervisors.config import SandboxSection
+
 __all__ = ["FirecrackerConfig", "rate_limiter"]
 
 _REFILL = 1000  # milliseconds: so that a bucket's size is its rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FirecrackerConfig:
+class FirecrackerConfig(SandboxSection):
     """Keys marked "ours" do not exist in Kata."""
 
     # --- programs
     path: str = ""
-    valid_hypervisor_paths: tuple[str, ...] = ()
     jailer_path: str = ""  # "": Firecracker runs without its jailer
-    valid_jailer_paths: tuple[str, ...] = ()
     jailer_uid: int = 0  # ours: whom the jailed Firecracker runs as
     jailer_gid: int = 0  # ours
     jailer_cgroups: tuple[str, ...] = ("pids.max=64",)  # ours: FILE=VALUE; () leaves the cgroup alone
 
     # --- boot
-    kernel: str = ""
-    kernel_params: str = ""
-    initrd: str = ""
-    image: str = ""
     rootfs_type: str = "ext4"
-
-    # --- CPU and memory
-    default_vcpus: float = 1.0
-    default_memory: int = 2048
 
     # --- devices
     shared_fs: str = "none"  # Firecracker has no other
@@ -56,10 +48,6 @@ class FirecrackerConfig:
 
     # --- security
     disable_seccomp: bool = False
-    enable_annotations: tuple[str, ...] = ()
-
-    # --- debugging
-    enable_debug: bool = False
 
 
 def rate_limiter(

@@ -13,14 +13,14 @@ import shutil
 
 from devices.errors import ConfigError
 from devices.undo import UndoLog
-from hypervisors.base import CheckResult
+from hypervisors.base import Capabilities, CheckResult
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.vmm import Firecracker
+from hypervisors.rules import adjust_sandbox_section, wrong
 
 __all__ = ["FirecrackerPlugin", "plugin"]
 
 _MIN_MEMORY = 128  # MiB, as in Kata
-_DEFAULT_MEMORY = 128
 _MAX_VCPUS = 32
 _MAX_SLOTS = 6  # of each kind: Firecracker has interrupts for 19 devices, and there are others
 _CGROUP = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)+=[^\s,=]+")
@@ -31,17 +31,21 @@ class FirecrackerPlugin:
 
     name = "firecracker"
     section = FirecrackerConfig
+    capabilities = Capabilities(
+        block_device=True,
+        block_hotplug=True,
+        block_hot_unplug=True,
+        network_device=True,
+        hybrid_vsock=True,
+        pause=True,
+        snapshot=True,
+    )
 
     def adjust_config(self, section: FirecrackerConfig) -> FirecrackerConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""
-        cpus = min(len(os.sched_getaffinity(0)), _MAX_VCPUS)
-        vcpus = section.default_vcpus
-        host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         return dataclasses.replace(
-            section,
+            adjust_sandbox_section(section, max_vcpus=_MAX_VCPUS),
             path=section.path or shutil.which("firecracker") or "/usr/bin/firecracker",
-            default_vcpus=1.0 if vcpus == 0 else float(cpus) if vcpus < 0 or vcpus > cpus else vcpus,
-            default_memory=min(section.default_memory or _DEFAULT_MEMORY, host_memory),
             shared_fs=section.shared_fs or "none",
         )
 
@@ -51,14 +55,17 @@ class FirecrackerPlugin:
             program = getattr(section, key)
             if program and not (os.path.isfile(program) and os.access(program, os.X_OK)):
                 what = "is not executable" if os.path.exists(program) else "does not exist"
-                raise _wrong(key, program, what, "install Firecracker, or correct the path")
+                raise wrong(self.name, key, program, what, "install Firecracker, or correct the path")
         if section.jailer_path and "firecracker" not in os.path.basename(section.path):
-            raise _wrong("path", section.path, "is refused by the jailer: its name must contain firecracker")
+            raise wrong(
+                self.name, "path", section.path, "is refused by the jailer: its name must contain firecracker"
+            )
         if not section.kernel:
-            raise _wrong("kernel", "", "is needed")
+            raise wrong(self.name, "kernel", "", "is needed")
         if not section.initrd and not section.image:
             raise ConfigError(
                 "[hypervisor.firecracker] has neither image nor initrd: the guest would have no root",
+                key="image",
                 phase="config",
                 hint="set image (and initrd) to what `make guest` builds",
             )
@@ -68,23 +75,31 @@ class FirecrackerPlugin:
         for key in files:
             path = getattr(section, key)
             if path and not os.path.isfile(path):
-                raise _wrong(key, path, "is no file" if os.path.exists(path) else "does not exist")
+                raise wrong(self.name, key, path, "is no file" if os.path.exists(path) else "does not exist")
             if not path and key in ("device_state_path", "memory_path"):
-                raise _wrong(key, "", "is needed with boot_from_template = true")
+                raise wrong(self.name, key, "", "is needed with boot_from_template = true")
         if section.shared_fs != "none":
-            raise _wrong(
-                "shared_fs", section.shared_fs, "is nothing that Firecracker has", 'shared_fs = "none"'
+            raise wrong(
+                self.name,
+                "shared_fs",
+                section.shared_fs,
+                "is nothing that Firecracker has",
+                'shared_fs = "none"',
             )
         if section.default_memory < _MIN_MEMORY:
-            raise _wrong("default_memory", str(section.default_memory), f"is less than {_MIN_MEMORY} MiB")
+            raise wrong(
+                self.name, "default_memory", section.default_memory, f"is less than {_MIN_MEMORY} MiB"
+            )
         if not 0 <= section.block_device_slots <= _MAX_SLOTS:
-            raise _wrong("block_device_slots", str(section.block_device_slots), f"is not in 0..{_MAX_SLOTS}")
+            raise wrong(
+                self.name, "block_device_slots", section.block_device_slots, f"is not in 0..{_MAX_SLOTS}"
+            )
         for key in ("jailer_uid", "jailer_gid"):
             if getattr(section, key) < 0:
-                raise _wrong(key, str(getattr(section, key)), "is no id")
+                raise wrong(self.name, key, getattr(section, key), "is no id")
         for setting in section.jailer_cgroups:
             if not _CGROUP.fullmatch(setting):
-                raise _wrong("jailer_cgroups", setting, "is not FILE=VALUE, such as pids.max=64")
+                raise wrong(self.name, "jailer_cgroups", setting, "is not FILE=VALUE, such as pids.max=64")
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a Firecracker sandbox needs on this host."""
@@ -116,10 +131,6 @@ class FirecrackerPlugin:
     ) -> Firecracker:
         """A VM that does not run yet."""
         return Firecracker(section, sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
-
-
-def _wrong(key: str, value: str, what: str, hint: str = "") -> ConfigError:
-    return ConfigError(f'[hypervisor.firecracker] {key} = "{value}" {what}', phase="config", hint=hint)
 
 
 plugin = FirecrackerPlugin()

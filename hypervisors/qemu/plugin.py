@@ -15,7 +15,7 @@ from devices.errors import KataError
 from devices.share_fs import find_virtiofsd
 from devices.undo import UndoLog
 from devices.vsock_daemon import find_vsock_daemon
-from hypervisors.base import CheckResult
+from hypervisors.base import Capabilities, CheckResult
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
@@ -45,6 +45,17 @@ class QemuPlugin:
 
     name = "qemu"
     section = HypervisorConfig
+    capabilities = Capabilities(
+        block_device=True,
+        network_device=True,
+        fs_sharing=True,
+        hybrid_vsock=True,
+        vcpu_hotplug=True,
+        vcpu_hot_unplug=True,
+        memory_hotplug=True,
+        memory_hot_unplug=True,
+        pause=True,
+    )
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""

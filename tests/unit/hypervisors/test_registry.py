@@ -18,6 +18,7 @@ from hypervisors.qemu.plugin import plugin
 def empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_plugins", {})
     monkeypatch.setattr(registry, "_broken", {})
+    monkeypatch.setattr(registry, "_offers", {})
 
 
 def offer(monkeypatch: pytest.MonkeyPatch, *points: metadata.EntryPoint) -> None:
