@@ -118,6 +118,7 @@ class Server:
         self.max_message = max_message
         self.max_concurrent = max_concurrent
         self.methods: dict[str, dict[str, _Method]] = {}
+        self._loaders: dict[str, Callable[[], None]] = {}
         self.connections: set[_Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.closing = False
@@ -158,6 +159,20 @@ class Server:
         if not methods:
             raise ValueError(f"{type(impl).__name__} handles no RPC of {service.full_name}")
         self.methods[service.full_name] = methods
+
+    def register_later(self, service: str, load: Callable[[], None]) -> None:
+        """Serve a service that few peers call: `load` registers it, when its first call comes.
+
+        `service` is its full name. `load` runs on the loop, once.
+        """
+        self._loaders[service] = load
+
+    def find(self, service: str) -> dict[str, _Method] | None:
+        """The methods of a service by their names, None if nobody serves it."""
+        load = self._loaders.pop(service, None)
+        if load is not None:
+            load()
+        return self.methods.get(service)
 
     async def serve(self, sock: socket.socket) -> None:
         """Accept connections on a listening stream socket; returns when `close` has ended.
@@ -274,7 +289,7 @@ class _Connection(Endpoint):
         return cancelled
 
     def _begin(self, event: RequestReceived) -> None:
-        methods = self.server.methods.get(event.service)
+        methods = self.server.find(event.service)
         method = methods.get(event.method) if methods is not None else None
         refusal: tuple[Code, str]
         if self.server.closing:

@@ -666,6 +666,24 @@ async def test_connecting_fails_without_leaks(tmp_path: Any) -> None:
     gc.collect()  # an unclosed socket would warn here, and warnings are errors
 
 
+async def test_a_service_is_loaded_with_its_first_call(make_pair: MakePair) -> None:
+    loads: list[str] = []
+
+    def load() -> None:
+        loads.append("once")
+        pair.server.register(ECHO, Echo())
+
+    pair = await make_pair()
+    methods = pair.server.methods.pop(ECHO.full_name)
+    assert methods
+    pair.server.register_later(ECHO.full_name, load)
+    stub = (await pair.client()).stub(ECHO)
+    assert loads == []
+    for value in (b"1", b"2"):
+        assert (await stub.echo(BytesValue(value=value), timeout=5)).value == value
+    assert loads == ["once"]
+
+
 def test_registering_wrong_things() -> None:
     server = Server()
     with pytest.raises(ValueError, match="handles no RPC"):
