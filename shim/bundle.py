@@ -59,17 +59,19 @@ class Group:
         self.is_member = is_member
 
 
-def find_group(bundle: str, container_id: str) -> Group:
+def find_group(bundle: str, container_id: str, *, bare: bool = False) -> Group:
     """Read the pod annotations of `bundle`/config.json.
 
-    A container without them is its own sandbox. Raises BundleError if the file is missing (but for
-    the bundles of containerd's sandbox controller, which have none), too big or not JSON.
+    A container without them is its own sandbox. Raises BundleError if the file is missing, too big or
+    not JSON. Sandboxes of the Sandbox API have none; 2.x keeps their bundles apart, 1.7 among those of
+    containers: `bare` says that one there which has none is a sandbox's, as it is at `start`.
     """
     path = os.path.join(bundle, "config.json")
     try:
         text = _read(path, MAX_CONFIG)
     except FileNotFoundError:
-        if "io.containerd.sandbox.controller." in os.path.realpath(bundle):
+        where = os.path.realpath(bundle)
+        if "io.containerd.sandbox.controller." in where or (bare and "io.containerd.runtime.v2." in where):
             return Group(container_id, False)
         raise BundleError(
             f"start: {path} does not exist; try: let containerd prepare the bundle"

@@ -9,7 +9,8 @@ Invariants:
 - A Create that fails, or whose caller gave up, leaves nothing behind; the VM neither, unless other
   containers are in it.
 - The VM ends when the sandbox's own container has ended and no other one lives, before that exit is
-  told (containerd's clients expect the task's pid, the VMM, to be gone by then), or with the last Delete.
+  told (containerd's clients expect the task's pid, the VMM, to be gone by then), or with the last Delete;
+  one that was made by the Sandbox API (`kept`) ends by that only.
 - Operations that change something run to their end even if their caller is gone; only a Create is
   undone instead.
 """
@@ -20,6 +21,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +43,8 @@ _T = TypeVar("_T")
 
 #: containerd's identifiers; these become names of files.
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+#: Seconds for killed containers to be gone before their VM is ended under them.
+_KILL_GRACE = 3.0
 #: Bytes; containerd's own messages end at 4 MiB, and so does what it writes into config.json.
 _MAX_SPEC = 4 << 20
 
@@ -107,6 +111,8 @@ class ContainerManager:
         self._usage = Usage()
         self._work: set[asyncio.Task[Any]] = set()
         self._when_idle: Callable[[], None] | None = None
+        #: The sandbox lives by the Sandbox API: no container's end is its end, and none comes after it.
+        self.kept = False
 
     @property
     def containers(self) -> Mapping[str, Container]:
@@ -115,8 +121,8 @@ class ContainerManager:
 
     @property
     def idle(self) -> bool:
-        """No container exists, is being created, or is being undone."""
-        return not self._containers and not self._creating
+        """No container exists, is being created, or is being undone; nor is there a sandbox without any."""
+        return not self._containers and not self._creating and not self.kept
 
     def get(self, container_id: str) -> Container:
         """Raises CallerError NOT_FOUND."""
@@ -186,12 +192,12 @@ class ContainerManager:
             if container is not None:
                 await container.abandon()
             if sandbox is not None:
-                alone = not self._containers and self._creating == {container_id}
+                alone = not self._containers and self._creating == {container_id} and not self.kept
                 if container is not None and not alone:
                     await container.remove_from_guest()
                 await self._release(sandbox, container_id)
                 if alone:
-                    await self._stop(sandbox)
+                    await self.stop_sandbox(sandbox)
         finally:
             self._creating.discard(container_id)
             self._tell_idle()
@@ -214,9 +220,9 @@ class ContainerManager:
             if container.sandbox.id not in self._stopped:
                 await container.remove_from_guest()
             await self._release(container.sandbox, container.id)
-            last = len(self._containers) == 1 and not self._creating
+            last = len(self._containers) == 1 and not self._creating and not self.kept
             if last:
-                await self._stop(container.sandbox)
+                await self.stop_sandbox(container.sandbox)
             del self._containers[container.id]
             if last:
                 self._over.discard(container.sandbox.id)
@@ -313,9 +319,29 @@ class ContainerManager:
         if container.id == container.sandbox.id:
             self._over.add(container.id)
         if container.sandbox.id in self._over and self._alone(container):
-            await asyncio.shield(self._spawn(self._stop(container.sandbox)))
+            await asyncio.shield(self._spawn(self.stop_sandbox(container.sandbox)))
 
-    async def _stop(self, sandbox: Sandbox) -> None:
+    async def end_all(self, grace: float) -> None:
+        """SIGTERM to all containers, SIGKILL after `grace` seconds (0: at once), and their exits; bounded."""
+        if grace > 0:
+            await self._signal_all(signal.SIGTERM)
+            await self.all_quiet(grace)
+        await self._signal_all(signal.SIGKILL)
+        await self.all_quiet(_KILL_GRACE)
+
+    async def _signal_all(self, number: int) -> None:
+        living = [container for container in self._containers.values() if container.init.exit is None]
+        # One that is gone, or a guest that does not answer: its end is told when the VM's is.
+        await asyncio.gather(*(container.kill("", number) for container in living), return_exceptions=True)
+
+    async def all_quiet(self, limit: float) -> None:
+        """Until the exits of all containers are told, `limit` seconds at most."""
+        exits = [container.init.exited for container in self._containers.values()]
+        if exits:
+            await asyncio.wait(exits, timeout=limit)
+
+    async def stop_sandbox(self, sandbox: Sandbox) -> None:
+        """End the VM; whatever goes wrong is logged."""
         self._stopped.add(sandbox.id)
         self._usage = Usage()
         try:

@@ -51,7 +51,7 @@ class ShimService(Protocol):
     """What `shim.runtime.build_service(context)` returns."""
 
     def register(self, server: Server) -> None:
-        """Register what containerd calls: containerd.task.v2.Task and .v3.Task."""
+        """Register what containerd calls: containerd.task.v2.Task and .v3.Task, and the Sandbox service."""
         ...
 
     @property

@@ -62,7 +62,10 @@ def run(
     config_path: str = "",
     foreground: bool = False,
 ) -> NoReturn:
-    """Serve on the listening socket `listener` until shutdown, then exit the process."""
+    """Serve on the listening socket `listener` until shutdown, then exit the process.
+
+    `config_path` is that of the options which came with `start`, if they had one.
+    """
     logs.configure(
         bundle, debug=flags.debug, foreground=foreground, sandbox=sandbox_id, namespace=flags.namespace
     )
@@ -117,14 +120,34 @@ def _log_stray(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> Non
 
 async def _serve_refusal(error: KataError, server: Server, sock: socket.socket, stop: asyncio.Event) -> None:
     """Answer every Create with `error` until Shutdown, for a minute at most."""
+    from proto import sandbox_v1_pb2
+
     for package in (task_v2_pb2, task_v3_pb2):
         server.register(package.DESCRIPTOR.services_by_name["Task"], _Refusal(error, stop))
+    server.register(sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"], _SandboxRefusal(error, stop))
     serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_REFUSAL_LIMIT):
             await stop.wait()
     await server.close(_REPLY_GRACE)
     await serving
+
+
+class _SandboxRefusal:
+    """Its Sandbox service."""
+
+    def __init__(self, error: KataError, stop: asyncio.Event) -> None:
+        self._error = error
+        self._stop = stop
+
+    async def create_sandbox(self, _context: CallContext, _request: object) -> NoReturn:
+        raise self._error
+
+    async def shutdown_sandbox(self, _context: CallContext, _request: object) -> Any:
+        from proto import sandbox_v1_pb2
+
+        self._stop.set()
+        return sandbox_v1_pb2.ShutdownSandboxResponse()
 
 
 class _Refusal:

@@ -17,7 +17,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -50,10 +50,15 @@ from shim.task_service import TaskService
 from shim.trace import Trace
 from ttrpc import Server
 
+if TYPE_CHECKING:
+    from shim.pod_config import PodDefaults
+    from shim.pod_sandbox import PodSandbox
+
 __all__ = ["Service", "VirtContainer", "build_service"]
 
 _log = structlog.get_logger("runtime")
 
+SANDBOX_SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
 DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
 MAX_RESOLV_CONF = 64 << 10  # bytes
 _SANDBOX_TYPES = frozenset({"sandbox", "podsandbox", "pod_sandbox"})
@@ -76,6 +81,8 @@ class VirtContainer:
         self.trace = Trace(context.sandbox_id, context.state_dir)
         self.trace.mark("daemon", start_time(os.getpid()) / os.sysconf("SC_CLK_TCK"), time.monotonic())
         self.manager: ContainerManager | None = None
+        #: The sandbox if it was made by the Sandbox API.
+        self.pod: PodSandbox | None = None
 
     @staticmethod
     def init() -> None:
@@ -90,35 +97,58 @@ class VirtContainer:
         options: AnyMessage,
     ) -> VirtSandbox:
         """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
-        if self._sandbox is not None and not self._sandbox.stopped:
+        if self.pod is not None:
+            sandbox = self.pod.admit(container_id)
             self._check(spec)
-            return self._sandbox
-        with self.trace.phase("config", id=container_id):
+            return sandbox
+        if self._sandbox is None or self._sandbox.stopped:
+            self._sandbox = await self._make(container_id, spec, options)
+        else:
+            self._check(spec)
+        return self._sandbox
+
+    async def make_pod(
+        self, spec: Mapping[str, Any], options: AnyMessage, defaults: PodDefaults
+    ) -> PodSandbox:
+        """The shim's sandbox by the Sandbox API (not started). Raises ConfigError, CallerError."""
+        from shim.pod_sandbox import PodSandbox
+
+        assert self.manager is not None
+        self._sandbox = await self._make(self._context.sandbox_id, spec, options, defaults)
+        self.pod = PodSandbox(self._sandbox, self.manager, self._tasks)
+        return self.pod
+
+    async def _make(
+        self, name: str, spec: Mapping[str, Any], options: AnyMessage, pod: PodDefaults | None = None
+    ) -> VirtSandbox:
+        context = self._context
+        with self.trace.phase("config", id=name):
             # A sandbox without a task of its own (Sandbox API) has its options from `start` alone.
             config = await asyncio.to_thread(
                 load_config,
-                options_path=_config_path(options) or self._context.config_path or None,
+                options_path=_config_path(options) or context.config_path or None,
                 env=os.environ,
-                runtime_class=self._context.runtime_class,
+                runtime_class=context.runtime_class,
                 annotations=_annotations(spec),
             )
-        logs.set_level(config.runtime.log_level, debug=self._context.debug or config.runtime.enable_debug)
+        logs.set_level(config.runtime.log_level, debug=context.debug or config.runtime.enable_debug)
         for key in config.inactive:
             if not key.harmless:
                 _log.warning("configuration key without effect", key=str(key))
         self._config = config
         self._check(spec)
-        self._sandbox = self.new_instance(config, spec)
-        return self._sandbox
+        return self.new_instance(config, spec, pod)
 
     def _check(self, spec: Mapping[str, Any]) -> None:
         """Refuse what cannot be served, before anything is done for the container."""
-        assert self._config is not None  # loaded by `sandbox_for`
+        assert self._config is not None  # loaded by `_make`
         section = self._config.hypervisor
         oci_fields.check(spec, guest_selinux=not section.disable_guest_selinux)
         check_devices(spec)
 
-    def new_instance(self, config: Config, spec: Mapping[str, Any]) -> VirtSandbox:
+    def new_instance(
+        self, config: Config, spec: Mapping[str, Any], pod: PodDefaults | None = None
+    ) -> VirtSandbox:
         """Hypervisor, devices and sandbox, none of which runs or holds anything yet."""
         context = self._context
         agent = config.agent
@@ -141,6 +171,7 @@ class VirtContainer:
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
+            pod=pod,
         )
         _log.info(
             "sandbox",
@@ -159,6 +190,8 @@ class VirtContainer:
 
     async def close(self) -> None:
         """Stop the sandbox if there is one, and put the trace away."""
+        if self.pod is not None:
+            await self.pod.stop(0)
         if self._sandbox is not None:
             await self._sandbox.stop()
         await asyncio.to_thread(self.trace.close)
@@ -176,6 +209,7 @@ class Service:
         self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
         self._handler.manager = self._manager
         self._task = TaskService(self._manager, context.shutdown)
+        self._context = context
 
     async def _run(self) -> None:
         """Hold the TaskGroup open: whatever runs for a sandbox runs inside, and ends before this does."""
@@ -183,13 +217,30 @@ class Service:
             await self._closing.wait()
 
     def register(self, server: Server) -> None:
-        """Register the Task service under both names; it answers each in its own package's messages."""
+        """Register the Task service under both names (it answers each in its own package's messages),
+        and the Sandbox service, which is loaded when it is called."""
         for module in (task_v2_pb2, task_v3_pb2):
             server.register(module.DESCRIPTOR.services_by_name["Task"], self._task)
+        server.register_later(SANDBOX_SERVICE, lambda: self._register_sandbox(server))
+
+    def _register_sandbox(self, server: Server) -> None:
+        from proto import sandbox_v1_pb2
+        from shim.sandbox_service import SandboxService
+
+        context = self._context
+        service = SandboxService(
+            self._handler,
+            self._manager,
+            sandbox_id=context.sandbox_id,
+            bundle=context.bundle,
+            files=os.path.join(context.state_dir, "pod"),
+            shutdown=context.shutdown,
+        )
+        server.register(sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"], service)
 
     @property
     def idle(self) -> bool:
-        """Whether no container exists or is being created."""
+        """Whether no container exists or is being created, and no sandbox without one."""
         return self._manager.idle
 
     async def close(self) -> None:

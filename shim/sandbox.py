@@ -19,7 +19,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -39,6 +39,9 @@ from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.shared_dir import SharedDir
 from shim.trace import Trace
 
+if TYPE_CHECKING:
+    from shim.pod_config import PodDefaults
+
 __all__ = ["SandboxSettings", "VirtSandbox"]
 
 _log = structlog.get_logger("sandbox")
@@ -51,6 +54,7 @@ class SandboxSettings:
     `netns` is the path of the pod's network namespace, None for none. `shm_size` is in bytes.
     `size`: of the VM as it boots.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
+    `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
     """
 
     sandbox_id: str
@@ -67,6 +71,7 @@ class SandboxSettings:
     direct_stdio: bool = True
     guest_hook_path: str = ""
     disable_guest_seccomp: bool = False
+    pod: PodDefaults | None = None
 
 
 class VirtSandbox:
@@ -122,6 +127,20 @@ class VirtSandbox:
         return self._vmm_pid
 
     @property
+    def hypervisor(self) -> Hypervisor:
+        """What runs the VM; for looking, not for changing."""
+        return self._hypervisor
+
+    async def check(self, timeout: float) -> None:
+        """Raise KataError unless VMM and agent answer now, each within `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._hypervisor.check()
+        except TimeoutError:
+            raise HypervisorError(f"the VMM did not answer within {timeout:g} s", phase="vm") from None
+        await self.agent.check(timeout)
+
+    @property
     def stopped(self) -> bool:
         """Whether `stop` was called: this object serves no longer."""
         return self._stopped
@@ -148,6 +167,10 @@ class VirtSandbox:
         self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
     ) -> GuestContainer:
         """Mount the container's root file system and volumes into the share; translate its spec."""
+        if self.settings.pod is not None:
+            from shim.pod_config import complete
+
+            spec = complete(spec, self.settings.pod)
         volumes = plan_volumes(spec, container_id)
         document, left_out = guest_spec(
             spec,

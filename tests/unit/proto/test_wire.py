@@ -24,7 +24,7 @@ ENUMS: dict[str, dict[str, str]] = {**WIRE["kata"]["enums"], **WIRE["containerd"
 ENUMS["grpc.VolumeUsage.Unit"] = {"0": "UNKNOWN", "1": "BYTES", "2": "INODES"}
 ENUMS["grpc.HealthCheckResponse.ServingStatus"] = {"0": "UNKNOWN", "1": "SERVING", "2": "NOT_SERVING"}
 # Modules with messages that wire.json does not have (containerd-shim.md 3.1 and 3.3).
-BEYOND_WIRE = {"runc_options", "linux_runc"}
+BEYOND_WIRE = {"runc_options", "linux_runc", "cri"}
 BEYOND: dict[str, dict[str, str]] = {
     "containerd.runc.v1.Options": {
         "3": "string shim_cgroup",
@@ -39,6 +39,28 @@ BEYOND: dict[str, dict[str, str]] = {
         "9": "string shim_cgroup",
         "10": "uint32 io_uid",
         "11": "uint32 io_gid",
+    },
+    # CRI's, and only what a sandbox reads of them.
+    "runtime.v1.PodSandboxConfig": {
+        "2": "string hostname",
+        "4": "runtime.v1.DNSConfig dns_config",
+        "7": "map<string,string> annotations",
+        "8": "runtime.v1.LinuxPodSandboxConfig linux",
+    },
+    "runtime.v1.DNSConfig": {
+        "1": "repeated string servers",
+        "2": "repeated string searches",
+        "3": "repeated string options",
+    },
+    "runtime.v1.LinuxPodSandboxConfig": {
+        "3": "map<string,string> sysctls",
+        "5": "runtime.v1.LinuxContainerResources resources",
+    },
+    "runtime.v1.LinuxContainerResources": {
+        "1": "int64 cpu_period",
+        "2": "int64 cpu_quota",
+        "3": "int64 cpu_shares",
+        "4": "int64 memory_limit_in_bytes",
     },
 }
 

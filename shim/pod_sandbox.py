@@ -1,0 +1,158 @@
+"""The life of a sandbox that containerd makes by the Sandbox API: without a container of its own.
+
+What: the table of what each call may do in each state, and `PodSandbox`, which holds the sandbox to
+it, starts the VM, sees its end and ends it.
+Why apart from the containers: they come and go by the Task service; here nothing but StopSandbox and
+ShutdownSandbox, or its own death, ends the VM.
+Invariants:
+- The state changes only along `TABLE`; whatever is not in it is refused.
+- It ends once: `ended` resolves once, with a status (0: it was stopped, 255: it died or never came
+  up) and the host's time, and never back.
+- A start runs to its end even if its caller is gone: who asks again waits for the same one. A stop
+  ends a start under way.
+- After the end nothing of the VM is left on the host, whoever caused it; containers that were in it
+  have told their exits before.
+Source: containerd's sandbox v1 API; facts/containerd-shim.md 3.2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections.abc import Mapping
+
+import structlog
+
+from devices.errors import CallerError, KataError
+from shim.container import VM_DEATH
+from shim.container_manager import ContainerManager
+from shim.process import Exit
+from shim.sandbox import VirtSandbox
+
+__all__ = ["TABLE", "Call", "PodSandbox", "State"]
+
+_log = structlog.get_logger("pod")
+
+
+class State(enum.Enum):
+    """Where a sandbox is in its life. CREATED includes its boot."""
+
+    CREATED = "created"
+    READY = "ready"
+    STOPPED = "stopped"
+
+
+class Call(enum.Enum):
+    """The calls that depend on its state; Status, Wait, Platform and Shutdown are legal in each."""
+
+    START = "start"
+    STOP = "stop"
+    PING = "ping"
+    METRICS = "measure"
+    ADD = "create a container in"
+
+
+_C, _R, _S = State
+
+#: call -> {state in which it is legal: state after it}. Absent means refused.
+TABLE: Mapping[Call, Mapping[State, State]] = {
+    Call.START: {_C: _R, _R: _R},
+    Call.STOP: {_C: _S, _R: _S, _S: _S},
+    Call.PING: {_R: _R},
+    Call.METRICS: {_R: _R},
+    Call.ADD: {_R: _R},
+}
+
+#: Seconds for the exits of the containers of a dead VM to be told before what is left of it goes.
+_DEATH_GRACE = 5.0
+
+
+class PodSandbox:
+    """One sandbox. `tasks` is where its own task lives, `manager` has its containers."""
+
+    def __init__(self, sandbox: VirtSandbox, manager: ContainerManager, tasks: asyncio.TaskGroup) -> None:
+        self.sandbox = sandbox
+        self.state = State.CREATED
+        #: Nanoseconds of the host's clock at which it was ready; 0 before.
+        self.started_at = 0
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[Exit] = loop.create_future()
+        self._manager = manager
+        self._tasks = tasks
+        self._up: asyncio.Future[None] = loop.create_future()
+        self._life: asyncio.Task[None] | None = None
+        self._stop: asyncio.Task[None] | None = None
+
+    def check(self, call: Call) -> State:
+        """The state after `call`; raises CallerError FAILED_PRECONDITION if it is illegal now."""
+        state = self.state if self._stop is None else State.STOPPED  # whoever stops it is not overtaken
+        after = TABLE[call].get(state)
+        if after is None:
+            raise CallerError(
+                f"cannot {call.value} sandbox {self.sandbox.id}: it is {state.value}: failed precondition",
+                code="FAILED_PRECONDITION",
+            )
+        return after
+
+    def admit(self, container_id: str) -> VirtSandbox:
+        """The sandbox for a container that is to be created in it."""
+        if container_id == self.sandbox.id:
+            raise CallerError(f"{container_id} is the sandbox: already exists", code="ALREADY_EXISTS")
+        self.check(Call.ADD)
+        return self.sandbox
+
+    async def start(self) -> None:
+        """Boot the VM; at once if that was done. Raises what the boot raises, and then has ended."""
+        self.check(Call.START)
+        if self._life is None:
+            self._life = self._tasks.create_task(self._live(), name=f"life of {self.sandbox.id}")
+        await asyncio.shield(self._up)
+
+    async def _live(self) -> None:
+        try:
+            await self.sandbox.start()
+            self.check(Call.START)  # a stop may have come with its last step
+        except KataError as error:
+            await self._manager.stop_sandbox(self.sandbox)
+            self._end(VM_DEATH if self._stop is None else 0)
+            self._up.set_exception(error)
+            self._up.exception()  # its caller may be gone, which is no reason for asyncio to complain
+            return
+        self.started_at = time.time_ns()
+        self.state = State.READY
+        self._up.set_result(None)
+        reason = await asyncio.shield(self.sandbox.died)
+        _log.error("the sandbox has died", sandbox=self.sandbox.id, reason=reason)
+        self._end(VM_DEATH)
+        await self._manager.all_quiet(_DEATH_GRACE)
+        await self._manager.stop_sandbox(self.sandbox)
+
+    async def stop(self, grace: float) -> None:
+        """End the containers and the VM. Idempotent.
+
+        `grace`: seconds that containers which still run are given after SIGTERM; 0 kills them at once.
+        """
+        self.check(Call.STOP)
+        if self._stop is None:
+            self._stop = self._tasks.create_task(self._stop_all(grace), name=f"stop of {self.sandbox.id}")
+        await asyncio.shield(self._stop)
+
+    async def _stop_all(self, grace: float) -> None:
+        if self.state is State.READY:
+            await self._manager.end_all(grace)
+        await self._manager.stop_sandbox(self.sandbox)
+        if self._life is not None:
+            if self._up.done():
+                self._life.cancel()  # it waits for a death that cannot come any more
+            await asyncio.wait([self._life])
+        self._end(0)
+
+    def _end(self, status: int) -> None:
+        if not self.ended.done():
+            self.state = State.STOPPED
+            self.ended.set_result(Exit.now(status))
+
+    async def wait(self) -> Exit:
+        """How it ended, as soon as it has."""
+        return await asyncio.shield(self.ended)
