@@ -4,7 +4,7 @@ What: `arguments` gives argv (without the program), `kernel_command_line` the gu
 Why apart: golden tests hold every argument, and the bench boots a bare QEMU with the very same.
 Invariants: nothing that came from outside is ever put into a comma-separated option: paths go as
 JSON or as arguments of their own; ids are ours. Each PCI device and port has a fixed slot, so its guest
-path is known before the start.
+path is known before the start; on a microvm each device has a virtio-mmio transport of its own.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from devices.config import (
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
 
-__all__ = ["VIRTIO_MEM", "Placed", "Plan", "arguments", "block_node", "kernel_command_line"]
+__all__ = ["MICROVM", "VIRTIO_MEM", "Placed", "Plan", "arguments", "block_node", "kernel_command_line"]
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 VIRTIO_MEM = "virtio-mem0"
 """Id of the VM's one virtio-mem device."""
+MICROVM = "microvm"
+"""The machine type without PCI: devices on virtio-mmio, no hot-plug, less to probe at boot."""
 _MEMORY_ID = "mem0"
 
 
@@ -40,8 +42,8 @@ _MEMORY_ID = "mem0"
 class Placed:
     """A device and what was prepared for it.
 
-    `slot`: on pcie.0, 1-30; 0 for what is no PCI device. `fd`: the connected socket of its vhost-user
-    daemon or console, or the vhost descriptor; `cid`: kernel vsock only, else 0.
+    `slot`: on pcie.0, 1-30, or of virtio-mmio, 1-23; 0 for what is neither. `fd`: the connected socket of
+    its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only, else 0.
     """
 
     device: DeviceConfig
@@ -56,6 +58,8 @@ class Plan:
 
     `max_vcpus`, `max_memory` (MiB): what the VM can grow to; not more than it starts with means that it
     cannot. `virtio_mem`: its PCI slot, if memory grows so. `ports`: what opens PCI buses for hot-plug.
+    `tsc_khz`: the host's clock, for a microvm under TCG, which hangs now and then while it measures it
+    (facts/guest-vm.md); else 0.
     """
 
     sandbox_id: str
@@ -69,6 +73,12 @@ class Plan:
     max_memory: int = 0
     virtio_mem: Place | None = None
     ports: Sequence[Port] = ()
+    tsc_khz: int = 0
+
+    @property
+    def microvm(self) -> bool:
+        """Whether the devices are on virtio-mmio."""
+        return self.section.machine_type == MICROVM
 
 
 def kernel_command_line(plan: Plan) -> str:
@@ -91,6 +101,8 @@ def kernel_command_line(plan: Plan) -> str:
         words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
     if plan.home_port:
         words.append(f"agent.home_vport={plan.home_port}")
+    if plan.tsc_khz:
+        words += [f"tsc_early_khz={plan.tsc_khz}", "tsc=reliable"]
     if section.kernel_params:
         words.append(section.kernel_params)
     return " ".join(words)
@@ -117,8 +129,10 @@ def arguments(plan: Plan) -> list[str]:
     argv += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
     argv += ["-mon", "chardev=qmp,mode=control"]
     argv += ["-rtc", "base=utc,clock=host"]
+    if plan.microvm:
+        argv += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0
     for placed in plan.devices:
-        argv += _device(placed)
+        argv += _device(placed, plan.microvm)
     for chassis, port in enumerate(plan.ports, 1):
         argv += ["-device", _port(port, chassis)]
     if plan.virtio_mem is not None:
@@ -177,6 +191,8 @@ def _port(port: Port, chassis: int) -> str:
 
 def _machine(plan: Plan) -> str:
     parts = [plan.section.machine_type, f"accel={plan.accelerator.value}"]
+    if plan.microvm:
+        parts.append("pic=off,rtc=on")
     if plan.section.machine_accelerators:
         parts.append(plan.section.machine_accelerators.strip(","))
     parts.append(f"memory-backend={_MEMORY_ID}")
@@ -188,9 +204,10 @@ def _cpu(plan: Plan) -> str:
     return ",".join(part for part in (model, plan.section.cpu_features.strip(",")) if part)
 
 
-def _device(placed: Placed) -> list[str]:
+def _device(placed: Placed, microvm: bool) -> list[str]:
     device, fd = placed.device, placed.fd
-    at = f"bus=pcie.0,addr={placed.slot:#x}"
+    kind = "device" if microvm else "pci"
+    at = f"bus=virtio-mmio-bus.{placed.slot}" if microvm else f"bus=pcie.0,addr={placed.slot:#x}"
     match device:
         case BlockConfig():
             serial = f",serial={device.serial}" if device.serial else ""
@@ -198,10 +215,10 @@ def _device(placed: Placed) -> list[str]:
                 "-blockdev",
                 json.dumps(block_node(device)),
                 "-device",
-                f"virtio-blk-pci,id={device.id},drive=node-{device.id},{at}{serial}",
+                f"virtio-blk-{kind},id={device.id},drive=node-{device.id},{at}{serial}",
             ]
         case ShareFsConfig():
-            front = f"vhost-user-fs-pci,id={device.id},chardev=char-{device.id},tag={device.tag}"
+            front = f"vhost-user-fs-{kind},id={device.id},chardev=char-{device.id},tag={device.tag}"
             return [
                 "-chardev",
                 f"socket,id=char-{device.id},fd={fd}",
@@ -211,36 +228,36 @@ def _device(placed: Placed) -> list[str]:
         case VsockConfig() if placed.cid:
             return [
                 "-device",
-                f"vhost-vsock-pci,id={device.id},vhostfd={fd},guest-cid={placed.cid},{at}",
+                f"vhost-vsock-{kind},id={device.id},vhostfd={fd},guest-cid={placed.cid},{at}",
             ]
         case VsockConfig():
             return [
                 "-chardev",
                 f"socket,id=char-{device.id},fd={fd}",
                 "-device",
-                f"vhost-user-vsock-pci,id={device.id},chardev=char-{device.id},{at}",
+                f"vhost-user-vsock-{kind},id={device.id},chardev=char-{device.id},{at}",
             ]
         case RngConfig():
             return [
                 "-object",
                 json.dumps({"qom-type": "rng-random", "id": f"src-{device.id}", "filename": device.source}),
                 "-device",
-                f"virtio-rng-pci,id={device.id},rng=src-{device.id},{at}",
+                f"virtio-rng-{kind},id={device.id},rng=src-{device.id},{at}",
             ]
         case BalloonConfig():
-            return ["-device", f"virtio-balloon-pci,id={device.id},free-page-reporting=on,{at}"]
+            return ["-device", f"virtio-balloon-{kind},id={device.id},free-page-reporting=on,{at}"]
         case ConsoleConfig():
             return ["-chardev", f"socket,id={device.id},fd={fd}", "-serial", f"chardev:{device.id}"]
         case NetworkConfig():
-            return _network(device, at)
+            return _network(device, kind, at)
 
 
-def _network(device: NetworkConfig, at: str) -> list[str]:
+def _network(device: NetworkConfig, kind: str, at: str) -> list[str]:
     queues = len(device.tap_fds)
     netdev = f"tap,id=net-{device.id},fds={':'.join(map(str, device.tap_fds))}"
     if device.vhost_fds:
         netdev += f",vhost=on,vhostfds={':'.join(map(str, device.vhost_fds))}"
-    card = f"virtio-net-pci,id={device.id},netdev=net-{device.id},mac={device.mac},{at}"
+    card = f"virtio-net-{kind},id={device.id},netdev=net-{device.id},mac={device.mac},{at}"
     if queues > 1:
-        card += f",mq=on,vectors={2 * queues + 2}"
+        card += ",mq=on" if kind == "device" else f",mq=on,vectors={2 * queues + 2}"
     return ["-netdev", netdev, "-device", card]

@@ -9,6 +9,7 @@ a millisecond.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from enum import Enum
 
 from devices.errors import ConfigError, HostError
 
-__all__ = ["Accelerator", "Choice", "choose_accelerator"]
+__all__ = ["Accelerator", "Choice", "choose_accelerator", "host_khz"]
 
 _CPUINFO_BYTES = 16 << 10  # the first CPU's paragraph; the whole file costs milliseconds on large hosts
 
@@ -61,6 +62,16 @@ def choose_accelerator(
     if (machine or platform.machine()) in ("x86_64", "i686") and not _virtualises(cpuinfo):
         return Choice(Accelerator.TCG, f"{kvm} opens, but the CPU advertises neither vmx nor svm")
     return Choice(Accelerator.KVM)
+
+
+def host_khz(cpuinfo: str = "/proc/cpuinfo") -> int:
+    """The frequency of the host's first CPU in kHz, which TCG's guests have as their TSC's; 0: not told."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open(cpuinfo, "rb") as file:
+            head = file.read(_CPUINFO_BYTES)
+        line = next(line for line in head.split(b"\n") if line.startswith(b"cpu MHz"))
+        return int(float(line.partition(b":")[2]) * 1000)
+    return 0
 
 
 def _open_problem(path: str) -> str:

@@ -14,8 +14,8 @@ import math
 
 from devices.addresses import PciTopology
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
-from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.cmdline import MICROVM, VIRTIO_MEM, Plan
+from hypervisors.qemu.kvm import Accelerator, host_khz
 
 __all__ = ["first_plan", "with_ports"]
 
@@ -38,6 +38,7 @@ def first_plan(section: HypervisorConfig, accelerator: Accelerator, sandbox_id: 
         devices=(),
         max_vcpus=max(vcpus, section.default_maxvcpus) if grows else vcpus,
         max_memory=memory + room if more_memory else memory,
+        tsc_khz=host_khz() if section.machine_type == MICROVM and accelerator is Accelerator.TCG else 0,
     )
 
 

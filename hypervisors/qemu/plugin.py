@@ -17,6 +17,7 @@ from devices.undo import UndoLog
 from devices.vsock_daemon import find_vsock_daemon
 from hypervisors.base import Capabilities, CheckResult
 from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.cmdline import MICROVM
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
 from hypervisors.rules import (
@@ -37,7 +38,7 @@ _MOST = {  # QEMU's own limit of DIMMs; Kata's of ports and bridges
     "pcie_switch_port": 16,
     "default_bridges": 5,
 }
-_MACHINES = ("q35",)
+_MACHINES = ("q35", MICROVM)
 
 
 class QemuPlugin:
@@ -81,6 +82,9 @@ class QemuPlugin:
             value = getattr(section, key)
             if not 0 <= value <= most:
                 raise wrong(self.name, key, value, f"is not in 0..{most}")
+        ports = section.pcie_root_port
+        if ports and section.machine_type == MICROVM:
+            raise wrong(self.name, "pcie_root_port", ports, f"needs PCI, which {MICROVM} lacks")
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a QEMU sandbox needs on this host."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import structlog
 
-from devices.addresses import PciTopology
+from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_memory, process_start_time, process_stat
 from devices.config import (
     ConsoleConfig,
@@ -34,7 +34,7 @@ from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import Placed, Plan
+from hypervisors.qemu.cmdline import MICROVM, Placed, Plan
 from hypervisors.qemu.death import Death
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
@@ -48,6 +48,7 @@ __all__ = ["VHOST_VSOCK", "Qemu"]
 VHOST_VSOCK = "/dev/vhost-vsock"
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
+_MMIO = range(1, 24)  # a microvm's transports; the interrupt of number 0 never arrives (QEMU 7.2)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _log = structlog.get_logger("qemu")
@@ -67,6 +68,7 @@ class Qemu:
         self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
         self._topology = PciTopology()
+        self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
         self._sizer: Sizer | None = None  # while the VM runs
         self._death: Death | None = None  # from `start_vm` on
 
@@ -159,19 +161,19 @@ class Qemu:
             self._parts.console = Console(self._log_console if self._section.enable_debug else None)
             self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
             return ""
-        place = self._topology.allocate(device.id)
+        slot, guest_path = self._allocate(device.id)
         try:
             match device:
                 case ShareFsConfig():
-                    await self._add_share_fs(device, place.slot)
+                    await self._add_share_fs(device, slot)
                 case VsockConfig():
-                    await self._add_vsock(device, place.slot)
+                    await self._add_vsock(device, slot)
                 case _:
-                    self._parts.placed.append(Placed(device=device, slot=place.slot))
+                    self._parts.placed.append(Placed(device=device, slot=slot))
         except BaseException:
-            self._topology.release(device.id)
+            self._release(device.id)
             raise
-        return place.guest_path
+        return guest_path
 
     async def remove_device(self, device_id: str) -> None:
         """Before `start_vm` only, and only what has no daemon."""
@@ -179,7 +181,7 @@ class Qemu:
         if self._death is not None or placed is None or placed.fd >= 0:
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
-        self._topology.release(device_id)
+        self._release(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
         """Nothing here can be changed while it is plugged."""
@@ -305,6 +307,17 @@ class Qemu:
         return self._parts.diagnostics()
 
     # --- how it is done
+
+    def _allocate(self, device_id: str) -> tuple[int, str]:
+        """A slot of the machine's bus, and the guest's PCI path to it, "" on a machine without PCI."""
+        if self._section.machine_type == MICROVM:
+            return self._mmio.allocate(device_id), ""
+        place = self._topology.allocate(device_id)
+        return place.slot, place.guest_path
+
+    def _release(self, device_id: str) -> None:
+        self._mmio.release(device_id)
+        self._topology.release(device_id)
 
     async def _add_share_fs(self, device: ShareFsConfig, slot: int) -> None:
         daemon = await Virtiofsd.start(device, self._state_dir, self._undo, self._log_output("virtiofsd"))

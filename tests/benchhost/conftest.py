@@ -18,7 +18,7 @@ PATIENCE = 240.0  # seconds for a call that boots a VM: 8 s on a quiet machine
 
 @pytest.fixture(scope="module")
 def overrides() -> dict[str, dict[str, Value | None]]:
-    """Configuration beyond what all VMs here have; a module may have its own."""
+    """{section: {key: value}} beyond what all VMs here have; a module may have its own."""
     return {}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from testing import leaks
 from testing.containerd import KATA, Containerd
+from testing.guest import Value
 from tests.benchhost.conftest import BUSYBOX, PATIENCE
 
 _BULK = 3_000_000  # bytes: more than all buffers between the container and `ctr`
@@ -23,8 +24,25 @@ def _argv_of_qemu() -> list[str]:
     return [word.decode() for word in argv]
 
 
-@pytest.mark.benchhost(ci=True)
-def test_a_container_lives_under_kvm(containerd: Containerd) -> None:
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("q35", marks=pytest.mark.benchhost(ci=True)),
+        pytest.param("microvm", marks=pytest.mark.benchhost),
+    ],
+)
+def machine(request: pytest.FixtureRequest) -> str:
+    """QEMU's machine types: with PCI, and with virtio-mmio alone."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def overrides(machine: str) -> dict[str, dict[str, Value | None]]:
+    """The configuration of this machine type."""
+    return {"hypervisor.qemu": {"machine_type": machine}}
+
+
+def test_a_container_lives_under_kvm(containerd: Containerd, machine: str) -> None:
     def snapshot() -> dict[str, set[str]]:
         return leaks.snapshot(root=str(containerd.root), ignore=[containerd.pid])
 
@@ -35,8 +53,9 @@ def test_a_container_lives_under_kvm(containerd: Containerd) -> None:
         "run", "--detach", "--runtime", KATA, BUSYBOX, name, "sh", "-c", script, timeout=PATIENCE
     )  # fmt: skip
     argv = _argv_of_qemu()
-    assert "accel=kvm" in argv[argv.index("-machine") + 1]
-    assert any(word.startswith("vhost-vsock-pci,") for word in argv)
+    assert argv[argv.index("-machine") + 1].startswith(f"{machine},accel=kvm,")
+    vsock = "vhost-vsock-pci," if machine == "q35" else "vhost-vsock-device,"
+    assert any(word.startswith(vsock) for word in argv)
     assert [p for p in leaks.own_processes(containerd.tag, "") if "vhost-device-vsock" in str(p)] == []
 
     # exec: exit code and both streams; standard input; more than fits into any buffer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -202,3 +203,20 @@ def test_other_values_cannot_either() -> None:
         ShareFsConfig(source="/x", tag="t,queue-size=1")
     with pytest.raises(BugError):
         NetworkConfig(id="n", mac="02:00:00:00:00:01,x=y")
+
+
+def test_a_microvm_has_its_devices_on_virtio_mmio() -> None:
+    argv = arguments(dataclasses.replace(variant(machine_type="microvm"), tsc_khz=2_600_000))
+    share = "vhost-user-fs-device,id=share-fs,chardev=char-share-fs,tag=kataShared"
+    devices = [word for option, word in itertools.pairwise(argv) if option == "-device"]
+    assert devices == [
+        "virtio-blk-device,id=image,drive=node-image,bus=virtio-mmio-bus.1",
+        "vhost-user-vsock-device,id=vsock,chardev=char-vsock,bus=virtio-mmio-bus.2",
+        f"{share},queue-size=1024,bus=virtio-mmio-bus.3",
+        "virtio-rng-device,id=rng,rng=src-rng,bus=virtio-mmio-bus.4",
+        "virtio-balloon-device,id=balloon,free-page-reporting=on,bus=virtio-mmio-bus.5",
+    ]
+    assert argv[argv.index("-machine") + 1] == "microvm,accel=tcg,pic=off,rtc=on,memory-backend=mem0"
+    assert argv[argv.index("-global") + 1] == "virtio-mmio.force-legacy=false"
+    assert " tsc_early_khz=2600000 tsc=reliable" in argv[argv.index("-append") + 1]
+    assert not [word for word in argv if "pci" in word]

@@ -47,6 +47,7 @@ def test_a_sound_section_passes(section: HypervisorConfig) -> None:
         ({"virtio_fs_queue_size": 1000}, "power of two"),
         ({"default_memory": 32}, "less than 64 MiB"),
         ({"pcie_root_port": 99}, "0..16"),
+        ({"machine_type": "microvm", "pcie_root_port": 1}, "needs PCI"),
         ({"virtio_fs_daemon": "/nope/virtiofsd"}, "virtio_fs_daemon .* does not exist"),
         ({"path": "/"}, 'path = "/" is not executable'),
     ],
