@@ -122,14 +122,22 @@ class MountEntry:
     source: str
 
 
-def make_private() -> None:
+def make_private() -> int:
     """Give this process a mount namespace that receives the host's mounts and sends none.
+
+    Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks`).
 
     Call it before any thread or child exists: those keep the namespace that they were made in.
     Raises PermissionError without CAP_SYS_ADMIN.
     """
-    unshare(CLONE_NEWNS)
+    left = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        unshare(CLONE_NEWNS)
+    except BaseException:
+        os.close(left)
+        raise
     mount("none", "/", "", MS_SLAVE | MS_REC, "")
+    return left
 
 
 def parse_options(options: Sequence[str]) -> tuple[int, int, str]:

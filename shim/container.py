@@ -162,6 +162,7 @@ class Container:
         await self.sandbox.agent.start_container(self.id)
         process.apply(Call.START)
         self._publish("start", events_pb2.TaskStart(container_id=self.id, pid=self.pid))
+        await self.sandbox.container_started(self.id)
         if process.window != shown:
             await self._try_resize(process)
 

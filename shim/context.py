@@ -30,6 +30,7 @@ class DaemonContext:
     `start` name, empty if they name none. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
     `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
     `shim.config.find`.
+    `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
     """
 
     namespace: str
@@ -45,6 +46,7 @@ class DaemonContext:
     undo: UndoLog
     shutdown: Callable[[], None]
     runtime_class: str = ""
+    host_mounts: int | None = None
 
 
 class ShimService(Protocol):

@@ -71,9 +71,9 @@ def run(
     )
     code = 1
     try:
-        _prepare_process()
+        host_mounts = _prepare_process()
         with asyncio.Runner() as runner:
-            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path))
+            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
         _unlink(address)
@@ -81,20 +81,28 @@ def run(
         os._exit(code)
 
 
-def _prepare_process() -> None:
+def _prepare_process() -> int | None:
+    """Returns a descriptor of the mount namespace that was left, None if it could not be."""
     os.umask(0o077)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     syscalls.set_child_subreaper()
     try:
-        make_private()
+        return make_private()
     except PermissionError:
         # Not root: no mounts either, so nothing can leak.
         _log.warning("no mount namespace of our own: not permitted")
+        return None
 
 
 async def _serve(
-    flags: Flags, sandbox_id: str, bundle: str, address: str, listener: int, config_path: str
+    flags: Flags,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    listener: int,
+    config_path: str,
+    host_mounts: int | None,
 ) -> int:
     """Set up, serve, take down; returns the exit code."""
     sock = socket.socket(fileno=listener)
@@ -102,7 +110,9 @@ async def _serve(
     server = Server(allowed_uids={0, os.geteuid()})
     stop = asyncio.Event()
     try:
-        return await _serve_tasks(flags, sandbox_id, bundle, address, config_path, server, sock, stop)
+        return await _serve_tasks(
+            flags, sandbox_id, bundle, address, config_path, server, sock, stop, host_mounts
+        )
     except KataError as error:
         # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
         # so it stays for the Create that will come and answers that.
@@ -179,6 +189,7 @@ async def _serve_tasks(
     server: Server,
     sock: socket.socket,
     stop: asyncio.Event,
+    host_mounts: int | None,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_stray)
@@ -205,6 +216,7 @@ async def _serve_tasks(
         undo=journal,
         shutdown=stop.set,
         runtime_class=flags.runtime_class,
+        host_mounts=host_mounts,
     )
     from shim.runtime import build_service
 

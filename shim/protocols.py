@@ -149,6 +149,10 @@ class Sandbox(Protocol):
         """Mount the root file system and volumes into the share; translate the spec for the guest."""
         ...
 
+    async def container_started(self, container_id: str) -> None:
+        """Its init process runs now. Never fails."""
+        ...
+
     async def release_container(self, container_id: str) -> None:
         """Undo `prepare_container`. Idempotent; unknown ids are fine; works with a dead VM."""
         ...

@@ -19,6 +19,8 @@ __all__ = ["ReleaseError", "release"]
 
 Facts = dict[str, str | int]
 
+_MAX_SPEC = 4 << 20  # bytes, as `container_manager` reads it
+
 
 class ReleaseError(Exception):
     """It could not be undone; the text says what and why."""
@@ -101,6 +103,32 @@ def _cgroup(facts: Facts, timeout: float) -> None:
             time.sleep(0.01)
 
 
+def _poststop(facts: Facts, timeout: float) -> None:
+    """The poststop hooks that the dead shim owes, from the bundle that containerd still keeps."""
+    import json
+
+    from devices.errors import KataError
+    from shim.hook_process import read_hooks, run, state_json
+
+    bundle, container = str(facts.get("bundle")), str(facts.get("container"))
+    until = time.monotonic() + timeout
+    try:
+        with open(os.path.join(bundle, "config.json"), "rb") as file:
+            spec = json.loads(file.read(_MAX_SPEC))
+        hooks = read_hooks(spec)["poststop"]
+    except (OSError, ValueError, AttributeError, KataError) as error:
+        raise ReleaseError(f"the poststop hooks of {container} cannot be read: {error}") from error
+    failed: list[str] = []
+    for hook in hooks:
+        try:
+            state = state_json(spec, container, bundle, "stopped", 0)
+            run(hook, state, cwd=bundle, timeout=max(0.1, until - time.monotonic()))
+        except KataError as error:
+            failed.append(str(error))
+    if failed:
+        raise ReleaseError("; ".join(failed))
+
+
 _KINDS = {
     "process": _process,
     "socket": _file,
@@ -108,4 +136,5 @@ _KINDS = {
     "dir": _dir,
     "mount": _mount,
     "cgroup": _cgroup,
+    "poststop": _poststop,
 }

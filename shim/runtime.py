@@ -42,6 +42,7 @@ from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.guest_devices import check_devices
+from shim.hook_process import read_hooks
 from shim.limits import Size
 from shim.procfs import start_time
 from shim.protocols import Deadlines
@@ -145,6 +146,7 @@ class VirtContainer:
         section = self._config.hypervisor
         oci_fields.check(spec, guest_selinux=not section.disable_guest_selinux)
         check_devices(spec)
+        read_hooks(spec)
 
     def new_instance(
         self, config: Config, spec: Mapping[str, Any], pod: PodDefaults | None = None
@@ -172,6 +174,7 @@ class VirtContainer:
             direct_stdio=config.runtime.use_passfd_io,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
+            host_mounts=context.host_mounts,
         )
         _log.info(
             "sandbox",

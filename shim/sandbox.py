@@ -40,6 +40,7 @@ from shim.resources.shared_dir import SharedDir
 from shim.trace import Trace
 
 if TYPE_CHECKING:
+    from shim.hooks import HostHooks
     from shim.pod_config import PodDefaults
 
 __all__ = ["SandboxSettings", "VirtSandbox"]
@@ -72,6 +73,7 @@ class SandboxSettings:
     guest_hook_path: str = ""
     disable_guest_seccomp: bool = False
     pod: PodDefaults | None = None
+    host_mounts: int | None = None  # see `shim.context`
 
 
 class VirtSandbox:
@@ -93,6 +95,8 @@ class VirtSandbox:
         self._tasks = tasks
         self._trace = trace
         self._on_oom = on_oom
+        self._undo = undo
+        self._hooks: dict[str, HostHooks] = {}
         self._share = SharedDir(settings.share_path, undo)
         self._share_lock = asyncio.Lock()
         self._agent: GuestAgent | None = None
@@ -188,14 +192,40 @@ class VirtSandbox:
         with self._trace.phase("rootfs", id=container_id):
             async with self._share_lock:
                 await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
+        await self._run_hooks(container_id, bundle, spec)
         return GuestContainer(spec=message, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond)
 
+    async def _run_hooks(self, container_id: str, bundle: str, spec: Mapping[str, Any]) -> None:
+        if not spec.get("hooks"):
+            return
+        from shim.hooks import HostHooks
+
+        hooks = HostHooks(
+            container_id,
+            bundle,
+            spec,
+            pid=self._vmm_pid,
+            undo=self._undo,
+            mounts=self.settings.host_mounts,
+        )
+        self._hooks[container_id] = hooks
+        with self._trace.phase("hooks", id=container_id):
+            await hooks.before_create()
+
+    async def container_started(self, container_id: str) -> None:
+        """Run the poststart hooks."""
+        if container_id in self._hooks:
+            await self._hooks[container_id].after_start()
+
     async def release_container(self, container_id: str) -> None:
-        """Unmount what `prepare_container` mounted. Idempotent."""
+        """Unmount what `prepare_container` mounted, run the poststop hooks. Idempotent."""
         async with self._share_lock:
             errors = await asyncio.to_thread(self._share.remove_container, container_id)
         for error in errors:
             _log.error("not released", container=container_id, error=str(error))
+        hooks = self._hooks.pop(container_id, None)
+        if hooks is not None:
+            await hooks.after_delete()
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize`. The VM's size is fixed: what is above it is refused."""
