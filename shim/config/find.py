@@ -58,8 +58,6 @@ def find_config(
     for candidate in looked:
         if os.path.isabs(candidate) and os.path.exists(candidate):
             return candidate
-    if from_env:  # a wrapper that sets it for its class alone, as Kata's installer writes them
-        return existing("$KATA_CONF_FILE", from_env)
     raise ConfigError(
         f'there is no configuration file for the runtime class "{runtime_class}"; looked for '
         f"{', '.join(looked)}",
