@@ -4,10 +4,11 @@ PY := .venv/bin/python
 PREFIX ?= /opt/kata-shim
 DESTDIR ?=
 PYTEST_ARGS ?=
+STORM_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-containerds lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-containerds storm lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +39,9 @@ test-kvm: setup ## the tests that need KVM, inside the bench host, a nested mach
 
 bench-host: setup ## a shell in the bench host, or CMD='...' there; docs/bench-host.md
 	@$(PY) -m tests.benchhost -- '$(subst ','\'',$(value CMD))'
+
+storm: setup ## 200 short containers, eight at a time, in pods and alone; STORM_ARGS=--help (10 min)
+	@$(PY) -m tests.stress $(STORM_ARGS)
 
 lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv

@@ -1,0 +1,1 @@
+"""Load that shows what single runs do not: many containers at once, over and over."""
