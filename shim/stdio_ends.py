@@ -126,11 +126,28 @@ def open_output(path: str, stream: str) -> OutputEnd:
 
 
 def open_file(path: str, stream: str) -> OutputEnd:
-    """A `file://` log: made if missing, with its directories (0755), and appended to."""
+    """A `file://` log: made if missing (0644), with its directories (0755), and appended to."""
     check_path(path, stream)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
     try:
-        os.makedirs(os.path.dirname(path), mode=0o755, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        _make_directories(os.path.dirname(path))
+        try:
+            fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
+            os.fchmod(fd, 0o644)
+        except FileExistsError:
+            fd = os.open(path, flags | os.O_CREAT, 0o644)
     except OSError as error:
         raise _unusable(stream, path, error) from error
     return OutputEnd(fd, pollable=False)
+
+
+def _make_directories(path: str) -> None:
+    """Those that are missing, for all to look into: who reads logs is seldom root, our umask is 077."""
+    if os.path.isdir(path):
+        return
+    _make_directories(os.path.dirname(path))
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        return  # another process of the pod has the same log
+    os.chmod(path, 0o755)  # noqa: S103  (runc's shim makes them so)

@@ -98,8 +98,8 @@ def test_events_come_in_order_and_once(api: Api, create: Create) -> None:
 
 def test_a_terminal_has_the_size_that_the_client_gives(create: Create) -> None:
     task = create("sh", terminal=True)
+    task.resize(120, 40)  # before the start: the program never sees another size
     task.start()
-    task.resize(120, 40)
     task.io.write(b"stty size\n")
     task.io.wait_for(b"40 120")
     task.io.write(b"tty; test -t 0 && test -t 1 && test -t 2 && echo all''-tty\n")
