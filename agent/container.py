@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from agent.process import Process
 from agent.reaper import Reaper
 from agent.spec import process_json, resources_json
 from agent.stdio import Ports, Stdio
+from agent.storage import in_thread
 from agent.streams import StreamListener
 from ttrpc import Code, RpcError
 
@@ -239,20 +241,13 @@ class Container:
             pause = min(pause * 2, 0.1)
 
     async def update(self, resources: oci_pb2.LinuxResources, beyond: Mapping[str, Any] = NOTHING) -> None:
-        """`crun update`: new limits for the running container. `beyond`: see `agent.fit`."""
-        path = self._crun.scratch("resources")
+        """New limits for the container; `beyond`: see `agent.fit`."""
+        from agent.limits import apply
+
         wanted = resources_json(resources)
         merge(wanted, beyond.get("linux", {}).get("resources", {}))
         fit_resources(wanted)
-        # Device rules are a program that crun installs at creation only.
-        wanted.pop("devices", None)
-        if not wanted:
-            return
-        try:
-            _write_json(path, wanted)
-            await self._crun.run(f"updating {self.id}", "update", "--resources", path, self.id)
-        finally:
-            _unlink(path)
+        await in_thread(f"updating {self.id}", functools.partial(apply, self.cgroup, wanted))
 
     # --- removing -----------------------------------------------------------------------------
 

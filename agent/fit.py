@@ -1,11 +1,11 @@
 """Fitting an OCI config to this guest: what depends on the kernel, the devices and the sizes here.
 
 What: `merge` adds the fields that came beside Kata's messages; `fit` checks character devices, drops
-limits of page sizes that do not exist here, and turns what crun knows by cgroup v1 names only into
-cgroup v2's.
+limits of page sizes and sets of CPUs that do not exist here, and turns what crun knows by cgroup v1
+names only into cgroup v2's.
 Why here: the host cannot know; crun would fail with an errno that names nothing.
 Invariants: a device is never made under a number that no driver here serves; a limit is only dropped
-when nothing could exceed it.
+when nothing could exceed it; a set of CPUs holds as a whole or, if it names the host's, not at all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ METADATA = "kata-shim-oci"
 
 _CHAR_DEVICES = "/sys/dev/char"
 _HUGEPAGES = "/sys/kernel/mm/hugepages"
+_ONLINE_CPUS = "/sys/devices/system/cpu/online"
+_ONLINE_NODES = "/sys/devices/system/node/online"
+_MAX_NUMBER = 8191  # the most CPUs that Linux can be built for
 _MODPROBE_DEADLINE = 30.0
 _UNITS = {"KB": 1, "MB": 1 << 10, "GB": 1 << 20}
 
@@ -73,9 +76,35 @@ def fit_resources(resources: Json, hugepages: str = _HUGEPAGES) -> None:
     limits = resources.get("hugepageLimits")
     if limits:
         resources["hugepageLimits"] = [each for each in limits if _has_page_size(each, hugepages)]
-    burst = resources.get("cpu", {}).pop("burst", None)
+    cpu = resources.get("cpu", {})
+    for key, path in (("cpus", _ONLINE_CPUS), ("mems", _ONLINE_NODES)):
+        wanted = cpu.get(key)
+        if wanted and not _numbers(wanted) <= _numbers(_read(path)):
+            # Numbers of the host, as a kubelet with the static policy sends to everybody.
+            log.debug(f"linux.resources.cpu.{key} {wanted[:80]}: not all of them are here; left out")
+            del cpu[key]
+    burst = cpu.pop("burst", None)
     if burst is not None:
         resources.setdefault("unified", {}).setdefault("cpu.max.burst", str(burst))
+
+
+def _numbers(text: str) -> set[int]:
+    """A kernel's list of numbers, "0-3,7". Raises INVALID_ARGUMENT."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) > _MAX_NUMBER:
+            raise RpcError(Code.INVALID_ARGUMENT, f"linux.resources.cpu: {text[:80]!r} is no list of numbers")
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:  # a kernel without NUMA has one node, and does not say so
+        return "0"
 
 
 def _has_page_size(limit: Json, hugepages: str) -> bool:

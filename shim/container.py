@@ -274,6 +274,10 @@ class Container:
         `beyond` as for `add_exec`.
         """
         self.init.check(Call.UPDATE)
+        if not self.sandbox.direct_stdio:
+            # Our agent knows the host's CPU numbers from the guest's; a stock one would fail.
+            resources.CPU.ClearField("Cpus")
+            resources.CPU.ClearField("Mems")
         await self.sandbox.resize(self.id, resources)
         await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
 

@@ -124,10 +124,12 @@ def guest_spec(
     container_type: str,
     volumes: Sequence[Volume],
     disable_seccomp: bool = False,
+    keep_cpuset: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The spec as the agent gets it, and what was left out (for the log).
 
-    `container_type` is "single_container", "pod_sandbox" or "pod_container".
+    `container_type` is "single_container", "pod_sandbox" or "pod_container". `keep_cpuset`: the agent
+    knows the host's CPU numbers from the guest's, as ours does (`agent.fit`).
     """
     left_out: list[str] = []
     guest: dict[str, Any] = copy.deepcopy(dict(spec))
@@ -145,11 +147,13 @@ def guest_spec(
         guest["hooks"] = {"startContainer": hooks["startContainer"]}
     linux = guest.get("linux")
     if isinstance(linux, dict):
-        _guest_linux(linux, left_out, disable_seccomp)
+        _guest_linux(linux, left_out, disable_seccomp, keep_cpuset)
     return guest, left_out
 
 
-def _guest_linux(linux: dict[str, Any], left_out: list[str], disable_seccomp: bool) -> None:
+def _guest_linux(
+    linux: dict[str, Any], left_out: list[str], disable_seccomp: bool, keep_cpuset: bool
+) -> None:
     spaces = []
     for space in linux.get("namespaces") or []:
         # pid: the agent decides by sandbox_pidns; network and time: the VM's own are the pod's.
@@ -163,7 +167,7 @@ def _guest_linux(linux: dict[str, Any], left_out: list[str], disable_seccomp: bo
     linux["namespaces"] = spaces
     resources = linux.get("resources") or {}
     resources["devices"] = guest_rules(resources.get("devices") or [], left_out)
-    if isinstance(resources.get("cpu"), dict):
+    if isinstance(resources.get("cpu"), dict) and not keep_cpuset:
         _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
     linux["resources"] = resources
     if disable_seccomp:

@@ -183,6 +183,7 @@ class VirtSandbox:
             container_type=self.settings.container_type if container_id == self.id else "pod_container",
             volumes=volumes,
             disable_seccomp=self.settings.disable_guest_seccomp,
+            keep_cpuset=self.settings.direct_stdio,
         )
         message, rest = spec_from_json(document)
         left_out += rest.dropped

@@ -7,6 +7,9 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import grpc
+import pytest
+
 from proto import metrics_v1_pb2, metrics_v2_pb2
 from shim.stats import host_is_unified
 from testing.api import Api, Task
@@ -43,9 +46,9 @@ def update(api: Api, task: Task, resources: dict[str, Any]) -> None:
     api.call(TASKS, "Update", container_id=task.container, resources={"type_url": RESOURCES, "value": value})
 
 
-def output(task: Task, exec_id: str, script: str) -> list[str]:
-    """The lines that a shell script writes inside."""
-    process = task.exec("sh", "-c", script, exec_id=exec_id, stdin=False)
+def output(task: Task, exec_id: str, script: str, *arguments: str) -> list[str]:
+    """The lines that a shell script writes inside; `arguments` are its $0 and on."""
+    process = task.exec("sh", "-c", script, *arguments, exec_id=exec_id, stdin=False)
     process.start()
     assert process.wait() == 0
     text = process.io.finish()[0].decode()
@@ -54,18 +57,70 @@ def output(task: Task, exec_id: str, script: str) -> list[str]:
 
 
 def test_limits_are_filled_in_and_can_be_changed(api: Api, create: Create) -> None:
-    task = create("sleep", "1000", stdin=False)
+    task = create("sh", "-c", "sleep 1000 & sleep 1000 & echo ready; wait", stdin=False)
     usage, limit = memory(metrics(api, task))
     assert limit > 1 << 62, "before it runs, and without a limit"
     task.start()
+    task.io.wait_for(b"ready", timeout=60)
     update(api, task, {"memory": {"limit": 64 * MIB, "swap": 64 * MIB}, "pids": {"limit": 50}})
     figures = metrics(api, task)
     usage, limit = memory(figures)
     assert 0 < usage < limit == 64 * MIB
-    assert (figures.pids.current, figures.pids.limit) == (1, 50)
+    assert (figures.pids.current, figures.pids.limit) == (3, 50)
     before = cpu(figures)
     output(task, "burn", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
     assert cpu(metrics(api, task)) > before
+
+    entries = api.call(TASKS, "ListPids", container_id=task.container).processes
+    assert len(entries) == 3, "the children too, each once"
+    assert task.pid in [entry.pid for entry in entries]
+    # The shell, as the first process of its namespace, does not even see a signal that it does not trap.
+    task.kill(signal.SIGTERM, everyone=True)
+    assert task.wait() == 0
+    task.delete()
+
+
+#: Prints the container's own limits, whatever cgroup namespace it is in.
+SHOW = (
+    'cd "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)" && for f in $0; do echo "$f $(cat "$f")"; done'
+)
+FILES = "cpu.weight cpu.max cpuset.cpus memory.max memory.swap.max memory.low memory.high pids.max"
+
+
+@pytest.mark.kata_only
+def test_each_limit_holds_inside_the_guest(api: Api, create: Create) -> None:
+    mount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"
+    task = create("sleep", "1000", stdin=False, options=("--mount", mount))
+    task.start()
+    update(api, task, {
+        "cpu": {"shares": 512, "quota": 50_000, "period": 100_000, "cpus": "0"},
+        "memory": {"limit": 64 * MIB, "swap": 80 * MIB, "reservation": 8 * MIB},
+        "pids": {"limit": 50},
+        "unified": {"memory.high": str(48 * MIB)},
+    })  # fmt: skip
+    limits = dict(line.split(" ", 1) for line in output(task, "set", SHOW, FILES))
+    assert limits == {
+        "cpu.weight": "20", "cpu.max": "50000 100000", "cpuset.cpus": "0", "memory.max": str(64 * MIB),
+        "memory.swap.max": str(16 * MIB), "memory.low": str(8 * MIB), "memory.high": str(48 * MIB),
+        "pids.max": "50",
+    }  # fmt: skip
+
+    for resources, status in (
+        ({"cpu": {"quota": 100_000_000, "period": 100_000}}, "FAILED_PRECONDITION"),
+        ({"memory": {"limit": 1 << 50}}, "FAILED_PRECONDITION"),
+        ({"memory": {"limit": 64 * MIB, "swap": 32 * MIB}}, "INVALID_ARGUMENT"),
+        ({"pids": {"limit": 60}, "unified": {"memory.nonsense": "1"}}, "INVALID_ARGUMENT"),
+    ):
+        with pytest.raises(grpc.RpcError) as error:
+            update(api, task, resources)
+        assert (resources, error.value.code().name) == (resources, status)
+
+    # A set with CPUs that only the host has is no error: a kubelet sends such to everybody.
+    lifted = {"cpu": {"quota": -1, "cpus": "0,4095"}, "memory": {"limit": -1}, "pids": {"limit": -1}}
+    update(api, task, lifted)
+    after = dict(line.split(" ", 1) for line in output(task, "lifted", SHOW, FILES))
+    lifted = {"cpu.max": "max 100000", "memory.max": "max", "memory.swap.max": "max", "pids.max": "max"}
+    assert after == limits | lifted
     task.kill(signal.SIGKILL)
     task.wait()
     task.delete()

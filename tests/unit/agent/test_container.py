@@ -286,13 +286,15 @@ async def test_by_call_a_terminal(box: Box) -> None:
     assert b"got it\r\n" in output
 
 
-async def test_update_asks_crun(box: Box) -> None:
+async def test_update_writes_limits_into_the_cgroup(box: Box, tmp_path: Path) -> None:
     container = box.container("sleep", "100")
     await container.create((0, 0, 0))
-    await container.update(oci_pb2.LinuxResources())
+    container.cgroup = str(tmp_path)
+    for name in ("memory.max", "memory.high"):
+        (tmp_path / name).touch()
     resources = oci_pb2.LinuxResources()
     resources.Memory.Limit = 1 << 20
-    await container.update(resources)
+    await container.update(resources, {"linux": {"resources": {"unified": {"memory.high": "9"}}}})
 
-    with open(f"{box.directory}/root/calls") as file:
-        assert file.read().count('"update"') == 1
+    assert (tmp_path / "memory.max").read_text() == str(1 << 20)
+    assert (tmp_path / "memory.high").read_text() == "9"
