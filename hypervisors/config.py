@@ -64,10 +64,12 @@ class HypervisorConfig(SandboxSection):
     machine_accelerators: str = ""
     accelerator: str = "auto"  # ours: "auto" | "kvm" | "tcg"
     cpu_features: str = ""
-    default_maxvcpus: int = 0
+    default_maxvcpus: int = 0  # that the VM may grow to; 0 is the host's
+    overhead_vcpus: float = 0.0  # what the VM needs besides its containers, when its size is static
 
     # --- memory
     default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
+    overhead_memory: int = 0  # as overhead_vcpus; 0 is default_memory
     memory_slots: int = 10  # DIMMs that can be plugged; 0 is none
     enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
     hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged

@@ -267,6 +267,16 @@ class GuestAgent:
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
         await self._call("UpdateContainer", request, beyond=beyond)
 
+    async def online_cpu_mem(self, vcpus: int) -> None:
+        """OnlineCPUMem: `vcpus` in all, and whatever memory is there; returns when they are in use."""
+        request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=vcpus)
+        await self._call("OnlineCPUMem", request)
+
+    async def memory_block_size(self) -> int:
+        """GetGuestDetails: bytes in which the guest's kernel takes memory."""
+        answer = await self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest(mem_block_size=True))
+        return int(answer.mem_block_size_bytes)
+
     async def get_oom_event(self) -> str:
         """GetOOMEvent: the container in which the guest's kernel killed for memory. No deadline."""
         answer = await self._call("GetOOMEvent", agent_pb2.GetOOMEventRequest(), timeout=None)

@@ -25,7 +25,7 @@ import structlog
 
 import ttrpc
 from devices.config import DeviceConfig
-from devices.errors import BugError, CallerError, GuestError, HypervisorError, KataError
+from devices.errors import BugError, GuestError, HypervisorError, KataError
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
@@ -33,10 +33,10 @@ from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
 from shim.guest_spec import GUEST_SHARE, GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
-from shim.limits import Size, wanted
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.shared_dir import SharedDir
+from shim.resources.sizing import Bounds, Sizing, spec_limits
 from shim.trace import Trace
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
     `netns` is the path of the pod's network namespace, None for none. `shm_size` is in bytes.
-    `size`: of the VM as it boots.
+    `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
     `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
     """
@@ -67,7 +67,7 @@ class SandboxSettings:
     share_path: str
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
-    size: Size
+    bounds: Bounds
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""
@@ -99,6 +99,7 @@ class VirtSandbox:
         self._hooks: dict[str, HostHooks] = {}
         self._share = SharedDir(settings.share_path, undo)
         self._share_lock = asyncio.Lock()
+        self._sizing = Sizing(settings.bounds, hypervisor, self, lambda work: self._watch(work, "shrink"))
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
@@ -190,6 +191,7 @@ class VirtSandbox:
         if left_out:
             _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
+        await self._sizing.fit(container_id, spec_limits(spec))
         with self._trace.phase("rootfs", id=container_id):
             async with self._share_lock:
                 await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
@@ -219,7 +221,9 @@ class VirtSandbox:
             await self._hooks[container_id].after_start()
 
     async def release_container(self, container_id: str) -> None:
-        """Unmount what `prepare_container` mounted, run the poststop hooks. Idempotent."""
+        """Unmount what `prepare_container` mounted, let the VM shrink, run the poststop hooks. Idempotent."""
+        if not self._stopped and not self._died.done():
+            await self._sizing.forget(container_id)
         async with self._share_lock:
             errors = await asyncio.to_thread(self._share.remove_container, container_id)
         for error in errors:
@@ -229,19 +233,17 @@ class VirtSandbox:
             await hooks.after_delete()
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
-        """See `shim.protocols.Sandbox.resize`. The VM's size is fixed: what is above it is refused."""
-        size, asked = self.settings.size, wanted(resources)
-        for what, is_there, needed in (
-            ("CPUs", size.vcpus, asked.vcpus),
-            ("MiB of memory", size.memory >> 20, -(-asked.memory >> 20)),
-        ):
-            if needed > is_there:
-                raise CallerError(
-                    f"{container_id} cannot have {needed:g} {what}: its VM has {is_there:g}",
-                    phase="update",
-                    hint="raise default_vcpus or default_memory in the configuration",
-                    code="FAILED_PRECONDITION",
-                )
+        """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
+        await self._sizing.fit(container_id, resources, strict=True)
+
+    async def memory_block_size(self) -> int:
+        """`shim.resources.sizing.GuestSizing`."""
+        return await self.agent.memory_block_size()
+
+    async def online(self, vcpus: int) -> None:
+        """`shim.resources.sizing.GuestSizing`."""
+        with self._trace.phase("agent.online"):
+            await self.agent.online_cpu_mem(vcpus)
 
     @property
     def is_pod(self) -> bool:
@@ -328,6 +330,7 @@ class VirtSandbox:
         self._watch(self._watch_oom(self._agent), "oom")
 
     def _watch(self, work: Any, name: str) -> None:
+        self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
         self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
 
     async def _watch_vm(self) -> None:

@@ -46,6 +46,7 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: str = "info"  # trace | debug | info | warn | error
     disable_guest_seccomp: bool = False
+    static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
     valid_config_paths: tuple[str, ...] = ()  # ours: what the annotation config_path may name
     use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
 
@@ -181,7 +182,6 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "sandbox_bind_mounts": (),
     "sandbox_cgroup_only": False,
     "shared_mounts": [],
-    "static_sandbox_resource_mgmt": True,
     "vfio_mode": "guest-kernel",
 }
 
