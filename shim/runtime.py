@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -44,10 +43,9 @@ from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.guest_devices import check_devices
 from shim.hook_process import read_hooks
-from shim.limits import Size
 from shim.procfs import start_time
 from shim.protocols import Deadlines
-from shim.resources.sizing import Bounds, boot_size
+from shim.resources.sizing import sized
 from shim.sandbox import SandboxSettings, VirtSandbox
 from shim.task_service import TaskService
 from shim.trace import Trace
@@ -157,7 +155,12 @@ class VirtContainer:
         context = self._context
         agent = config.agent
         stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
-        section, bounds = _sized(config, _with_agent_params(config, stream_port), spec)
+        section, bounds = sized(
+            _with_agent_params(config, stream_port),
+            spec,
+            static=config.runtime.static_sandbox_resource_mgmt,
+            pod=_container_type(spec) != "single_container",
+        )
         hypervisor = get_plugin(config.hypervisor_name).create(
             section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
         )
@@ -306,33 +309,6 @@ def _with_agent_params(config: Config, stream_port: int) -> Any:
         params.append(f"agent.stream_port={stream_port}")
     own = [config.hypervisor.kernel_params] if config.hypervisor.kernel_params else []
     return dataclasses.replace(config.hypervisor, kernel_params=" ".join(params + own))
-
-
-def _sized(config: Config, section: Any, spec: Mapping[str, Any]) -> tuple[Any, Bounds]:
-    """The section with the size that the VM boots with, and the sizes that it can have."""
-    runtime = config.runtime
-    base = Size(section.default_vcpus, section.default_memory << 20)
-    largest = Size(
-        max(base.vcpus, section.default_maxvcpus), max(base.memory, section.default_maxmemory << 20)
-    )
-    boot = boot_size(
-        base,
-        Size(section.overhead_vcpus, section.overhead_memory << 20),
-        spec,
-        static=runtime.static_sandbox_resource_mgmt,
-        pod=_container_type(spec) != "single_container",
-    )
-    boot = Size(min(boot.vcpus, largest.vcpus), min(boot.memory, largest.memory))
-    if runtime.static_sandbox_resource_mgmt:
-        largest = boot
-    section = dataclasses.replace(
-        section,
-        default_vcpus=boot.vcpus,
-        default_memory=boot.memory >> 20,
-        default_maxvcpus=math.ceil(largest.vcpus),
-        default_maxmemory=largest.memory >> 20,
-    )
-    return section, Bounds(base, boot, largest)
 
 
 def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:

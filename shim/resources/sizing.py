@@ -1,7 +1,7 @@
 """The size of the VM: what its containers' limits ask for, and how it follows them while it runs.
 
-What: `boot_size` decides what the VM starts with, `Sizing.fit` makes room for one container's limits
-before the guest hears of them, `forget` takes a container's part back.
+What: `sized` decides what the VM starts with and what it can become, `Sizing.fit` makes room for one
+container's limits before the guest hears of them, `forget` takes a container's part back.
 Why: a VM is small until somebody asks for more; a limit that is above what the VM has would be a lie.
 The rule is Kata's: the configuration's default plus the sum of all containers' limits.
 Invariants:
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,7 +32,7 @@ from proto import oci_pb2
 from shim.limits import Size, wanted
 from shim.oci import resources_from_json
 
-__all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "spec_limits"]
+__all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits"]
 
 _MIB = 1 << 20
 _BLOCK = 128 * _MIB  # a Linux guest's memory block on x86_64, and the least
@@ -66,7 +68,8 @@ class Bounds:
 def spec_limits(spec: Mapping[str, Any]) -> oci_pb2.LinuxResources:
     """linux.resources of a container's spec. Raises CallerError for what is malformed."""
     resources = (spec.get("linux") or {}).get("resources") or {}
-    return resources_from_json({key: resources[key] for key in ("cpu", "memory") if resources.get(key)})
+    limits, _ = resources_from_json({key: resources[key] for key in ("cpu", "memory") if resources.get(key)})
+    return limits
 
 
 def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bool, pod: bool) -> Size:
@@ -85,6 +88,30 @@ def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bo
         max(overhead.vcpus + known.vcpus, 1.0) if known.vcpus else base.vcpus,
         (overhead.memory or base.memory) + _up(known.memory, _MIB) if known.memory else base.memory,
     )
+
+
+def sized(section: Any, spec: Mapping[str, Any], *, static: bool, pod: bool) -> tuple[Any, Bounds]:
+    """A hypervisor's section with the size that the VM boots with, and the sizes that it can have.
+
+    `static`: it never gets another; `pod`: `spec` is a pod's sandbox container's. A section without
+    default_maxvcpus is of a VMM whose VMs do not grow.
+    """
+    grows = hasattr(section, "default_maxvcpus") and not static
+    base = Size(section.default_vcpus, section.default_memory << 20)
+    overhead = Size(getattr(section, "overhead_vcpus", 0.0), getattr(section, "overhead_memory", 0) << 20)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    most = Size(
+        max(base.vcpus, getattr(section, "default_maxvcpus", len(os.sched_getaffinity(0)))),
+        max(base.memory, getattr(section, "default_maxmemory", host) << 20),
+    )
+    boot = boot_size(base, overhead, spec, static=static, pod=pod)
+    boot = Size(min(boot.vcpus, most.vcpus), min(boot.memory, most.memory))
+    largest = most if grows else boot
+    changes: dict[str, float] = {"default_vcpus": boot.vcpus, "default_memory": boot.memory >> 20}
+    if hasattr(section, "default_maxvcpus"):
+        changes["default_maxvcpus"] = math.ceil(largest.vcpus)
+        changes["default_maxmemory"] = largest.memory >> 20
+    return dataclasses.replace(section, **changes), Bounds(base, boot, largest)
 
 
 def _annotated(annotations: Mapping[str, Any]) -> oci_pb2.LinuxResources:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 
 from devices.errors import CallerError, HypervisorError, UnsupportedByHypervisor
 from hypervisors.base import Capabilities
+from hypervisors.config import HypervisorConfig
 from proto import oci_pb2
 from shim.limits import Size
-from shim.resources.sizing import Bounds, Sizing, boot_size, spec_limits
+from shim.resources.sizing import Bounds, Sizing, boot_size, sized, spec_limits
 
 MIB = 1 << 20
 BASE = Size(1.0, 256 * MIB)
@@ -142,6 +144,31 @@ def test_a_static_vm_has_what_is_known(
     overhead: Size, document: dict[str, Any], is_pod: bool, size: Size
 ) -> None:
     assert boot_size(BASE, overhead, document, static=True, pod=is_pod) == size
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """The section of a VMM whose VMs do not grow."""
+
+    default_vcpus: float = 1.0
+    default_memory: int = 256
+
+
+def test_a_section_gets_the_size_that_the_vm_starts_with() -> None:
+    section = HypervisorConfig(default_memory=256, default_maxvcpus=2, default_maxmemory=1024)
+    document = spec(cpus=4, memory=512)
+    grown, bounds = sized(section, document, static=False, pod=False)
+    assert (grown.default_vcpus, grown.default_memory) == (2, 768)
+    assert (grown.default_maxvcpus, grown.default_maxmemory) == (2, 1024)
+    assert bounds == Bounds(BASE, Size(2, 768 * MIB), Size(2, 1024 * MIB))
+
+    fixed, bounds = sized(section, document, static=True, pod=False)
+    assert (fixed.default_maxvcpus, fixed.default_maxmemory) == (2, 768)
+    assert bounds.boot == bounds.largest
+
+    other, bounds = sized(Fixed(), spec(memory=128), static=False, pod=False)
+    assert other == Fixed(default_memory=384)
+    assert bounds.boot == bounds.largest == Size(1.0, 384 * MIB)
 
 
 def test_limits_of_the_wrong_type_are_the_callers() -> None:
