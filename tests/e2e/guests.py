@@ -217,8 +217,9 @@ class Guest:
         return made
 
     async def signal(self, running: Running, number: int) -> None:
-        """SignalProcess."""
-        request = agent.SignalProcessRequest(container_id=running.id, exec_id=running.exec_id, signal=number)
+        """SignalProcess, to one process."""
+        target = running.exec_id or running.id  # without one it would go to all of the container
+        request = agent.SignalProcessRequest(container_id=running.id, exec_id=target, signal=number)
         await self.agent.signal_process(request)
 
     async def remove(self, name: str) -> None:
