@@ -1,15 +1,18 @@
 """`kata-ctl check`: can this host run containers in VMs, and if not, what to do.
 
-What: a list of `Finding`s: the configuration, the guest's files, vsock, virtiofsd, memory, cgroups, the
-state directory and containerd's way to the shim; and what the chosen hypervisor's plugin says of
-itself and the accelerator (`HypervisorPlugin.check`).
-Invariants: every check tells what it found, also when all is well; none changes anything, none raises.
+What: a list of `Finding`s: the configuration, the guest's files, CPU and KVM (`ctl.vcpu`), vsock, virtiofsd,
+memory, cgroups, network namespaces, the state directory and containerd's way to the shim; what the
+chosen hypervisor's plugin says of itself (`HypervisorPlugin.check`); and a line for each other one.
+Invariants: every check tells what it found, also when all is well; none changes anything, none raises;
+what may hang is done in a child or has a deadline.
 Exit code 1 if something fails; a warning is for what works, but worse than it could.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from ctl.environment import first_line
+from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
 from shim.config import Config, load_config
 
@@ -41,12 +46,33 @@ class Finding:
     hint: str = ""
 
 
+def _new_netns() -> str:
+    """Why no network namespace can be made, "" if one can. Tried in a child, which takes it away again."""
+    import ctypes
+
+    clone_newnet = 0x40000000
+    pid = os.fork()
+    if pid == 0:
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            os._exit(ctypes.get_errno() & 0xFF if libc.unshare(clone_newnet) else 0)
+        finally:
+            os._exit(255)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return os.strerror(code) if code else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Where the facts are; a test gives it another place. `path` is where programs are looked for."""
+    """Where the facts are; a test gives it another place. `path` is where programs are looked for.
+
+    `measure` times a vCPU of the given device, `new_netns` makes a network namespace or says why not.
+    """
 
     root: str = "/"
     path: str = os.defpath
+    measure: Callable[[str], Measured] = measure
+    new_netns: Callable[[], str] = _new_netns
 
     def at(self, path: str) -> str:
         """A path of this host."""
@@ -77,6 +103,55 @@ def _guest(config: Config) -> Iterator[Finding]:
         )
 
 
+def _cpu(host: Host) -> Finding:
+    try:
+        with open(host.at("/proc/cpuinfo"), encoding="utf-8", errors="replace") as file:
+            text = file.read(1 << 20)
+    except OSError as error:
+        return Finding(Level.WARN, "cpu", f"/proc/cpuinfo cannot be read: {error.strerror}")
+    model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+    flags = re.search(r"^flags\s*: (.*)$", text, re.MULTILINE)
+    words = flags[1].split() if flags else []
+    virtual = next((f", {word}" for word in ("vmx", "svm") if word in words), "")
+    count = len(re.findall(r"^processor\s*:", text, re.MULTILINE))
+    what = f"{model[1] if model else 'unknown'}, {count} online"
+    if flags and not virtual:
+        return Finding(Level.WARN, "cpu", f"{what}; advertises neither vmx nor svm")
+    return _ok("cpu", what + virtual)
+
+
+def _kvm(host: Host, config: Config | None) -> Finding:
+    """A VMM that can emulate does without; the others, and QEMU when it is told to use KVM, do not."""
+    wanted = getattr(config.hypervisor, "accelerator", "kvm") if config else "auto"
+    level = Level.FAIL if wanted == "kvm" else Level.WARN
+    device = host.at("/dev/kvm")
+    if not os.path.exists(device):
+        return Finding(level, "kvm", f"{device} does not exist", _NO_KVM)
+    useful, text = judge(host.measure(device), device)
+    if useful:
+        return _ok("kvm", text)
+    hint = _NO_KVM if wanted == "kvm" else 'leave accelerator = "auto" or set "tcg"; for speed: ' + _KVM_HOW
+    return Finding(level, "kvm", text, hint)
+
+
+def _network(host: Host) -> Iterator[Finding]:
+    problem = host.new_netns()
+    if problem:
+        yield Finding(
+            Level.FAIL, "netns", f"a network namespace cannot be made: {problem}", "run the check as root"
+        )
+    else:
+        yield _ok("netns", "network namespaces can be made and entered")
+    tun = host.at("/dev/net/tun")
+    try:
+        os.close(os.open(tun, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        hint = "modprobe tun; without it pods have no network"
+        yield Finding(Level.WARN, "tun", f"{tun}: {error.strerror}", hint)
+    else:
+        yield _ok("tun", f"{tun} opens")
+
+
 def _vsock(host: Host, config: Config | None) -> Finding:
     device = host.at("/dev/vhost-vsock")
     try:
@@ -101,9 +176,14 @@ def _virtiofsd(config: Config | None) -> Finding:
     from devices.share_fs import find_virtiofsd
 
     try:
-        return _ok("virtiofsd", find_virtiofsd(getattr(section, "virtio_fs_daemon", "")))
+        return _ok("virtiofsd", _with_version(find_virtiofsd(getattr(section, "virtio_fs_daemon", ""))))
     except KataError as error:
         return Finding(Level.FAIL, "virtiofsd", error.cause, error.hint)
+
+
+def _with_version(program: str) -> str:
+    version = first_line([program, "--version"])
+    return f"{program}: {version}" if version else program
 
 
 def _cgroup(host: Host) -> Finding:
@@ -182,10 +262,24 @@ def _hypervisor(config: Config | None, get_plugin: Callable[[str], Any]) -> Iter
             yield _ok(result.name, result.text)
 
 
-_NO_KVM = (
-    "it works, but the guest runs many times slower: switch virtualization on in the firmware, or on a VM's "
-    "host (nested), and load kvm_intel or kvm_amd"
+_KVM_HOW = (
+    "switch virtualization on in the firmware, or on a VM's host (nested), and load kvm_intel or kvm_amd"
 )
+_NO_KVM = f"QEMU works without, but the guest runs many times slower: {_KVM_HOW}"
+
+
+def _others(config: Config | None, plugins: dict[str, Any]) -> Iterator[Finding]:
+    """One line for each hypervisor that is not the chosen one: could it run here?"""
+    for name, plugin in sorted(plugins.items()):
+        if name == (config.hypervisor_name if config else "qemu"):
+            continue
+        bad = [result for result in plugin.check() if not result.ok]
+        if bad:
+            reasons = "; ".join(result.text for result in bad)
+            hints = "; ".join(result.hint for result in bad if result.hint)
+            yield Finding(Level.WARN, f"also {name}", f"not here: {reasons}", hints)
+        else:
+            yield _ok(f"also {name}", "could run here")
 
 
 def findings(
@@ -193,8 +287,9 @@ def findings(
     *,
     host: Host | None = None,
     get_plugin: Callable[[str], Any] | None = None,
+    plugins: dict[str, Any] | None = None,
 ) -> list[Finding]:
-    """All findings, in the order in which a reader would want them.
+    """All findings, in the order in which a reader would want them. `plugins`: by default all installed.
 
     What is said here of a thing counts more than what the plugin says of the same: the plugin does not
     know the paths in the configuration.
@@ -203,6 +298,10 @@ def findings(
         from hypervisors.registry import get_plugin as from_registry
 
         get_plugin = from_registry
+    if plugins is None:
+        from hypervisors.registry import load_plugins
+
+        plugins = load_plugins()
     host = host or Host(path=os.environ.get("PATH", os.defpath))
     config: Config | None = None
     found: list[Finding] = []
@@ -215,17 +314,26 @@ def findings(
         found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
         found += _guest(config)
         if getattr(config.hypervisor, "path", ""):
-            found.append(_ok(config.hypervisor_name, config.hypervisor.path))
-    own = [_vsock(host, config), _virtiofsd(config), _memory(host, config), _cgroup(host), _state(host)]
-    own.append(_shim(host))
+            found.append(_ok(config.hypervisor_name, _with_version(config.hypervisor.path)))
+    own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
+    own += [_memory(host, config), _cgroup(host), *_network(host), _state(host), _shim(host)]
+    own += _others(config, plugins)
     told = {each.name for each in found + own}
     theirs = [each for each in _hypervisor(config, get_plugin) if each.name not in told]
     return found + theirs + own
 
 
-def run(config_path: str | None = None) -> int:
+def run(config_path: str | None = None, *, as_json: bool = False) -> int:
     """The command; returns its exit code."""
     found = findings(os.path.abspath(config_path) if config_path else None)
+    failed = sum(each.level is Level.FAIL for each in found)
+    if as_json:
+        lines = [
+            {"level": each.level.value.lower(), "name": each.name, "text": each.text, "hint": each.hint}
+            for each in found
+        ]
+        print(json.dumps({"ok": not failed, "findings": lines}, indent=2))
+        return 1 if failed else 0
     width = max(len(each.name) for each in found)
     colours = {Level.OK: "32", Level.WARN: "33", Level.FAIL: "31"}
     for each in found:
@@ -235,7 +343,6 @@ def run(config_path: str | None = None) -> int:
         print(f"{level}  {each.name:<{width}}  {each.text}")
         if each.hint:
             print(f"      {'':<{width}}  -> {each.hint}")
-    failed = sum(each.level is Level.FAIL for each in found)
     warned = sum(each.level is Level.WARN for each in found)
     print(f"\n{failed} failed, {warned} to know" if failed else f"\nThis host can run it ({warned} to know).")
     return 1 if failed else 0

@@ -17,13 +17,14 @@ from typing import Any
 from devices.errors import KataError
 from shim.config import Config, load_config
 
-__all__ = ["gather", "run"]
+__all__ = ["first_line", "gather", "run"]
 
 VERSION_TIMEOUT = 5.0
 """Seconds that a program may take to tell its version."""
 
 
-def _first_line(argv: list[str]) -> str:
+def first_line(argv: list[str]) -> str:
+    """The first line that a program prints, "" if it cannot be run or takes too long."""
     try:
         done = subprocess.run(
             argv,
@@ -88,7 +89,7 @@ def _programs(config: Config | None) -> dict[str, dict[str, str]]:
         except KataError:
             continue
     return {
-        name: {"path": path, "version": _first_line([path, "--version"])}
+        name: {"path": path, "version": first_line([path, "--version"])}
         for name, path in paths.items()
         if path
     }

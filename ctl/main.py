@@ -20,7 +20,7 @@ __all__ = ["main"]
 def _check(arguments: argparse.Namespace) -> int:
     from ctl.check import run
 
-    return run(arguments.config)
+    return run(arguments.config, as_json=arguments.json)
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     for command in (show, verify):
         command.add_argument("file", nargs="?", metavar="FILE", help="default: the shim's")
     listing = add(commands, "list", _list, "List the sandboxes of this host.")
-    for command in (env, listing):
+    for command in (check, env, listing):
         command.add_argument("--json", action="store_true", help="for programs")
     trace = add(commands, "trace", _trace, "Print and draw the phases of one start.")
     trace.add_argument(

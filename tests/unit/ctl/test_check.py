@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from ctl import check
 from ctl.check import Finding, Host, Level, findings
+from ctl.vcpu import Measured
 from devices.errors import ConfigError
 from hypervisors.base import CheckResult
 
@@ -49,9 +51,16 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.results = [CheckResult("accelerator", True, "kvm", "not shown")]
-        for folder in ("dev", "run", "proc", "sys/fs/cgroup", "bin"):
+        for folder in ("dev/net", "run", "proc", "sys/fs/cgroup", "bin"):
             (root / folder).mkdir(parents=True)
-        (root / "dev/vhost-vsock").write_text("")
+        for device in ("vhost-vsock", "kvm", "net/tun"):
+            (root / "dev" / device).write_text("")
+        (root / "proc/cpuinfo").write_text(
+            "processor: 0\nmodel name\t: Fast\nflags\t\t: fpu svm\nprocessor: 1\n"
+        )
+        self.measured = Measured(ratio=1.04)
+        self.netns = ""
+        self.plugins: dict[str, Any] = {}
         (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory\n")
         (root / "proc/meminfo").write_text("MemTotal: 4096000 kB\nMemAvailable: 2048000 kB\n")
         for name in ("containerd-shim-kata-v2", "virtiofsd", "vsockd", "qemu"):
@@ -77,9 +86,11 @@ class World:
         assert name == "qemu"
         return Plugin(self.results)
 
+    def host(self) -> Host:
+        return Host(str(self.root), str(self.root / "bin"), lambda _: self.measured, lambda: self.netns)
+
     def look(self) -> dict[str, Finding]:
-        host = Host(str(self.root), str(self.root / "bin"))
-        found = findings(str(self.config), host=host, get_plugin=self.get_plugin)
+        found = findings(str(self.config), host=self.host(), get_plugin=self.get_plugin, plugins=self.plugins)
         names = [each.name for each in found]
         assert len(names) == len(set(names)), names
         return {each.name: each for each in found}
@@ -100,15 +111,68 @@ def test_a_good_host_has_a_line_for_everything_and_no_complaint(world: World) ->
         "image",
         "qemu",
         "accelerator",
+        "cpu",
+        "kvm",
         "vsock",
         "virtiofsd",
         "memory",
         "cgroup",
+        "netns",
+        "tun",
         "state",
         "shim",
     ]
     assert found["kernel"].text == f"{world.root}/vmlinux, 1.0 MiB"
+    assert found["cpu"].text == "Fast, 2 online, svm"
+    assert (
+        found["kvm"].text
+        == f"{world.root}/dev/kvm works: a loop on a vCPU takes 1.0 times as long as on the host"
+    )
     assert not any(each.hint for each in found.values())
+
+
+def test_a_kvm_that_emulates_is_told_in_words(world: World) -> None:
+    world.measured = Measured(ratio=123.4)
+    found = world.look()["kvm"]
+    assert found.text == (
+        f"{world.root}/dev/kvm opens but emulates the CPU: a loop on a vCPU takes about 100 times "
+        "as long as on the host; TCG is faster"
+    )
+    # This section has no accelerator to choose, so its VMM needs KVM.
+    assert found.level is Level.FAIL
+    world.measured = Measured(timed_out=True)
+    assert "did not end within 2 s" in world.look()["kvm"].text
+    (world.root / "dev/kvm").unlink()
+    assert world.look()["kvm"].text.endswith("dev/kvm does not exist")
+
+
+def test_a_cpu_that_cannot_virtualise(world: World) -> None:
+    (world.root / "proc/cpuinfo").write_text("processor: 0\nmodel name: Old\nflags: fpu vme\n")
+    found = world.look()["cpu"]
+    assert (found.level, found.text) == (
+        Level.WARN,
+        "Old, 1 online; advertises neither vmx nor svm",
+    )
+
+
+def test_rights_for_network_namespaces(world: World) -> None:
+    world.netns = "Operation not permitted"
+    (world.root / "dev/net/tun").unlink()
+    found = world.look()
+    assert (found["netns"].level, found["netns"].hint) == (Level.FAIL, "run the check as root")
+    assert found["tun"].level is Level.WARN
+
+
+def test_a_line_for_each_other_hypervisor(world: World) -> None:
+    world.plugins = {
+        "qemu": Plugin([]),
+        "tiny": Plugin([CheckResult("tiny", True, "/bin/tiny")]),
+        "fire": Plugin([CheckResult("fire", False, "no fire", "light it")]),
+    }
+    found = world.look()
+    assert found["also tiny"] == Finding(Level.OK, "also tiny", "could run here")
+    assert found["also fire"] == Finding(Level.WARN, "also fire", "not here: no fire", "light it")
+    assert "also qemu" not in found
 
 
 def test_a_bad_configuration_fails_and_the_rest_is_looked_at_all_the_same(world: World) -> None:
@@ -166,7 +230,7 @@ def test_an_unknown_hypervisor_is_one_failure(world: World) -> None:
     def refuse(name: str) -> Any:
         raise ConfigError("there is no hypervisor", hint="install it")
 
-    found = findings(str(world.config), host=Host(str(world.root)), get_plugin=refuse)
+    found = findings(str(world.config), host=world.host(), get_plugin=refuse, plugins={})
     assert {each.name for each in found if each.level is Level.FAIL} == {"config", "qemu"}
 
 
@@ -217,3 +281,7 @@ def test_the_exit_code_and_the_lines(
     lines.append(Finding(Level.FAIL, "c", "bad"))
     assert check.run() == 1
     assert capsys.readouterr().out.splitlines()[-1] == "1 failed, 1 to know"
+    assert check.run(as_json=True) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is False
+    assert told["findings"][1] == {"level": "warn", "name": "bb", "text": "so so", "hint": "do this"}

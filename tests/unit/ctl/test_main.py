@@ -132,10 +132,10 @@ def test_env_shows_the_guests_manifest(tmp_path: Path) -> None:
 
 def test_a_program_that_hangs_or_is_missing_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "VERSION_TIMEOUT", 0.05)
-    assert environment._first_line(["sleep", "60"]) == ""
-    assert environment._first_line(["/no/such/program"]) == ""
+    assert environment.first_line(["sleep", "60"]) == ""
+    assert environment.first_line(["/no/such/program"]) == ""
     monkeypatch.setattr(environment, "VERSION_TIMEOUT", 10.0)
-    assert environment._first_line(["sh", "-c", "echo; echo one >&2; echo two"]) == "one"
+    assert environment.first_line(["sh", "-c", "echo; echo one >&2; echo two"]) == "one"
 
 
 def test_a_reader_that_leaves_early_is_no_traceback(tmp_path: Path) -> None:
