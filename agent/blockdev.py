@@ -13,15 +13,17 @@ import asyncio
 import os
 import socket
 import stat
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["find_device", "pci_directory", "resolve_devices"]
+__all__ = ["find_device", "pci_directory", "resolve_devices", "wait_for_size"]
+
+T = TypeVar("T")
 
 HOTPLUG_DEADLINE = 10.0  # seconds
 SYSFS = "/sys"
@@ -103,25 +105,56 @@ async def find_device(
 ) -> str:
     """The device node. Raises RpcError(NOT_FOUND) when it does not appear in `timeout` seconds."""
     found = _find(driver, source, sysfs)
-    if found is not None:
-        return found
+    if found is None:
+        try:
+            found = await _on_uevent(
+                lambda: _find(driver, source, sysfs), timeout, begin=lambda: _rescan_scsi(driver, sysfs)
+            )
+        except TimeoutError:
+            raise RpcError(
+                Code.NOT_FOUND, f"no {driver} device {source[:80]} appeared within {timeout:g} s"
+            ) from None
+    return found
+
+
+async def wait_for_size(
+    device: str, size: int, *, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE
+) -> None:
+    """Return when the disk `device` has `size` bytes: a disk in a slot that was empty grows when the VMM's
+    interrupt has come. Raises RpcError(DEADLINE_EXCEEDED)."""
+    path = f"{sysfs}/class/block/{os.path.basename(device)}/size"
+
+    def has_it() -> bool | None:
+        with open(path, encoding="ascii") as file:
+            return int(file.read()) == size // 512 or None
+
+    if not has_it():
+        try:
+            await _on_uevent(has_it, timeout)
+        except TimeoutError:
+            raise RpcError(
+                Code.DEADLINE_EXCEEDED, f"{device} did not come to have {size} bytes within {timeout:g} s"
+            ) from None
+
+
+async def _on_uevent(
+    look: Callable[[], T | None], timeout: float, begin: Callable[[], None] | None = None
+) -> T:
+    """What `look` finds, asked again at each event of the kernel. Raises TimeoutError."""
     loop = asyncio.get_running_loop()
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_KOBJECT_UEVENT)
     try:
         events.bind((0, _KERNEL_GROUP))
         events.setblocking(False)
-        _rescan_scsi(driver, sysfs)
+        if begin is not None:
+            begin()
         async with asyncio.timeout(timeout):
             # Listen first, look then: an event between the two is not missed.
-            while (found := _find(driver, source, sysfs)) is None:
+            while (found := look()) is None:
                 await loop.sock_recv(events, 8192)
-    except TimeoutError:
-        raise RpcError(
-            Code.NOT_FOUND, f"no {driver} device {source[:80]} appeared within {timeout:g} s"
-        ) from None
+            return found
     finally:
         events.close()
-    return found
 
 
 def _rescan_scsi(driver: str, sysfs: str) -> None:

@@ -132,11 +132,14 @@ async def _overlay(storage: agent_pb2.Storage) -> None:
 
 
 async def _block(storage: agent_pb2.Storage) -> None:
-    from agent.blockdev import find_device
+    from agent.blockdev import find_device, wait_for_size
 
     if any(option.startswith("encryption_key=") for option in storage.driver_options):
         raise RpcError(Code.UNIMPLEMENTED, "encrypted block storages are not supported by this agent")
     device = await find_device(storage.driver, storage.source)
+    sizes, _ = _split(storage.driver_options, "kata-shim.bytes")
+    if "kata-shim.bytes" in sizes:
+        await wait_for_size(device, _number(sizes["kata-shim.bytes"], 10, "kata-shim.bytes"))
     if "create_filesystem" in storage.driver_options:
         raise RpcError(Code.UNIMPLEMENTED, "this guest has no mkfs: create the file system on the host")
     options = [word for word in storage.options if not word.startswith("X-kata.")]

@@ -31,8 +31,8 @@ Source = tuple[object, ...]  # what makes two requests mean the same device
 class AgentDevice:
     """What the agent is told of a disk: its `Device` message without protobuf."""
 
-    id: str  # PCI slots from the root, "02/00": how the agent finds it
-    type: str  # "blk"
+    id: str  # PCI slots from the root, "02/00", or the node of a virtio-mmio disk: how the agent finds it
+    type: str  # "blk" or "mmioblk"
     vm_path: str  # "/dev/vda"
 
 
@@ -100,6 +100,8 @@ class DeviceManager:
         device = self._known(device_id)
         if device.index is None:
             raise CallerError(f"device {device_id} is no disk", code="INVALID_ARGUMENT")
+        if device.guest_path.startswith("/dev/"):  # no PCI: the VMM says the node's name itself
+            return AgentDevice(device.guest_path, "mmioblk", device.guest_path)
         return AgentDevice(device.guest_path, "blk", f"/dev/{disk_name(device.index)}")
 
     async def get_device_guest_path(self, id: str) -> str | None:  # noqa: A002  (the mission's name)

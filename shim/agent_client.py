@@ -277,6 +277,10 @@ class GuestAgent:
         answer = await self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest(mem_block_size=True))
         return int(answer.mem_block_size_bytes)
 
+    async def copy_file(self, request: agent_pb2.CopyFileRequest) -> None:
+        """CopyFile: one piece of a file, a directory or a link below the guest's share."""
+        await self._call("CopyFile", request)
+
     async def get_oom_event(self) -> str:
         """GetOOMEvent: the container in which the guest's kernel killed for memory. No deadline."""
         answer = await self._call("GetOOMEvent", agent_pb2.GetOOMEventRequest(), timeout=None)

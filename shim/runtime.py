@@ -34,6 +34,7 @@ from devices.config import (
 )
 from devices.errors import CallerError
 from devices.vsock import STREAM_PORT
+from hypervisors.config import HypervisorConfig
 from hypervisors.registry import get_plugin, register_built_in
 from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
 from shim import logs, oci_fields
@@ -69,6 +70,9 @@ _TYPE_KEYS = (
     "io.kubernetes.docker.type",
 )
 _OPTIONS_TYPES = frozenset({"runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"})
+
+
+_DEFAULTS = HypervisorConfig()
 
 
 class VirtContainer:
@@ -144,7 +148,7 @@ class VirtContainer:
         """Refuse what cannot be served, before anything is done for the container."""
         assert self._config is not None  # loaded by `_make`
         section = self._config.hypervisor
-        oci_fields.check(spec, guest_selinux=not section.disable_guest_selinux)
+        oci_fields.check(spec, guest_selinux=not _key(section, "disable_guest_selinux"))
         check_devices(spec)
         read_hooks(spec)
 
@@ -316,22 +320,27 @@ def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
     devices: list[DeviceConfig] = []
     if section.image:
         devices.append(BlockConfig(id="image", path=section.image, read_only=True))
-    devices.append(VsockConfig(home_call=config.agent.home_call, daemon=section.vsock_daemon))
-    if section.shared_fs != "none":
+    devices.append(VsockConfig(home_call=config.agent.home_call, daemon=_key(section, "vsock_daemon")))
+    if _key(section, "shared_fs") != "none":
         devices.append(
             ShareFsConfig(
                 source=os.path.join(share, "ro"),
-                daemon=section.virtio_fs_daemon,
-                cache=CacheMode(section.virtio_fs_cache),
-                queue_size=section.virtio_fs_queue_size,
-                extra_args=tuple(section.virtio_fs_extra_args),
+                daemon=_key(section, "virtio_fs_daemon"),
+                cache=CacheMode(_key(section, "virtio_fs_cache")),
+                queue_size=_key(section, "virtio_fs_queue_size"),
+                extra_args=tuple(_key(section, "virtio_fs_extra_args")),
             )
         )
-    devices.append(RngConfig(source=section.entropy_source))
-    if section.reclaim_guest_freed_memory:
+    devices.append(RngConfig(source=_key(section, "entropy_source")))
+    if _key(section, "reclaim_guest_freed_memory"):
         devices.append(BalloonConfig())
     devices.append(ConsoleConfig())
     return devices
+
+
+def _key(section: Any, name: str) -> Any:
+    """A key of the hypervisor's section; what the key means by default where its schema has no such key."""
+    return getattr(section, name, getattr(_DEFAULTS, name))
 
 
 def _container_type(spec: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 import ttrpc
-from devices.config import DeviceConfig
+from devices.config import DeviceConfig, ShareFsConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
@@ -32,9 +32,10 @@ from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
-from shim.guest_spec import GUEST_SHARE, GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.guest_spec import GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
+from shim.resources.container_files import ContainerFiles, SharedFiles
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Bounds, Sizing, spec_limits
 from shim.trace import Trace
@@ -97,9 +98,14 @@ class VirtSandbox:
         self._on_oom = on_oom
         self._undo = undo
         self._hooks: dict[str, HostHooks] = {}
-        self._share = SharedDir(settings.share_path, undo)
-        self._share_lock = asyncio.Lock()
         self._sizing = Sizing(settings.bounds, hypervisor, self, lambda work: self._watch(work, "shrink"))
+        self._files: ContainerFiles
+        if any(isinstance(device, ShareFsConfig) for device in settings.devices):
+            self._files = SharedFiles(SharedDir(settings.share_path, undo))
+        else:
+            from shim.resources.block_files import BlockFiles  # not on the usual start path
+
+            self._files = BlockFiles(settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent)
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
@@ -193,10 +199,11 @@ class VirtSandbox:
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         await self._sizing.fit(container_id, spec_limits(spec))
         with self._trace.phase("rootfs", id=container_id):
-            async with self._share_lock:
-                await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
+            storages = await self._files.add(container_id, rootfs, root_path, volumes)
         await self._run_hooks(container_id, bundle, spec)
-        return GuestContainer(spec=message, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond)
+        return GuestContainer(
+            spec=message, storages=storages, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond
+        )
 
     async def _run_hooks(self, container_id: str, bundle: str, spec: Mapping[str, Any]) -> None:
         if not spec.get("hooks"):
@@ -224,9 +231,7 @@ class VirtSandbox:
         """Unmount what `prepare_container` mounted, let the VM shrink, run the poststop hooks. Idempotent."""
         if not self._stopped and not self._died.done():
             await self._sizing.forget(container_id)
-        async with self._share_lock:
-            errors = await asyncio.to_thread(self._share.remove_container, container_id)
-        for error in errors:
+        for error in await self._files.remove(container_id):
             _log.error("not released", container=container_id, error=str(error))
         hooks = self._hooks.pop(container_id, None)
         if hooks is not None:
@@ -304,8 +309,7 @@ class VirtSandbox:
     async def _start_phases(self) -> None:
         settings, hypervisor = self.settings, self._hypervisor
         with self._trace.phase("share"):
-            async with self._share_lock:
-                await asyncio.to_thread(self._share.set_up)
+            await self._files.set_up()
         with self._trace.phase("vmm.start"):
             await hypervisor.prepare_vm(self.id, settings.netns)
             for device in settings.devices:
@@ -324,7 +328,7 @@ class VirtSandbox:
                 sandbox_id=self.id,
                 hostname=settings.hostname,
                 dns=settings.dns,
-                storages=[_share_storage(), _shm_storage(settings.shm_size)],
+                storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
                 guest_hook_path=settings.guest_hook_path,
             )
         self._watch(self._watch_oom(self._agent), "oom")
@@ -367,9 +371,7 @@ class VirtSandbox:
             await asyncio.wait(self._watchers)
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
-        async with self._share_lock:
-            errors = await asyncio.to_thread(self._share.tear_down)
-        for error in errors:
+        for error in await self._files.tear_down():
             _log.error("not released", error=str(error))
 
     async def _step(self, what: str, work: Any) -> None:
@@ -383,16 +385,6 @@ def _retrieve(future: asyncio.Future[None]) -> None:
     """Nobody may be waiting any more when start fails; that is no reason for asyncio to complain."""
     with contextlib.suppress(asyncio.CancelledError):
         future.exception()
-
-
-def _share_storage() -> agent_pb2.Storage:
-    return agent_pb2.Storage(
-        driver="virtio-fs",
-        source="kataShared",
-        fstype="virtiofs",
-        options=["nodev"],
-        mount_point=GUEST_SHARE + "/",
-    )
 
 
 def _shm_storage(size: int) -> agent_pb2.Storage:

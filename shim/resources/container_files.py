@@ -1,0 +1,93 @@
+"""How a container's files get into the VM: shared by virtio-fs, or as disks and copies.
+
+What: `ContainerFiles` is what the sandbox needs; `SharedFiles` serves it with the shared directory,
+`shim.resources.block_files.BlockFiles` where there is none. Both give the container the same paths in the
+guest, so its spec is the same.
+Invariants: what `add` acquired is released by `remove`, and recorded in the undo log before; a failed `add`
+leaves nothing. One container at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Protocol
+
+from proto import agent_pb2
+from shim.guest_spec import GUEST_SHARE, Volume
+from shim.protocols import RootfsMount
+from shim.resources.shared_dir import SharedDir
+
+__all__ = ["ContainerFiles", "SharedFiles"]
+
+
+class ContainerFiles(Protocol):
+    """All containers' files of one sandbox."""
+
+    async def set_up(self) -> None:
+        """Before the VM starts. Raises KataError."""
+        ...
+
+    def sandbox_storages(self) -> list[agent_pb2.Storage]:
+        """What the agent mounts for the whole sandbox."""
+        ...
+
+    async def add(
+        self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
+    ) -> list[agent_pb2.Storage]:
+        """Bring one container's files in, by a running VM; what the agent must mount for it.
+
+        `rootfs` is containerd's list; if it is empty, the directory `root_path` counts. Raises KataError.
+        """
+        ...
+
+    async def remove(self, container_id: str) -> list[Exception]:
+        """Undo `add`, going on past errors. Idempotent; works with a dead VM."""
+        ...
+
+    async def tear_down(self) -> list[Exception]:
+        """Release everything, when the VM is gone. Idempotent."""
+        ...
+
+
+class SharedFiles:
+    """By virtio-fs. See `shim.resources.shared_dir`."""
+
+    def __init__(self, share: SharedDir) -> None:
+        self._share = share
+        self._lock = asyncio.Lock()
+
+    async def set_up(self) -> None:
+        """See `ContainerFiles`."""
+        async with self._lock:
+            await asyncio.to_thread(self._share.set_up)
+
+    def sandbox_storages(self) -> list[agent_pb2.Storage]:
+        """The share itself."""
+        return [
+            agent_pb2.Storage(
+                driver="virtio-fs",
+                source="kataShared",
+                fstype="virtiofs",
+                options=["nodev"],
+                mount_point=GUEST_SHARE + "/",
+            )
+        ]
+
+    async def add(
+        self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
+    ) -> list[agent_pb2.Storage]:
+        """See `ContainerFiles`."""
+        async with self._lock:
+            await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
+        return []
+
+    async def remove(self, container_id: str) -> list[Exception]:
+        """See `ContainerFiles`."""
+        async with self._lock:
+            return list(await asyncio.to_thread(self._share.remove_container, container_id))
+
+    async def tear_down(self) -> list[Exception]:
+        """See `ContainerFiles`."""
+        async with self._lock:
+            return list(await asyncio.to_thread(self._share.tear_down))
