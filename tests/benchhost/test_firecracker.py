@@ -14,7 +14,6 @@ from testing.guest import Value
 from tests.benchhost.conftest import BUSYBOX, PATIENCE
 from tests.benchhost.firecrackers import section
 
-
 JAILED = pytest.param("jailed", marks=pytest.mark.benchhost(ci=True))
 PLAIN = pytest.param("plain", marks=pytest.mark.benchhost)
 
