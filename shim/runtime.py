@@ -60,6 +60,7 @@ __all__ = ["Service", "VirtContainer", "build_service"]
 
 _log = structlog.get_logger("runtime")
 
+STREAMING_SERVICE = "containerd.services.streaming.v1.Streaming"
 SANDBOX_SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
 DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
 MAX_RESOLV_CONF = 64 << 10  # bytes
@@ -230,10 +231,11 @@ class Service:
 
     def register(self, server: Server) -> None:
         """Register the Task service under both names (it answers each in its own package's messages),
-        and the Sandbox service, which is loaded when it is called."""
+        and the Sandbox and the Streaming service, which are loaded when they are called."""
         for module in (task_v2_pb2, task_v3_pb2):
             server.register(module.DESCRIPTOR.services_by_name["Task"], self._task)
         server.register_later(SANDBOX_SERVICE, lambda: self._register_sandbox(server))
+        server.register_later(STREAMING_SERVICE, lambda: _register_streaming(server))
 
     def _register_sandbox(self, server: Server) -> None:
         from proto import sandbox_v1_pb2
@@ -269,6 +271,13 @@ class Service:
             _log.error(
                 "a task of the sandbox failed", error=str(group), errors=[str(e) for e in group.exceptions]
             )
+
+
+def _register_streaming(server: Server) -> None:
+    from proto import streaming_pb2
+    from shim.stdio_stream import StreamingService
+
+    server.register(streaming_pb2.DESCRIPTOR.services_by_name["Streaming"], StreamingService())
 
 
 def build_service(context: DaemonContext) -> Service:

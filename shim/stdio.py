@@ -42,7 +42,7 @@ DRAIN_TOTAL = 10.0
 class StdioSpec:
     """What containerd asked for, kept word by word: CRI reopens these paths from State.
 
-    Each is empty (none), the path of a FIFO, or a URL: fifo://, file://, binary://.
+    Each is empty (none), the path of a FIFO, or a URL: fifo://, file://, binary://, ttrpc+unix://.
     """
 
     stdin: str = ""
@@ -70,7 +70,7 @@ class Stdio:
         """Take the host's ends. Raises CallerError or HostError; nothing is left open then."""
         stdio = cls(spec)
         try:
-            if spec.stdin:
+            if spec.stdin and not _is_stream(spec.stdin):
                 check_input(_fifo_path(spec.stdin))
             outputs = {"stdout": spec.stdout}
             if not spec.terminal:
@@ -90,6 +90,10 @@ class Stdio:
     async def _open_output(self, where: str, stream: str, container_id: str, namespace: str) -> OutputEnd:
         if "://" not in where:
             return open_output(where, stream)
+        if _is_stream(where):
+            from shim.stdio_stream import STREAMS
+
+            return STREAMS.output(where)
         from urllib.parse import unquote, urlsplit
 
         url = urlsplit(where)
@@ -107,7 +111,7 @@ class Stdio:
         raise CallerError(
             f"{stream}: {url.scheme}:// is not supported",
             phase="stdio",
-            hint="a FIFO, or fifo://, file://, binary://",
+            hint="a FIFO, or fifo://, file://, binary://, ttrpc+unix://",
             code="INVALID_ARGUMENT",
         )
 
@@ -118,7 +122,12 @@ class Stdio:
         can say it only when Exec was answered, and forgets it before (runc opens at Start too).
         """
         if self.spec.stdin and self._input is None:
-            self._input = open_input(_fifo_path(self.spec.stdin))
+            if _is_stream(self.spec.stdin):
+                from shim.stdio_stream import STREAMS
+
+                self._input = STREAMS.input(self.spec.stdin)
+            else:
+                self._input = open_input(_fifo_path(self.spec.stdin))
             if self._input_ended:
                 self._input.end()
 
@@ -224,6 +233,10 @@ class Stdio:
         loggers, self._loggers = self._loggers, {}
         for logger in loggers.values():
             await logger.close()
+
+
+def _is_stream(where: str) -> bool:
+    return where.startswith("ttrpc+unix://")
 
 
 def _fifo_path(where: str) -> str:

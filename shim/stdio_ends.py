@@ -30,15 +30,18 @@ def _close(fd: int) -> int:
 
 
 class InputEnd:
-    """Where the process's stdin comes from: `fd` is readable without blocking; EOF when it ends."""
+    """Where the process's stdin comes from: `fd` is readable without blocking; EOF when it ends.
+
+    `keeper` is our own writer, -1 after `end`.
+    """
 
     def __init__(self, fd: int, keeper: int) -> None:
         self.fd = fd
-        self._keeper = keeper
+        self.keeper = keeper
 
     def end(self) -> None:
         """CloseIO: from now on stdin ends once it is empty and no client holds it open."""
-        self._keeper = _close(self._keeper)
+        self.keeper = _close(self.keeper)
 
     def close(self) -> None:
         """Give both descriptors back."""
@@ -47,12 +50,15 @@ class InputEnd:
 
 
 class OutputEnd:
-    """Where output goes. `pollable` says whether `fd` can be waited for; else write in a thread."""
+    """Where output goes. `pollable` says whether `fd` can be waited for; else write in a thread.
+
+    `keeper` is our own reader of a FIFO, -1 after `close`.
+    """
 
     def __init__(self, fd: int, keeper: int = -1, *, pollable: bool = True) -> None:
         self.fd = fd
         self.pollable = pollable
-        self._keeper = keeper
+        self.keeper = keeper
 
     def end(self) -> None:
         """No more output: readers see EOF after the last byte; what nobody read yet stays readable."""
@@ -61,7 +67,7 @@ class OutputEnd:
     def close(self) -> None:
         """Give all descriptors back; bytes in a FIFO that no client holds open are lost now."""
         self.end()
-        self._keeper = _close(self._keeper)
+        self.keeper = _close(self.keeper)
 
 
 def check_path(path: str, stream: str) -> str:

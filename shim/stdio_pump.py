@@ -33,7 +33,9 @@ __all__ = [
     "calls_to_output",
     "input_to_calls",
     "input_to_socket",
+    "readable",
     "socket_to_output",
+    "write_all",
 ]
 
 #: Bytes of payload in a frame, and the most that is held of a stream: the size of a pipe.
@@ -64,7 +66,8 @@ async def _until(add: Callable[..., None], remove: Callable[[int], bool], fd: in
         remove(fd)
 
 
-async def _readable(fd: int) -> None:
+async def readable(fd: int) -> None:
+    """Until there is something to read, or its end."""
     loop = asyncio.get_running_loop()
     await _until(loop.add_reader, loop.remove_reader, fd)
 
@@ -72,6 +75,15 @@ async def _readable(fd: int) -> None:
 async def _writable(fd: int) -> None:
     loop = asyncio.get_running_loop()
     await _until(loop.add_writer, loop.remove_writer, fd)
+
+
+async def write_all(fd: int, data: memoryview) -> None:
+    """Write all of it to a non-blocking pipe. Raises OSError."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            await _writable(fd)
 
 
 def _write_all(fd: int, data: memoryview) -> None:
@@ -158,7 +170,7 @@ async def socket_to_output(sock: socket.socket, out: OutputEnd | None, progress:
         try:
             count = sock.recv_into(buffer)
         except BlockingIOError:
-            await _readable(sock.fileno())
+            await readable(sock.fileno())
             continue
         except OSError:  # reset: the guest, or the VM, is gone; what came before is delivered
             break
@@ -192,7 +204,7 @@ async def _read(source: InputEnd, buffer: memoryview) -> int:
         try:
             return os.readv(source.fd, [buffer])
         except BlockingIOError:
-            await _readable(source.fd)
+            await readable(source.fd)
 
 
 async def _send_all(sock: socket.socket, data: memoryview) -> None:

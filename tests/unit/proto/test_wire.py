@@ -24,7 +24,7 @@ ENUMS: dict[str, dict[str, str]] = {**WIRE["kata"]["enums"], **WIRE["containerd"
 ENUMS["grpc.VolumeUsage.Unit"] = {"0": "UNKNOWN", "1": "BYTES", "2": "INODES"}
 ENUMS["grpc.HealthCheckResponse.ServingStatus"] = {"0": "UNKNOWN", "1": "SERVING", "2": "NOT_SERVING"}
 # Modules with messages that wire.json does not have (containerd-shim.md 3.1 and 3.3).
-BEYOND_WIRE = {"runc_options", "linux_runc", "cri"}
+BEYOND_WIRE = {"runc_options", "linux_runc", "cri", "transfer_streams"}
 BEYOND: dict[str, dict[str, str]] = {
     "containerd.runc.v1.Options": {
         "3": "string shim_cgroup",
@@ -40,6 +40,9 @@ BEYOND: dict[str, dict[str, str]] = {
         "10": "uint32 io_uid",
         "11": "uint32 io_gid",
     },
+    # containerd's core/transfer/streaming: a stream's bytes and windows.
+    "containerd.types.transfer.Data": {"1": "bytes data"},
+    "containerd.types.transfer.WindowUpdate": {"1": "int32 update"},
     # CRI's, and only what a sandbox reads of them.
     "runtime.v1.PodSandboxConfig": {
         "2": "string hostname",
