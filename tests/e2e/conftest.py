@@ -8,8 +8,9 @@ the tests themselves are checked with. Tests of what only a VM has are marked `k
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.e2e)
             if RUNTIME != KATA and item.get_closest_marker("kata_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not with {RUNTIME}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show containerd's log, which is its shims' too, with what failed: it goes with the containerd."""
+    report = yield
+    daemon = getattr(item, "funcargs", {}).get("containerd")
+    if report.failed and isinstance(daemon, Containerd):
+        report.sections.append(("containerd's log", daemon.log_tail(80)))
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -96,13 +107,19 @@ def create(containerd: Containerd, api: Api) -> Iterator[Callable[..., Task]]:
         terminal: bool = False,
         stdin: bool = True,
         options: tuple[str, ...] = (),
+        annotations: Callable[[str], dict[str, str]] = lambda _: {},  # of its name
     ) -> Task:
         name = containerd.new_id("api")
         names.append(name)
         tty = ("--tty",) if terminal else ()
         containerd.ctr("container", "create", "--runtime", RUNTIME, *tty, *options, image, name)
-        # `ctr container create` takes a `-c` of the command for its own flag, so the command goes in here.
-        api.patch_spec(name, lambda spec: spec["process"].update(args=list(command)))
+
+        # `ctr container create` takes a `-c` of the command for its own flag, and 1.6 no annotations.
+        def change(spec: dict[str, Any]) -> None:
+            spec["process"].update(args=list(command))
+            spec.setdefault("annotations", {}).update(annotations(name))
+
+        api.patch_spec(name, change)
         return api.task(name, terminal=terminal, stdin=stdin)
 
     yield _create

@@ -315,3 +315,42 @@ def test_the_death_of_a_shim_is_told_once_and_cleaned_up(
     assert seen == [("exit", task.container, 137), ("delete", "", 137), (END,)]
     assert _status(containerd, task.container) == ""
     task.io.close()
+
+
+@pytest.mark.kata_only
+def test_a_pods_shim_serves_all_of_it_and_ends_with_the_last(
+    containerd: Containerd, create: Create, no_leaks: Callable[[], None]
+) -> None:
+    """A member has no shim of its own; its end, and its containerd's `delete`, leave the pod alone."""
+    key = "io.kubernetes.cri."
+    pod = create(
+        "sleep",
+        "1000",
+        stdin=False,
+        annotations=lambda name: {key + "container-type": "sandbox", key + "sandbox-id": name},
+    )
+    pod.start()
+    shim = os.pidfd_open(_shim(containerd, pod.container))
+    poll = select.poll()
+    poll.register(shim)
+    for code in (3, 4):
+        member = create(
+            "sh",
+            "-c",
+            f"exit {code}",
+            stdin=False,
+            annotations=lambda _: {key + "container-type": "container", key + "sandbox-id": pod.container},
+        )
+        assert not (_bundle(containerd, member.container) / "shim.pid").exists()
+        member.start()
+        assert member.wait() == code
+        assert member.delete().exit_status == code
+        assert not _bundle(containerd, member.container).exists()
+        assert pod.state().status == RUNNING
+    assert not poll.poll(0)
+    pod.kill(signal.SIGKILL)
+    assert pod.wait() == 137
+    assert not poll.poll(0)
+    pod.delete()
+    assert poll.poll(60_000)
+    os.close(shim)
