@@ -2,7 +2,8 @@
 
 What: parses the command line and calls the module of the command, which is imported only then.
 Invariants: exit code 0 is "fine", 1 "something is wrong, and was told", 2 a wrong command line. Errors
-of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox.
+of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox, and only
+`config set` changes a file.
 """
 
 from __future__ import annotations
@@ -32,7 +33,19 @@ def _env(arguments: argparse.Namespace) -> int:
 def _config_show(arguments: argparse.Namespace) -> int:
     from ctl.configuration import show
 
-    return show(arguments.file)
+    return show(arguments.file, written=arguments.written, origin=arguments.origin)
+
+
+def _config_set(arguments: argparse.Namespace) -> int:
+    from ctl.config_set import set_key
+
+    return set_key(arguments.key, arguments.value, path=arguments.file, drop_in=arguments.drop_in)
+
+
+def _hypervisors(arguments: argparse.Namespace) -> int:
+    from ctl.hypervisors import run
+
+    return run(as_json=arguments.json, as_markdown=arguments.markdown)
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
@@ -72,12 +85,27 @@ def parser() -> argparse.ArgumentParser:
     env = add(commands, "env", _env, "Print versions and paths, for a bug report.")
     for command in (check, env):
         command.add_argument("--config", metavar="FILE", help="a configuration other than the shim's")
-    config = commands.add_parser("config", help="Read the configuration as the shim does.")
+    text = "Read and change the configuration, as the shim would read it."
+    config = commands.add_parser("config", help=text, description=text)
     actions = config.add_subparsers(required=True, metavar="ACTION")
     show = add(actions, "show", _config_show, "Print the complete configuration, defaults filled in.")
     verify = add(actions, "check", _config_check, "Tell every mistake, and every key without effect.")
     for command in (show, verify):
         command.add_argument("file", nargs="?", metavar="FILE", help="default: the shim's")
+    which = show.add_mutually_exclusive_group()
+    which.add_argument("--effective", action="store_true", help="with defaults filled in (the default)")
+    which.add_argument("--written", action="store_true", help="only what the file and its drop-ins say")
+    show.add_argument("--origin", action="store_true", help="with the file and line of each value")
+    change = add(
+        actions, "set", _config_set, "Change one key, keeping comments; what would not load is not written."
+    )
+    change.add_argument("key", metavar="KEY", help="with its section: hypervisor.qemu.default_memory")
+    change.add_argument("value", metavar="VALUE", help="a TOML value; anything else is taken as a string")
+    change.add_argument("--file", metavar="FILE", help="default: the shim's")
+    change.add_argument("--drop-in", metavar="NAME", help="write into config.d/NAME.toml beside the file")
+    kinds = add(commands, "hypervisors", _hypervisors, "List the hypervisors and what each can do.")
+    kinds.add_argument("--json", action="store_true", help="for programs")
+    kinds.add_argument("--markdown", action="store_true", help="as the table in docs/hypervisors.md")
     listing = add(commands, "list", _list, "List the sandboxes of this host.")
     for command in (check, env, listing):
         command.add_argument("--json", action="store_true", help="for programs")

@@ -83,11 +83,13 @@ def load_config(
     env: Mapping[str, str] | None = None,
     runtime_class: str = "",
     annotations: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     get_plugin: Callable[[str], HypervisorPlugin[Any]] | None = None,
 ) -> Config:
     """Find, read, merge and check. Raises ConfigError (or HostError, from the hypervisor's plugin).
 
     `env` is where KATA_CONF_FILE is looked up. `annotations` are a pod's; see shim.config.annotations.
+    `texts`: as in `Source.read`, to check what is not written yet.
     `get_plugin` is for tests; by default the registry's.
     """
     base = find_config(path, options_path=options_path, env=env, runtime_class=runtime_class)
@@ -104,7 +106,7 @@ def load_config(
             if CONFIG_PATH in annotations:
                 base = _asked_for(base, annotations[CONFIG_PATH])
             pod = PodAnnotations(annotations)
-        return _check(Source.read(base), base, get_plugin, pod)
+        return _check(Source.read(base, texts), base, get_plugin, pod)
     except KataError as error:
         asked = f", or the pod's annotations ({', '.join(pod.used)})" if pod and pod.used else ""
         error.with_context(phase="config", hint=f"correct {base}{asked}")

@@ -12,14 +12,20 @@ from __future__ import annotations
 import os
 import stat
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 from devices.errors import ConfigError
 from shim.config.fill import Table
 
-__all__ = ["MAX_BYTES", "Source"]
+__all__ = ["MAX_BYTES", "Source", "drop_in_directory"]
 
 MAX_BYTES = 1 << 20
+
+
+def drop_in_directory(base: str) -> str:
+    """config.d beside the file that `base` really is."""
+    return os.path.join(os.path.dirname(os.path.realpath(base)), "config.d")
 
 
 class Source:
@@ -34,25 +40,30 @@ class Source:
         self._origin: dict[tuple[str, ...], str] = {}
 
     @classmethod
-    def read(cls, base: str) -> Source:
-        """Read the base file and its drop-ins. Raises ConfigError."""
+    def read(cls, base: str, texts: Mapping[str, str] | None = None) -> Source:
+        """Read the base file and its drop-ins. Raises ConfigError.
+
+        `texts`: what to take for the content of these files (real paths), which need not exist yet.
+        """
         source = cls()
+        texts = texts or {}
         real = os.path.realpath(base)
-        source._add(real)
-        directory = os.path.join(os.path.dirname(real), "config.d")
+        source._add(real, texts)
+        directory = drop_in_directory(real)
         try:
-            names = sorted(name for name in os.listdir(directory) if name.endswith(".toml"))
+            names = set(os.listdir(directory))
         except (FileNotFoundError, NotADirectoryError):
-            names = []
+            names = set()
         except OSError as error:
             raise ConfigError(f"{directory}: {error.strerror}", phase="config") from error
-        for name in names:
-            if not name.startswith("."):
-                source._add(os.path.join(directory, name))
+        names |= {os.path.basename(path) for path in texts if os.path.dirname(path) == directory}
+        for name in sorted(names):
+            if name.endswith(".toml") and not name.startswith("."):
+                source._add(os.path.join(directory, name), texts)
         return source
 
-    def _add(self, path: str) -> None:
-        text = _read_text(path)
+    def _add(self, path: str, texts: Mapping[str, str]) -> None:
+        text = texts[path] if path in texts else _read_text(path)
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
@@ -76,15 +87,17 @@ class Source:
             else:
                 into[key] = value
 
+    def origin(self, *key: str) -> str:
+        """The file that set a key, or the table it would be in, last; "" if none did."""
+        found = (self._origin.get(key[:length]) for length in range(len(key), 0, -1))
+        return next((file for file in found if file is not None), "")
+
     def locate(self, *key: str) -> tuple[str, int]:
         """(file, line) of a key or table; the first file and 0 if nothing names it."""
         from shim.config.position import find_line  # only when there is something to say
 
-        for length in range(len(key), 0, -1):
-            file = self._origin.get(key[:length])
-            if file is not None:
-                return file, find_line(self.files[file], key)
-        return next(iter(self.files)), 0
+        file = self.origin(*key)
+        return (file, find_line(self.files[file], key)) if file else (next(iter(self.files)), 0)
 
     def table(self, *name: str) -> Table:
         """A section by its path; an absent one is empty. Raises ConfigError if it is no table."""

@@ -49,7 +49,8 @@ def test_a_wrong_command_line_is_code_2(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for argv in (["check"], ["env"], ["config", "show"], ["config", "check"], ["list"], ["trace"]):
+    commands = [line.split() for line in "check,env,hypervisors,list,trace,config".split(",")]
+    for argv in ([], *commands, ["config", "show"], ["config", "check"], ["config", "set"]):
         with pytest.raises(SystemExit) as caught:
             main([*argv, "--help"])
         assert caught.value.code == 0
