@@ -164,8 +164,9 @@ class Den:
         """Release everything, what was lent first. Idempotent. Raises OSError."""
         for name in reversed(list(self._lent)):
             self.take_back(name)
+        made = bool(self._entries)
         self._release(self._entries)
-        if self.jailed:
+        if self.jailed and made:
             with contextlib.suppress(OSError):  # others live there
                 os.rmdir(os.path.dirname(os.path.dirname(self.root)))
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ _BUILD = 900.0  # seconds for one image; some 100 MB a second
 _MAKE = 60.0
 
 _log = structlog.get_logger("images")
+_numbers = itertools.count()
 
 
 def rootfs_digest(rootfs: Sequence[RootfsMount]) -> str:
@@ -51,7 +53,7 @@ def rootfs_digest(rootfs: Sequence[RootfsMount]) -> str:
     try:
         for option in rootfs[0].options:
             name, _, value = option.partition("=")
-            if name == "upperdir" and any(os.scandir(value)):
+            if name == "upperdir" and os.listdir(value):
                 return ""
             if name == "lowerdir":
                 for layer in value.replace("\\:", "\0").split(":"):
@@ -77,7 +79,7 @@ class ImageStore:
         path = f"{self._directory}/{name}.erofs"
         held = await asyncio.to_thread(_hold, path) if digest else -1
         if held < 0:
-            partial = f"{path}.{os.getpid()}"
+            partial = f"{path}.{os.getpid()}-{next(_numbers)}"
             entry = self._undo.record("file", path=partial)
             try:
                 await _run(self._undo, "mkfs.erofs", ["-d0", "-x1", partial, tree], _BUILD)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent import blockdev
-from agent.blockdev import find_device, pci_directory, resolve_devices
+from agent.blockdev import find_device, pci_directory, resolve_devices, wait_for_size
 from agent.mounts import mounts_below, parse_options
 from agent.storage import Storages
 from proto import agent_pb2
@@ -151,3 +151,13 @@ async def test_a_storage_is_used_until_its_last_user_goes(monkeypatch: pytest.Mo
         await storages.add([one, agent_pb2.Storage(driver="d", mount_point=f"{base}/c", source="bad")])
 
     assert done == ["mount a", "mount b", "umount b", "umount a", "mount a", "mount c", "umount a"]
+
+
+async def test_a_disk_in_a_slot_is_waited_for_until_it_has_its_size(tmp_path: Path) -> None:
+    size = tmp_path / "class/block/vdb/size"
+    size.parent.mkdir(parents=True)
+    size.write_text("8\n")
+    await wait_for_size("/dev/vdb", 4096, sysfs=str(tmp_path))
+    with pytest.raises(RpcError, match="did not come to have 8192 bytes") as caught:
+        await wait_for_size("/dev/vdb", 8192, sysfs=str(tmp_path), timeout=0.05)
+    assert caught.value.code is Code.DEADLINE_EXCEEDED

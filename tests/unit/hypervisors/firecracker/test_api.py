@@ -1,0 +1,115 @@
+"""One request at a time, an answer or an error that says which request; nothing is waited for for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from devices.errors import HypervisorError
+from hypervisors.firecracker.api import ANSWER_LIMIT, FirecrackerApi
+
+Answer = Callable[[bytes], bytes | None]
+
+
+async def _with_server(answer: Answer, use: Callable[[FirecrackerApi], Awaitable[None]]) -> list[bytes]:
+    """Let `use` talk to a server that gives `answer(request)`, None to hang up; the requests it saw."""
+    ours, theirs = socket.socketpair()
+    seen: list[bytes] = []
+
+    async def serve() -> None:
+        reader, writer = await asyncio.open_connection(sock=theirs)
+        try:
+            while True:
+                try:
+                    head = await reader.readuntil(b"\r\n\r\n")
+                except asyncio.IncompleteReadError:
+                    break
+                length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
+                body = await reader.readexactly(int(length[0].split(b":")[1])) if length else b""
+                seen.append(head.split(b"\r\n")[0] + b" " + body)
+                reply = answer(head + body)
+                if reply is None:
+                    break
+                writer.write(reply)
+                await writer.drain()
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    server = asyncio.create_task(serve())
+    api = FirecrackerApi(ours)
+    try:
+        await use(api)
+    finally:
+        await api.close()
+        server.cancel()
+        await asyncio.gather(server, return_exceptions=True)
+    return seen
+
+
+def _reply(status: str, body: bytes = b"") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def test_requests_follow_each_other_on_one_connection() -> None:
+    async def use(api: FirecrackerApi) -> None:
+        results = await asyncio.gather(
+            api.put("/machine-config", {"vcpu_count": 1}, timeout=5), api.get("/", timeout=5)
+        )
+        assert results == [{"state": "Running"}, {"state": "Running"}]
+
+    seen = await _with_server(lambda _: _reply("200 OK", b'{"state": "Running"}'), use)
+    assert seen == [b'PUT /machine-config HTTP/1.1 {"vcpu_count": 1}', b"GET / HTTP/1.1 "]
+
+
+async def test_no_content_is_none() -> None:
+    async def use(api: FirecrackerApi) -> None:
+        assert await api.patch("/vm", {"state": "Paused"}, timeout=5) is None
+
+    await _with_server(lambda _: b"HTTP/1.1 204 \r\nServer: x\r\n\r\n", use)
+
+
+async def test_a_refusal_has_firecrackers_words_and_the_connection_goes_on() -> None:
+    answers = iter(
+        [_reply("400 Bad Request", b'{"fault_message": "no such drive"}'), _reply("204 No Content")]
+    )
+
+    async def use(api: FirecrackerApi) -> None:
+        with pytest.raises(HypervisorError, match="refused PUT /drives/x: no such drive") as caught:
+            await api.put("/drives/x", {}, timeout=5)
+        assert caught.value.code == "FAILED_PRECONDITION"
+        await api.put("/drives/y", {}, timeout=5)
+
+    await _with_server(lambda _: next(answers), use)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "broke off during GET /x: it closed the connection"),
+        (b"garbage\r\n\r\n", "broke off during GET /x"),
+        (_reply("200 OK", b"{"), "answer to GET /x is no JSON"),
+        (_reply("200 OK", b" " * (ANSWER_LIMIT + 1)), "more than"),
+        (_reply("500 Oops", b"[]"), "refused GET /x: status 500"),
+    ],
+)
+async def test_bad_answers(answer: bytes | None, words: str) -> None:
+    async def use(api: FirecrackerApi) -> None:
+        with pytest.raises(HypervisorError, match=words):
+            await api.get("/x", timeout=5)
+
+    await _with_server(lambda _: answer, use)
+
+
+async def test_silence_ends_and_the_late_answer_is_nobody_elses() -> None:
+    async def use(api: FirecrackerApi) -> None:
+        with pytest.raises(HypervisorError, match="did not answer GET /x within") as caught:
+            await api.get("/x", timeout=0.05)
+        assert caught.value.code == "DEADLINE_EXCEEDED"
+        with pytest.raises(HypervisorError, match="closed; GET /y was not sent"):
+            await api.get("/y", timeout=5)
+
+    await _with_server(lambda _: b"", use)
