@@ -220,25 +220,35 @@ class Container:
             _write(f"{self.cgroup}/cgroup.freeze", "1" if frozen else "0")
         except OSError as error:
             raise RpcError(Code.INTERNAL, f"freezing {self.id}: {error.strerror}") from None
-        await self._until_event("frozen", int(frozen))
+        if not await self._until_event("frozen", int(frozen)):
+            with contextlib.suppress(OSError):  # half of it frozen helps nobody
+                _write(f"{self.cgroup}/cgroup.freeze", "0")
+            raise RpcError(
+                Code.DEADLINE_EXCEEDED,
+                f"{'freezing' if frozen else 'thawing'} {self.id} took longer than {EMPTY_DEADLINE:g} s",
+            )
 
     async def _until_event(self, key: str, value: int, deadline: float = EMPTY_DEADLINE) -> bool:
         """Wait until cgroup.events says `key value`; False at the deadline."""
+        from agent.inotify import Inotify
+
         path = f"{self.cgroup}/cgroup.events"
         wanted = f"{key} {value}"
-        pause = 0.002
-        loop = asyncio.get_running_loop()
-        end = loop.time() + deadline
-        while True:
-            try:
-                if wanted in _read(path).splitlines():
-                    return True
-            except OSError:
-                return True  # the cgroup is gone
-            if loop.time() > end:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.1)
+        changed = asyncio.Event()
+        inotify = Inotify(asyncio.get_running_loop())
+        try:
+            async with asyncio.timeout(deadline):
+                inotify.watch(path, changed.set)
+                while wanted not in _read(path).splitlines():
+                    await changed.wait()
+                    changed.clear()
+        except TimeoutError:
+            return False
+        except OSError:  # the cgroup is gone
+            return True
+        finally:
+            inotify.close()
+        return True
 
     async def update(self, resources: oci_pb2.LinuxResources, beyond: Mapping[str, Any] = NOTHING) -> None:
         """New limits for the container; `beyond`: see `agent.fit`."""

@@ -1,25 +1,26 @@
 """Out-of-memory kills, as the kernel counts them per cgroup.
 
 What: an inotify watch on each container's `memory.events`; when its `oom_kill` grew, the container's
-id is put on a queue, from which GetOOMEvent takes it.
+id waits for GetOOMEvent.
+Why `told` before an exit: containerd's clients learn from the event why a process was killed, so it must
+reach the host before the exit that it explains.
 Invariants: one event per observed growth; when nobody asks, the queue drops the newest instead of
-growing; the watch of a removed cgroup disappears by itself (IN_IGNORED).
+growing; the watch of a removed cgroup disappears by itself.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import os
-import struct
+import functools
+from collections import deque
 
 from agent import log
+from agent.inotify import Inotify
 
-__all__ = ["OomWatcher", "oom_kills"]
+__all__ = ["QUEUE_MAX", "OomWatcher", "oom_kills"]
 
-IN_MODIFY = 0x00000002
-IN_IGNORED = 0x00008000
-_event = struct.Struct("iIII")  # wd, mask, cookie, len; inotify(7)
+QUEUE_MAX = 1024
+_TOLD_DEADLINE = 1.0  # seconds that an exit waits for the host to take the event
 
 
 def oom_kills(text: str) -> int:
@@ -40,47 +41,59 @@ def _count(path: str) -> int:
 
 
 class OomWatcher:
-    """One inotify descriptor for all containers."""
+    """One for all containers."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, events: asyncio.Queue[str]) -> None:
-        self._events = events
-        self._watched: dict[int, tuple[str, str, int]] = {}  # watch -> container id, path, kills
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        if self._fd < 0:
-            raise OSError(ctypes.get_errno(), "inotify_init1")
-        loop.add_reader(self._fd, self._readable)
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._inotify = Inotify(loop)
+        self._seen: dict[str, tuple[str, int]] = {}  # container id -> path, kills
+        self._queue: deque[str] = deque()
+        self._added, self._taken = asyncio.Event(), asyncio.Event()
 
     def watch(self, container_id: str, cgroup: str) -> None:
         """Begin to watch a container's cgroup; one without a memory controller is left out."""
         path = f"{cgroup}/memory.events"
-        watch: int = self._libc.inotify_add_watch(self._fd, path.encode(), IN_MODIFY)
-        if watch < 0:
-            log.debug(f"no OOM events from {path}: {os.strerror(ctypes.get_errno())}")
-            return
-        self._watched[watch] = (container_id, path, _count(path))
-
-    def _readable(self) -> None:
         try:
-            data = os.read(self._fd, 65536)
-        except OSError:
+            self._inotify.watch(path, functools.partial(self._check, container_id))
+        except OSError as error:
+            log.debug(f"no OOM events from {path}: {error.strerror}")
             return
-        offset = 0
-        while offset + _event.size <= len(data):
-            watch, mask, _, length = _event.unpack_from(data, offset)
-            offset += _event.size + length
-            if mask & IN_IGNORED:
-                self._watched.pop(watch, None)
-            elif watch in self._watched:
-                self._check(watch)
+        self._seen[container_id] = (path, _count(path))
 
-    def _check(self, watch: int) -> None:
-        container_id, path, before = self._watched[watch]
-        now = _count(path)
+    def forget(self, container_id: str) -> None:
+        """The container is gone."""
+        self._seen.pop(container_id, None)
+
+    async def next(self) -> str:
+        """The container of the next kill, as soon as there is one."""
+        while not self._queue:
+            self._added.clear()
+            await self._added.wait()
+        self._taken.set()
+        return self._queue.popleft()
+
+    async def told(self, container_id: str) -> None:
+        """Return when all kills of the container up to now were taken by `next`; waits a second at most."""
+        self._check(container_id)
+        try:
+            async with asyncio.timeout(_TOLD_DEADLINE):
+                while container_id in self._queue:
+                    self._taken.clear()
+                    await self._taken.wait()
+        except TimeoutError:
+            log.debug(f"nobody takes the OOM event of {container_id}")
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._inotify.close()
+
+    def _check(self, container_id: str) -> None:
+        path, before = self._seen.get(container_id, ("", 0))
+        now = _count(path) if path else 0
         if now <= before:
             return
-        self._watched[watch] = (container_id, path, now)
-        try:
-            self._events.put_nowait(container_id)
-        except asyncio.QueueFull:
+        self._seen[container_id] = (path, now)
+        if len(self._queue) >= QUEUE_MAX:
             log.error(f"nobody reads OOM events; dropped one of {container_id}")
+            return
+        self._queue.append(container_id)
+        self._added.set()

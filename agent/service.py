@@ -22,6 +22,7 @@ from ttrpc import CallContext, Code, RpcError, Server
 
 if TYPE_CHECKING:
     from agent.container import Container
+    from agent.oom import OomWatcher
     from agent.process import Process
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
@@ -82,7 +83,7 @@ class AgentService:
         self._stream_fd = stream_fd
         self._sandbox: Sandbox | None = None
         self._reaper: Reaper | None = None
-        self._oom: asyncio.Queue[str] | None = None
+        self._oom: OomWatcher | None = None
         self.stopped = asyncio.Event()
 
     # --- the parts, made on first use ---------------------------------------------------------
@@ -109,6 +110,15 @@ class AgentService:
                 listener = StreamListener(self._loop, socket.socket(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
+
+    @property
+    def oom(self) -> OomWatcher:
+        """Watches all containers."""
+        if self._oom is None:
+            from agent.oom import OomWatcher
+
+            self._oom = OomWatcher(self._loop)
+        return self._oom
 
     def preload(self) -> None:
         """Import what the first calls need, one module per turn of the loop."""
@@ -163,7 +173,7 @@ class AgentService:
 
         await self.sandbox.create_container(request, beyond(ctx.metadata))
         # Before it starts: a kill that comes first would be counted, but not seen as new.
-        self._watch_oom(self.sandbox.container(request.container_id))
+        self.oom.watch(request.container_id, self.sandbox.container(request.container_id).cgroup)
         return Empty()
 
     async def start_container(self, _: CallContext, request: agent_pb2.StartContainerRequest) -> Empty:
@@ -176,6 +186,7 @@ class AgentService:
     async def remove_container(self, _: CallContext, request: agent_pb2.RemoveContainerRequest) -> Empty:
         """See Sandbox.remove_container."""
         await self.sandbox.remove_container(request.container_id, float(request.timeout))
+        self.oom.forget(request.container_id)
         return Empty()
 
     async def update_container(self, ctx: CallContext, request: agent_pb2.UpdateContainerRequest) -> Empty:
@@ -225,8 +236,10 @@ class AgentService:
     async def wait_process(
         self, _: CallContext, request: agent_pb2.WaitProcessRequest
     ) -> agent_pb2.WaitProcessResponse:
-        """The exit code, when there is one."""
-        return agent_pb2.WaitProcessResponse(status=await self._process(request).wait())
+        """The exit code, when there is one, and after the news of what was killed for memory."""
+        status = await self._process(request).wait()
+        await self.oom.told(request.container_id)
+        return agent_pb2.WaitProcessResponse(status=status)
 
     async def write_stdin(
         self, _: CallContext, request: agent_pb2.WriteStreamRequest
@@ -259,22 +272,9 @@ class AgentService:
 
     # --- events -------------------------------------------------------------------------------
 
-    def _watch_oom(self, container: Container) -> None:
-        from agent.oom import OomWatcher
-
-        if self._oom is None:
-            self._oom = asyncio.Queue(maxsize=1024)
-            self._oom_watcher = OomWatcher(self._loop, self._oom)
-        self._oom_watcher.watch(container.id, container.cgroup)
-
     async def get_oom_event(self, _: CallContext, __: agent_pb2.GetOOMEventRequest) -> agent_pb2.OOMEvent:
         """Waits until the kernel kills something for memory."""
-        if self._oom is None:
-            from agent.oom import OomWatcher
-
-            self._oom = asyncio.Queue(maxsize=1024)
-            self._oom_watcher = OomWatcher(self._loop, self._oom)
-        return agent_pb2.OOMEvent(container_id=await self._oom.get())
+        return agent_pb2.OOMEvent(container_id=await self.oom.next())
 
     # --- the guest ----------------------------------------------------------------------------
 

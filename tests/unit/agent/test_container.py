@@ -286,6 +286,17 @@ async def test_by_call_a_terminal(box: Box) -> None:
     assert b"got it\r\n" in output
 
 
+async def test_freezing_waits_for_the_kernels_word(box: Box, tmp_path: Path) -> None:
+    container = box.container("sleep", "100")
+    container.cgroup = _cgroup(tmp_path)
+    (tmp_path / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    freezing = asyncio.ensure_future(container.freeze(True))
+    await asyncio.sleep(0.05)
+    assert not freezing.done()
+    (tmp_path / "cgroup.events").write_text("populated 1\nfrozen 1\n")
+    await asyncio.wait_for(freezing, 10)
+
+
 async def test_update_writes_limits_into_the_cgroup(box: Box, tmp_path: Path) -> None:
     container = box.container("sleep", "100")
     await container.create((0, 0, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import selectors
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -159,6 +160,56 @@ async def test_absence_of_an_hour(
     assert await containerd.received(50) == list(range(50))
     publisher.publish("/tasks/start", _start(50))
     assert await containerd.received(51) == list(range(51))  # each once
+
+
+class _Jumping(selectors.DefaultSelector):
+    """A selector that never waits: when nothing is ready, the loop's clock jumps to the next timer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        # Both ends of each connection live on this loop, so what is on its way is ready at once. Only
+        # threads (none here) could make it wait in earnest.
+        ready = super().select(0 if timeout is not None else None)
+        if not ready and timeout is not None and timeout > 0:
+            self.now += timeout
+        return ready
+
+
+def _loop_with_a_jumping_clock() -> asyncio.AbstractEventLoop:
+    selector = _Jumping()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    return loop
+
+
+@pytest.mark.parametrize("away", [60.0, 3600.0])
+def test_an_absence_of_any_length(tmp_path: Path, away: float) -> None:
+    """Events of the whole absence arrive within seconds of the return, in order and once; by a fake clock."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        containerd = _Containerd(tmp_path / "c.sock")
+        await containerd.start()
+        publisher = EventPublisher("n", containerd.path)
+        publisher.publish("/tasks/start", _start(0))
+        await containerd.received(1)
+        await containerd.stop()
+        for pid in range(1, 31):
+            publisher.publish("/tasks/start", _start(pid))
+            await asyncio.sleep(away / 30)
+        assert publisher.pending == 30
+        await containerd.start()
+        back = loop.time()
+        assert await containerd.received(31) == list(range(31))
+        assert loop.time() - back <= 2.1
+        await publisher.close()
+        await containerd.stop()
+
+    with asyncio.Runner(loop_factory=_loop_with_a_jumping_clock) as runner:
+        runner.run(scenario())
 
 
 async def test_temporary_failure_is_repeated(containerd: _Containerd, publisher: EventPublisher) -> None:
