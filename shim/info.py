@@ -1,7 +1,9 @@
 """`-info`: what containerd 2.x asks a runtime before its first task.
 
 Invariants: stdout carries one serialized containerd.types.RuntimeInfo and nothing else; the options
-that containerd writes to stdin do not change the answer.
+that containerd writes to stdin do not change the answer. No annotation containerd.io/runtime-allow-mounts:
+containerd 2.2+ leaves those types of mounts to the runtime, and we want it to do all that mount(2) alone
+cannot; what is then left for us is what every older version sends.
 """
 
 from __future__ import annotations

@@ -211,6 +211,10 @@ class Containerd:
                 raise RuntimeError(f"containerd did not come up:\n{self.log_tail()}")
             time.sleep(0.05)
 
+    def upgrade(self, version: str) -> None:
+        """Let the next `boot` start another version over this one's state. 2.x reads 1.x settings too."""
+        self.version, self.programs = version, programs(version)
+
     def halt(self, sig: int = signal.SIGTERM) -> None:
         """End the daemon alone; its shims go on."""
         process, self._process = self._process, None

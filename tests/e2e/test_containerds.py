@@ -31,15 +31,17 @@ END = "/testing/end"
 Create = Callable[..., Task]
 
 
-@pytest.fixture(scope="module", params=[NAMED] if NAMED else VERSIONS)
-def containerd(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Containerd]:
-    """A containerd of this module's own: it is killed here."""
-    archive = tmp_path_factory.mktemp("images") / "busybox.tar"
+def _import_busybox(daemon: Containerd) -> None:
+    archive = daemon.root / "busybox.tar"
     busybox_image(archive, BUSYBOX)
+    daemon.ctr("image", "import", str(archive))
+
+
+@pytest.fixture(scope="module", params=[NAMED] if NAMED else VERSIONS)
+def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
+    """A containerd of this module's own: it is killed here."""
     with Containerd(debug=True, version=request.param) as daemon:
-        daemon.ctr("image", "import", str(archive))
+        _import_busybox(daemon)
         yield daemon
 
 
@@ -280,6 +282,30 @@ def test_events_of_an_absence_come_once_and_in_order(
         api.publish(END)
         seen += _until(next_event, task.container, END)
     assert seen == [("exit", "e", 5), ("exit", task.container, 7), ("delete", "", 7), (END,)]
+
+
+def test_an_upgrade_of_containerd_keeps_running_tasks(runtime: str, tmp_path: Path) -> None:
+    """Each version takes over what runs from the one before, up to the newest, which ends it."""
+    with Containerd(debug=True, version=VERSIONS[0]) as daemon:
+        _import_busybox(daemon)
+        name = daemon.new_id("upgraded")
+        daemon.ctr("run", "--detach", "--runtime", runtime, BUSYBOX, name, "sleep", "100000")
+        for version in VERSIONS[1:]:
+            daemon.halt()
+            daemon.upgrade(version)
+            daemon.boot()
+            assert _status(daemon, name) == "RUNNING", daemon.log_tail()
+            argv = ("task", "exec", "--exec-id", f"in-{version}", name, "sh", "-c", "echo on; exit 5")
+            result = daemon.ctr(*argv, check=False)
+            assert (result.code, result.text) == (5, "on"), daemon.log_tail()
+        api = Api(daemon.address, daemon.namespace, tmp_path / "fifos")
+        with api.events() as next_event:
+            daemon.ctr("task", "kill", "-s", "SIGKILL", name)
+            assert _until(next_event, name, "exit") == [("exit", name, 137)]
+            daemon.ctr("task", "rm", name, check=False)  # answers 137
+            assert _until(next_event, name, "delete") == [("delete", "", 137)]
+        api.close()
+        assert not _bundle(daemon, name).exists()
 
 
 @pytest.mark.kata_only
