@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import re
 import stat
@@ -23,7 +22,7 @@ from typing import Any
 
 import structlog
 
-from devices.child import Child, process_start_time, process_stat
+from devices.child import Child, process_start_time
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -41,8 +40,8 @@ from hypervisors.firecracker import boot
 from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
-from hypervisors.firecracker.fifo import LineFifo
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
+from hypervisors.firecracker.report import LOG, METRICS, Report
 
 __all__ = ["Firecracker"]
 
@@ -51,7 +50,6 @@ _CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory
 _SNAPSHOT = 120.0
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-_LEVELS = {"ERROR": "error", "WARN": "warning"}
 
 _log = structlog.get_logger(_NAME)
 
@@ -64,8 +62,7 @@ class _Parts:
     cold: list[DeviceConfig] = field(default_factory=list)
     drives: Drives | None = None
     channel: HybridVsock | None = None
-    log: LineFifo | None = None
-    metrics: LineFifo | None = None
+    report: Report = field(default_factory=Report)
     process: Child | None = None
     api: FirecrackerApi | None = None
     cgroups: list[Entry] = field(default_factory=list)
@@ -86,7 +83,6 @@ class Firecracker:
         self._stopping = False
         self._ended: asyncio.Future[VmExit] | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._numbers: asyncio.Future[dict[str, Any]] | None = None
 
     # --- the VM's life
 
@@ -284,9 +280,7 @@ class Firecracker:
             await parts.channel.close()
         if parts.api is not None:
             await parts.api.close()
-        for fifo in (parts.log, parts.metrics):
-            if fifo is not None:
-                fifo.close()
+        parts.report.close()
         for entry in parts.cgroups:
             await self._undo.release(entry)
         parts.cgroups.clear()
@@ -333,33 +327,12 @@ class Firecracker:
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
-        """CPU seconds and resident bytes from /proc, and Firecracker's own counters, `group_name` each."""
-        pid = self._process().pid
-        metrics: dict[str, float] = {"processes": 0.0}
-        with contextlib.suppress(ProcessLookupError):
-            fields = process_stat(pid)
-            metrics["processes"] = 1.0
-            metrics["cpu_seconds_total"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            metrics["resident_bytes"] = float(int(fields[21]) * os.sysconf("SC_PAGE_SIZE"))
-        self._numbers = asyncio.get_running_loop().create_future()
-        await self._api().put("/actions", {"action_type": "FlushMetrics"}, timeout=_CALL)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CALL):
-                for group, values in (await self._numbers).items():
-                    if isinstance(values, dict):
-                        metrics |= {
-                            f"{group}_{name}": float(value)
-                            for name, value in values.items()
-                            if isinstance(value, int | float)
-                        }
-        return metrics
+        """See `Hypervisor.get_hypervisor_metrics`: Firecracker's own counters too."""
+        return await self._parts.report.metrics(self._api(), self._process().pid)
 
     def diagnostics(self) -> dict[str, str]:
-        """See `Hypervisor.diagnostics`. The process's own output is the guest's serial port."""
-        parts = self._parts
-        evidence = {"firecracker log": parts.log.tail.tail() if parts.log else ""}
-        evidence["guest console"] = parts.process.stderr_tail() if parts.process else ""
-        return {name: text for name, text in evidence.items() if text}
+        """See `Hypervisor.diagnostics`."""
+        return self._parts.report.diagnostics()
 
     # --- how it is done
 
@@ -375,8 +348,7 @@ class Firecracker:
         """Firecracker up to an answering API, log and metrics flowing. Raises KataError, OSError."""
         den, parts, section = self._den(), self._parts, self._section
         await asyncio.to_thread(self._make_files, den)
-        parts.log = LineFifo(den.path("log.fifo"), self._on_log)
-        parts.metrics = LineFifo(den.path("metrics.fifo"), self._on_metrics)
+        parts.report.open(den)
         jail = jail_id(self._sandbox_id) if den.jailed else ""
         version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
         if jail and section.jailer_cgroups:
@@ -388,18 +360,19 @@ class Firecracker:
             undo=self._undo,
             netns=None if jail else self._netns,
             cwd=None if jail else den.root,
-            on_output=self._on_console if section.enable_debug else None,
+            on_output=parts.report.on_console if section.enable_debug else None,
         )
+        parts.report.process = parts.process
         self._watcher = asyncio.create_task(self._watch(parts.process), name=f"watch {self._sandbox_id}")
         sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
         parts.api = FirecrackerApi(sock)
         level = "Debug" if section.enable_debug else "Warn"
-        await self._put("/logger", {"log_path": "log.fifo", "level": level, "show_level": True})
-        await self._put("/metrics", {"metrics_path": "metrics.fifo"})
+        await self._put("/logger", {"log_path": LOG, "level": level, "show_level": True})
+        await self._put("/metrics", {"metrics_path": METRICS})
 
     def _make_files(self, den: Den) -> None:
-        den.make_fifo("log.fifo")
-        den.make_fifo("metrics.fifo")
+        den.make_fifo(LOG)
+        den.make_fifo(METRICS)
         den.make_file(EMPTY, _EMPTY_SIZE)
 
     async def _configure(self) -> None:
@@ -456,8 +429,6 @@ class Firecracker:
     async def _watch(self, process: Child) -> None:
         """Wait for the end, tell everybody."""
         await process.wait()
-        if self._parts.log is not None:
-            self._parts.log.drain()
         code = process.exited.result()
         reason = f"{_NAME} {process.describe()}"
         if code == 0:
@@ -465,8 +436,8 @@ class Firecracker:
         ended = VmExit(
             code=code,
             reason="the VM was stopped" if self._stopping else reason,
-            stderr_tail=self._parts.log.tail.tail() if self._parts.log else "",
-            console_tail=process.stderr_tail(),
+            stderr_tail=self._parts.report.log_tail,
+            console_tail=self._parts.report.console_tail,
             expected=self._stopping,
         )
         if not self._stopping:
@@ -482,25 +453,6 @@ class Firecracker:
                     f"the VM is gone: {ended.reason}", phase="boot", details=self.diagnostics()
                 )
             )
-
-    def _on_log(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")[:500]
-        level = next(
-            (name for word, name in _LEVELS.items() if f":{word}]" in text or f"[{word}" in text), "debug"
-        )
-        getattr(_log, level)("log", line=text)
-
-    def _on_metrics(self, line: bytes) -> None:
-        if self._numbers is not None and not self._numbers.done():
-            with contextlib.suppress(ValueError):
-                numbers = json.loads(line)
-                if isinstance(numbers, dict):
-                    self._numbers.set_result(numbers)
-
-    def _on_console(self, data: bytes) -> None:
-        for line in data.decode("utf-8", "replace").splitlines():
-            if line.strip():
-                _log.debug("console", line=line[:500])
 
     def _with_evidence(self, error: KataError) -> KataError:
         return error.with_context(phase="boot", details=self.diagnostics())

@@ -59,7 +59,7 @@ async def test_requests_follow_each_other_on_one_connection() -> None:
         results = await asyncio.gather(
             api.put("/machine-config", {"vcpu_count": 1}, timeout=5), api.get("/", timeout=5)
         )
-        assert results == [{"state": "Running"}, {"state": "Running"}]
+        assert list(results) == [{"state": "Running"}, {"state": "Running"}]
 
     seen = await _with_server(lambda _: _reply("200 OK", b'{"state": "Running"}'), use)
     assert seen == [b'PUT /machine-config HTTP/1.1 {"vcpu_count": 1}', b"GET / HTTP/1.1 "]
