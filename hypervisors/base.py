@@ -211,7 +211,7 @@ class HypervisorPlugin(Protocol[SectionT]):
     @property
     def section(self) -> type[SectionT]:
         """A frozen dataclass: the schema of the section, defaults included; extends
-        `hypervisors.config.SandboxSection`, which the sandbox reads."""
+        `hypervisors.config.SandboxSection` or `VhostUserSection`, which the sandbox reads."""
         ...
 
     @property

@@ -1,7 +1,7 @@
 """The [hypervisor.NAME] section: Kata's keys, Kata's defaults, and the few keys of our own.
 
 What: `SandboxSection`, the keys that the sandbox reads itself, whatever VMM runs it: a plugin's schema
-extends it. `HypervisorConfig`, the schema that QEMU uses; other VMMs may use it or bring their own.
+extends it, or `VhostUserSection`, where the VMM has these devices. `HypervisorConfig` is QEMU's.
 Why: an existing configuration.toml must mean the same here (design D5).
 `enable_annotations` and the valid_* lists are the loader's (`shim.config.schema.AnnotationPolicy`): they hold
 for every plugin, whatever its schema.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HypervisorConfig", "SandboxSection"]
+__all__ = ["HypervisorConfig", "SandboxSection", "VhostUserSection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +31,7 @@ class SandboxSection:
     default_memory: int = 2048
 
     # --- shared file system
-    shared_fs: str = "virtio-fs"  # or "none"
-    virtio_fs_daemon: str = ""
-    virtio_fs_extra_args: tuple[str, ...] = ()
-    virtio_fs_cache: str = "auto"  # never | auto | always
-    virtio_fs_queue_size: int = 1024
-
-    # --- devices
-    vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
-    entropy_source: str = "/dev/urandom"
-    reclaim_guest_freed_memory: bool = False
+    shared_fs: str = "none"
 
     # --- security
     disable_guest_selinux: bool = True
@@ -50,7 +41,23 @@ class SandboxSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HypervisorConfig(SandboxSection):
+class VhostUserSection(SandboxSection):
+    """For a VMM that shares files by virtio-fs and may need a daemon for vsock."""
+
+    # --- shared file system
+    shared_fs: str = "virtio-fs"  # or "none"
+    virtio_fs_daemon: str = ""
+    virtio_fs_extra_args: tuple[str, ...] = ()
+    virtio_fs_cache: str = "auto"  # never | auto | always
+    virtio_fs_queue_size: int = 1024
+
+    # --- devices
+    vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
+    entropy_source: str = "/dev/urandom"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HypervisorConfig(VhostUserSection):
     """QEMU's section."""
 
     # --- programs
@@ -75,6 +82,7 @@ class HypervisorConfig(SandboxSection):
     hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
 
     # --- devices
+    reclaim_guest_freed_memory: bool = False
     pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each
     pcie_switch_port: int = 0  # the same below one switch
     default_bridges: int = 1  # PCI bridges for hot-plug, 31 devices each

@@ -1,6 +1,6 @@
 """Rules and defaults that the sections of all VMMs share, for plugins' `adjust_config` and `validate_config`.
 
-What: `adjust_sandbox_section` and `check_sandbox_section` for the keys of `SandboxSection`; `wrong`,
+What: `adjust_sandbox_section` and `check_sandbox_section` for the keys of the shared sections; `wrong`,
 `check_file`, `check_program` and `check_word` for a plugin's own keys.
 Invariants: each error carries its key, from which the loader finds file and line, and says what is allowed.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from devices.errors import ConfigError
-from hypervisors.config import SandboxSection
+from hypervisors.config import SandboxSection, VhostUserSection
 
 __all__ = [
     "adjust_sandbox_section",
@@ -26,8 +26,6 @@ __all__ = [
 
 _DEFAULT_MEMORY = 128  # MiB, Kata's meaning of 0
 _MIN_MEMORY = 64  # MiB, as in Kata
-_SHARED_FS = ("none", "virtio-fs")
-_CACHES = ("never", "auto", "always")
 
 SectionT = TypeVar("SectionT", bound=SandboxSection)
 
@@ -37,15 +35,17 @@ def adjust_sandbox_section(section: SectionT, *, max_vcpus: int) -> SectionT:
     most = min(len(os.sched_getaffinity(0)), max_vcpus)
     vcpus = section.default_vcpus
     host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    cache = section.virtio_fs_cache
-    return dataclasses.replace(
-        section,
-        default_vcpus=1.0 if vcpus == 0 else float(most) if vcpus < 0 or vcpus > most else vcpus,
-        default_memory=min(section.default_memory or _DEFAULT_MEMORY, host_memory),
-        shared_fs=section.shared_fs or "virtio-fs",
-        virtio_fs_cache="never" if cache in ("", "none") else cache,
-        entropy_source=section.entropy_source or "/dev/urandom",
-    )
+    changes: dict[str, Any] = {
+        "default_vcpus": 1.0 if vcpus == 0 else float(most) if vcpus < 0 or vcpus > most else vcpus,
+        "default_memory": min(section.default_memory or _DEFAULT_MEMORY, host_memory),
+        "shared_fs": section.shared_fs or "none",
+    }
+    if isinstance(section, VhostUserSection):
+        cache = section.virtio_fs_cache
+        changes["shared_fs"] = section.shared_fs or "virtio-fs"
+        changes["virtio_fs_cache"] = "never" if cache in ("", "none") else cache
+        changes["entropy_source"] = section.entropy_source or "/dev/urandom"
+    return dataclasses.replace(section, **changes)
 
 
 def check_sandbox_section(name: str, section: SandboxSection) -> None:
@@ -63,13 +63,16 @@ def check_sandbox_section(name: str, section: SandboxSection) -> None:
     for key in ("initrd", "image"):
         if getattr(section, key):
             check_file(name, key, getattr(section, key))
-    check_word(name, "shared_fs", section.shared_fs, _SHARED_FS)
-    check_word(name, "virtio_fs_cache", section.virtio_fs_cache, _CACHES)
+    if section.default_memory < _MIN_MEMORY:
+        raise wrong(name, "default_memory", section.default_memory, f"is less than {_MIN_MEMORY} MiB")
+    if not isinstance(section, VhostUserSection):
+        check_word(name, "shared_fs", section.shared_fs, ("none",))
+        return
+    check_word(name, "shared_fs", section.shared_fs, ("none", "virtio-fs"))
+    check_word(name, "virtio_fs_cache", section.virtio_fs_cache, ("never", "auto", "always"))
     size = section.virtio_fs_queue_size
     if size & (size - 1) or not 2 <= size <= 1024:
         raise wrong(name, "virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
-    if section.default_memory < _MIN_MEMORY:
-        raise wrong(name, "default_memory", section.default_memory, f"is less than {_MIN_MEMORY} MiB")
     if section.virtio_fs_daemon and section.shared_fs != "none":
         check_program(name, "virtio_fs_daemon", section.virtio_fs_daemon)
     if section.vsock_daemon:

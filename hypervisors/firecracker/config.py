@@ -32,7 +32,6 @@ class FirecrackerConfig(SandboxSection):
     rootfs_type: str = "ext4"
 
     # --- devices
-    shared_fs: str = "none"  # Firecracker has no other
     block_device_slots: int = 4  # ours: disks of each kind (read-only, writable) that can come later
     disk_rate_limiter_bw_max_rate: int = 0  # bits/s, each way; 0: no limit
     disk_rate_limiter_bw_one_time_burst: int = 0  # bits

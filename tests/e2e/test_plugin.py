@@ -6,9 +6,12 @@ in this repository knows it. Its runtime class runs next to QEMU's.
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -78,8 +81,26 @@ def test_two_classes_run_side_by_side(
     assert f"sandbox-{names[QEMU]}".encode() in command_lines[names[QEMU]]
     done = containerd.ctr("task", "exec", "--exec-id", "e", names[TINY], "sh", "-c", "exit 3", check=False)
     assert done.code == 3
+    _kill_and_wait(containerd, names[TINY])
     for name in names.values():
         containerd.remove(name)
+
+
+def _kill_and_wait(containerd: Containerd, name: str) -> None:
+    """The VMM of one pod dies: its task ends, and the other pod's does not."""
+
+    def tasks() -> dict[str, list[str]]:
+        lines = containerd.ctr("task", "ls").text.splitlines()[1:]
+        return {line.split()[0]: line.split() for line in lines}
+
+    before = tasks()
+    os.kill(int(before[name][1]), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while tasks()[name][2] != "STOPPED":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    others = {task: fields for task, fields in before.items() if task != name}
+    assert {task: fields for task, fields in tasks().items() if task != name} == others
 
 
 def test_a_class_without_its_file_is_refused(containerd: Containerd, classes: None) -> None:

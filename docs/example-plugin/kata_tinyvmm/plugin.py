@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, CheckResult
-from hypervisors.config import SandboxSection
+from hypervisors.config import VhostUserSection
 from hypervisors.rules import adjust_sandbox_section, check_program, check_sandbox_section, wrong
 from kata_tinyvmm.vmm import TinyVm
 
@@ -20,7 +20,7 @@ _MAX_VCPUS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TinyConfig(SandboxSection):
+class TinyConfig(VhostUserSection):
     """[hypervisor.tiny]: what every sandbox has, and two keys of our own."""
 
     path: str = ""
