@@ -130,38 +130,6 @@ async def test_redelivery_after_absence(
     assert await publisher.flush(5)
 
 
-async def test_absence_of_an_hour(
-    containerd: _Containerd, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However long containerd is away nothing is given up, and what waits comes within seconds after."""
-    away = 0.0
-    over = asyncio.Event()
-
-    async def pause(delay: float) -> None:
-        nonlocal away
-        assert delay <= 2
-        if away > 3600:
-            over.set()
-            await asyncio.sleep(0.01)
-        else:
-            away += delay
-            await asyncio.sleep(0)
-
-    monkeypatch.setattr(publisher, "_pause", pause)  # the clock
-    await containerd.stop()
-    for pid in range(50):
-        publisher.publish("/tasks/start", _start(pid))
-    async with asyncio.timeout(60):
-        await over.wait()
-    assert publisher.pending == 50
-
-    await containerd.start()
-
-    assert await containerd.received(50) == list(range(50))
-    publisher.publish("/tasks/start", _start(50))
-    assert await containerd.received(51) == list(range(51))  # each once
-
-
 class _Jumping(selectors.DefaultSelector):
     """A selector that never waits: when nothing is ready, the loop's clock jumps to the next timer."""
 
