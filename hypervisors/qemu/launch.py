@@ -18,6 +18,7 @@ from typing import Any
 
 from devices.child import Child
 from devices.config import NetworkConfig, VsockConfig
+from devices.errors import HypervisorError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 from hypervisors.qemu.cmdline import Plan, arguments
@@ -68,6 +69,8 @@ async def launch(
         for one in placed:
             if isinstance(one.device, NetworkConfig):
                 fds += [*one.device.tap_fds, *one.device.vhost_fds]
+        if death.stopping:
+            raise HypervisorError("the VM was stopped before QEMU ran", code="ABORTED")
         parts.process = await Child.spawn(
             [plan.section.path, *arguments(plan)],
             name="qemu",

@@ -71,6 +71,7 @@ class Qemu:
         self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
         self._sizer: Sizer | None = None  # while the VM runs
         self._death: Death | None = None  # from `start_vm` on
+        self._starting: asyncio.Future[None] | None = None  # likewise; done when `start_vm` is
 
     # --- the VM's life
 
@@ -89,20 +90,26 @@ class Qemu:
             raise BugError("start_vm needs prepare_vm before it, and once")
         parts = self._parts
         self._death = Death(self._section, parts)
+        self._starting = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
                 await self._launch(timeout)
         except TimeoutError:
-            await self.stop_vm()
+            await self._end()
             raise self._with_evidence(
                 HypervisorError(f"QEMU did not start within {timeout:g} s", code="DEADLINE_EXCEEDED")
             ) from None
         except KataError as error:
-            await self.stop_vm()
+            stopped = self._death.stopping
+            await self._end()
+            if stopped:  # what it met is only how the stop looked from here
+                raise HypervisorError("the VM was stopped while it started", code="ABORTED") from error
             raise self._with_evidence(error) from None
         except BaseException:
-            await self.stop_vm()
+            await self._end()
             raise
+        finally:
+            self._starting.set_result(None)
         assert parts.process is not None
         _log.info("QEMU runs", pid=parts.process.pid, daemons=[child.pid for child in parts.daemons])
 
@@ -113,7 +120,13 @@ class Qemu:
         return await asyncio.shield(self._death.ended)
 
     async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: `quit` with a short deadline, then SIGKILL."""
+        """See `Hypervisor.stop_vm`: `quit` with a short deadline, then SIGKILL. A start under way fails
+        first."""
+        await self._end()
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
+
+    async def _end(self) -> None:
         parts = self._parts
         if self._death is not None:
             self._death.stopping = True
@@ -383,9 +396,10 @@ class Qemu:
                 _log.debug("console", line=line[:500])
 
     def _process(self) -> Child:
-        if self._parts.process is None:
-            raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
-        return self._parts.process
+        process = self._parts.process
+        if process is None or not process.alive:  # its pid may be somebody else's by now
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return process
 
     def _running_sizer(self) -> Sizer:
         if self._sizer is None:

@@ -1,0 +1,354 @@
+"""The contract of `hypervisors.base.Hypervisor`, as tests; docs/hypervisor.md says the same in words.
+
+A plugin's module has a class `TestX(HypervisorContract)` with `subject = Subject(...)`, and pytest does the
+rest. What a capability excludes is tested as well: it must raise UnsupportedByHypervisor, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from devices.config import BlockConfig, NetworkConfig, ShareFsConfig, VsockConfig
+from devices.errors import BugError, GuestError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.vsock import AGENT_PORT, HybridVsock
+from hypervisors.base import Capabilities, Hypervisor
+
+from .subject import SANDBOX, Subject, World
+
+__all__ = ["HypervisorContract"]
+
+_MAC = "02:00:00:00:00:01"
+_PROMPT = 20.0  # seconds: "at once" on a busy machine
+
+# What needs a running VM, each as a call.
+_RUNNING: dict[str, Callable[[Hypervisor], Awaitable[object]]] = {
+    "check": lambda vm: vm.check(),
+    "get_thread_ids": lambda vm: vm.get_thread_ids(),
+    "get_vmm_master_tid": lambda vm: vm.get_vmm_master_tid(),
+    "get_ns_path": lambda vm: vm.get_ns_path(),
+    "save_state": lambda vm: vm.save_state(),
+}
+
+
+@contextlib.contextmanager
+def _unsupported(what: str) -> Iterator[None]:
+    """Exactly this error, and told before anything was attempted."""
+    with pytest.raises(HypervisorError) as caught:
+        yield
+    assert type(caught.value) is UnsupportedByHypervisor, f"{what}: {caught.value!r}"
+    assert caught.value.code == "UNIMPLEMENTED"
+
+
+def _disk(world: World, name: str = "disk") -> BlockConfig:
+    path = world.share / f"{name}.img"
+    path.write_bytes(b"conformance".ljust(1 << 20, b"\0"))
+    return BlockConfig(id=name, path=str(path))
+
+
+def _files(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+class HypervisorContract:
+    """See the module's docstring."""
+
+    subject: ClassVar[Subject]
+
+    @pytest.fixture
+    async def world(self, tmp_path: Path) -> AsyncIterator[World]:
+        """The surroundings of one VM; whatever the test did, nothing of it is left afterwards."""
+        made = World(self.subject, tmp_path)
+        await made.open()
+        yield made
+        await made.close()
+
+    # --- order of calls
+
+    async def test_calls_out_of_order_are_refused(self, world: World) -> None:
+        vm = world.create()
+        assert await vm.get_pids() == []
+        assert vm.diagnostics() == {}
+        for call in (vm.start_vm(1), vm.wait_vm(), vm.get_agent_socket(), vm.prepare_vm("another", None)):
+            with pytest.raises(BugError):
+                await call
+        await vm.prepare_vm(SANDBOX, None)
+        for name, call_on in _RUNNING.items():
+            with pytest.raises(HypervisorError) as caught:
+                await call_on(vm)
+            assert caught.value.code == "FAILED_PRECONDITION", name
+        for call in (vm.get_agent_socket(), vm.wait_vm()):
+            with pytest.raises(BugError):
+                await call
+        await vm.add_device(VsockConfig(daemon=self.subject.vsock_daemon))
+        with pytest.raises(BugError):
+            await vm.add_device(VsockConfig(daemon=self.subject.vsock_daemon))
+
+    async def test_release_works_at_any_point(self, world: World) -> None:
+        vm = world.create()
+        await vm.stop_vm()
+        await vm.prepare_vm(SANDBOX, None)
+        await vm.stop_vm()
+        for device in self.subject.devices(await vm.hypervisor_config(), world.share):
+            await vm.add_device(device)
+        world.pids.update(await vm.get_pids())  # daemons may run already
+        await asyncio.gather(vm.cleanup(), vm.cleanup(), vm.stop_vm())
+
+    # --- start, knowledge, stop
+
+    async def test_a_running_vm_tells_what_it_is(self, world: World) -> None:
+        vm = await world.start()
+        with pytest.raises(BugError):
+            await vm.start_vm(1)
+        pids = await vm.get_pids()
+        master = await vm.get_vmm_master_tid()
+        assert pids[0] == master
+        threads = await vm.get_thread_ids()
+        assert list(threads.vcpus) == [0]
+        assert all(Path(f"/proc/{master}/task/{tid}").exists() for tid in threads.vcpus.values())
+        assert os.readlink(await vm.get_ns_path()) == os.readlink("/proc/self/ns/net")
+        state = json.loads(json.dumps(dataclasses.asdict(await vm.save_state())))
+        assert (state["hypervisor"], state["sandbox_id"]) == (self.subject.plugin.name, SANDBOX)
+        assert (state["pid"], state["start"] > 0, bool(state["accelerator"])) == (master, True, True)
+        metrics = await vm.get_hypervisor_metrics()
+        assert metrics["resident_bytes"] > 1 << 20
+        assert all(isinstance(value, float) for value in metrics.values())
+        assert isinstance(await vm.get_jailer_root(), str)
+        assert isinstance(await vm.hypervisor_config(), self.subject.plugin.section)
+        # all of it at once, as a metrics scrape beside a health check does
+        await asyncio.gather(*(call(vm) for _ in range(5) for call in _RUNNING.values()))
+
+        waiting = [asyncio.create_task(vm.wait_vm()) for _ in range(3)]
+        begin = time.monotonic()
+        await asyncio.gather(vm.stop_vm(), vm.stop_vm())
+        assert time.monotonic() - begin < _PROMPT
+        ends = await asyncio.gather(*waiting, vm.wait_vm())
+        assert len(set(ends)) == 1
+        assert ends[0].expected
+        assert ends[0].reason
+        assert await vm.get_pids() == []
+        for name, call_on in _RUNNING.items():
+            with pytest.raises(HypervisorError):
+                await call_on(vm)
+                pytest.fail(f"{name} answers after the end")
+
+    async def test_it_lives_in_the_pods_network_namespace(self, world: World) -> None:
+        holder = subprocess.Popen(
+            ["unshare", "-n", "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE
+        )
+        assert holder.stdout is not None
+        try:
+            await asyncio.to_thread(holder.stdout.readline)
+            path = f"/proc/{holder.pid}/ns/net"
+            vm = await world.start(netns=path)
+            assert (
+                os.readlink(await vm.get_ns_path()) == os.readlink(path) != os.readlink("/proc/self/ns/net")
+            )
+            await vm.stop_vm()
+        finally:
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+
+    async def test_disconnecting_leaves_the_vm_alone(self, world: World) -> None:
+        vm = await world.start()
+        await vm.disconnect()
+        await vm.disconnect()
+        (pid, *_) = await vm.get_pids()
+        assert Path(f"/proc/{pid}").exists()
+        await vm.stop_vm()
+        assert (await vm.wait_vm()).expected
+
+    # --- what goes wrong
+
+    async def test_a_vmm_that_dies_at_its_start_is_told_with_its_words(self, world: World) -> None:
+        bogus = world.share / "kernel"
+        bogus.write_bytes(b"nonsense" * 1000)
+        vm = await world.prepare(**self.subject.breaks(bogus))
+        world.pids.update(await vm.get_pids())
+        with pytest.raises(HypervisorError) as caught:
+            await vm.start_vm(self.subject.patience)
+        assert caught.value.phase
+        assert caught.value.hint
+        assert caught.value.details
+        assert await vm.get_pids() == []
+        assert await vm.wait_vm()
+
+    async def test_a_start_has_a_deadline(self, world: World) -> None:
+        vm = await world.prepare()
+        world.pids.update(await vm.get_pids())
+        begin = time.monotonic()
+        with pytest.raises(HypervisorError) as caught:
+            await vm.start_vm(0.001)
+        assert caught.value.code == "DEADLINE_EXCEEDED"
+        assert time.monotonic() - begin < _PROMPT
+        assert await vm.get_pids() == []
+
+    async def test_a_start_that_is_cancelled_leaves_nothing(self, world: World) -> None:
+        vm = await world.prepare()
+        world.pids.update(await vm.get_pids())
+        starting = asyncio.create_task(vm.start_vm(self.subject.patience))
+        await asyncio.sleep(0.02)
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        await vm.stop_vm()
+        assert await vm.get_pids() == []
+
+    async def test_a_stop_ends_a_start_under_way(self, world: World) -> None:
+        vm = await world.prepare()
+        world.pids.update(await vm.get_pids())
+        starting = asyncio.create_task(vm.start_vm(self.subject.patience))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(vm.stop_vm(), _PROMPT)
+        with pytest.raises(HypervisorError):
+            await starting
+        assert (await vm.wait_vm()).expected
+        assert await vm.get_pids() == []
+
+    async def test_the_vmms_death_is_told_to_everybody(self, world: World) -> None:
+        vm = await world.start()
+        channel = await vm.get_agent_socket()
+        waiting = asyncio.create_task(channel.wait_ready(self.subject.patience))
+        ends = asyncio.create_task(vm.wait_vm())
+        await asyncio.sleep(0)
+        os.kill(await vm.get_vmm_master_tid(), signal.SIGKILL)
+        ended = await asyncio.wait_for(ends, _PROMPT)
+        assert (ended.expected, ended.code) == (False, -signal.SIGKILL)
+        assert "SIGKILL" in ended.reason
+        with pytest.raises(KataError, match="SIGKILL"):
+            await asyncio.wait_for(waiting, _PROMPT)
+        with pytest.raises(KataError):
+            await channel.connect(AGENT_PORT, 1)
+        assert await vm.get_pids() == []
+        await vm.stop_vm()
+        assert await vm.wait_vm() == ended
+
+    # --- the guest, and what the capabilities say
+
+    async def test_capabilities_are_at_most_the_plugins(self, world: World) -> None:
+        vm = await world.prepare()
+        mine, most = await vm.capabilities(), self.subject.plugin.capabilities
+        more = {
+            field.name
+            for field in dataclasses.fields(Capabilities)
+            if getattr(mine, field.name) and not getattr(most, field.name)
+        }
+        # the kind of vsock is the host's choice
+        assert more <= {"hybrid_vsock"}
+
+    async def test_cold_plug_is_as_the_capabilities_say(self, world: World) -> None:
+        vm = world.create()
+        await vm.prepare_vm(SANDBOX, None)
+        can = await vm.capabilities()
+        disk = _disk(world)
+        if can.block_device:
+            assert isinstance(await vm.add_device(disk), str)
+            with pytest.raises(BugError):
+                await vm.add_device(disk)
+            await vm.remove_device(disk.id)
+            await vm.add_device(disk)
+        else:
+            with _unsupported("a disk"):
+                await vm.add_device(disk)
+        if not can.fs_sharing:
+            with _unsupported("a shared directory"):
+                await vm.add_device(ShareFsConfig(source=str(world.share)))
+        if not can.network_device:
+            with _unsupported("a network card"):
+                await vm.add_device(NetworkConfig(id="net0", mac=_MAC, tap="none"))
+        await vm.add_device(VsockConfig(daemon=self.subject.vsock_daemon))
+        assert isinstance(await vm.get_agent_socket(), HybridVsock) is can.hybrid_vsock
+        with pytest.raises((BugError, UnsupportedByHypervisor)):
+            await vm.remove_device("nobody")
+        world.pids.update(await vm.get_pids())
+
+    async def test_what_the_capabilities_exclude_is_refused(self, world: World) -> None:
+        vm = await world.start()
+        can = await vm.capabilities()
+        refused: dict[str, Callable[[], Awaitable[object]]] = {
+            "block_hotplug": lambda: vm.add_device(_disk(world)),
+            "network_hotplug": lambda: vm.add_device(NetworkConfig(id="net0", mac=_MAC, tap="none")),
+            "vcpu_hotplug": lambda: vm.resize_vcpu(2),
+            "memory_hotplug": lambda: vm.resize_memory(1024),
+            "pause": vm.pause_vm,
+            "snapshot": lambda: vm.save_vm(str(world.share)),
+        }
+        before = _files(world.share)
+        for name, call in refused.items():
+            if not getattr(can, name):
+                with _unsupported(name):
+                    await call()
+        with _unsupported("plugging a shared directory"):
+            await vm.add_device(ShareFsConfig(id="late", source=str(world.share)))
+        with _unsupported("changing a vsock device"):
+            await vm.update_device(VsockConfig())
+        await vm.check()  # nothing was attempted: the VM is as it was
+        assert len((await vm.get_thread_ids()).vcpus) == 1
+        assert _files(world.share) - before in (0, 1 << 20)  # the disk that we made ourselves
+
+    async def test_what_the_capabilities_promise_works_with_a_guest(self, world: World) -> None:
+        vm = await world.boot()
+        channel = await vm.get_agent_socket()
+        sock, _ = await channel.connect(AGENT_PORT, self.subject.patience)
+        sock.close()
+        can = await vm.capabilities()
+        if can.pause:
+            await vm.pause_vm()
+            await vm.check()
+            await vm.resume_vm()
+            if self.subject.resumes_vsock:
+                sock, _ = await channel.connect(AGENT_PORT, self.subject.patience)  # the guest answers again
+                sock.close()
+        if can.vcpu_hotplug:
+            assert await vm.resize_vcpu(2) == 2
+            assert len((await vm.get_thread_ids()).vcpus) == 2
+            if can.vcpu_hot_unplug:
+                with contextlib.suppress(HypervisorError):  # the guest may refuse to let go
+                    assert await vm.resize_vcpu(1) == 1
+            else:
+                with _unsupported("vcpu_hot_unplug"):
+                    await vm.resize_vcpu(1)
+        section = await vm.hypervisor_config()
+        if can.memory_hotplug:
+            assert await vm.resize_memory(section.default_memory + 128) == section.default_memory + 128
+            if not can.memory_hot_unplug:
+                with _unsupported("memory_hot_unplug"):
+                    await vm.resize_memory(section.default_memory)
+        if can.block_hotplug:
+            disk = _disk(world)
+            assert await vm.add_device(disk)
+            with pytest.raises(BugError):
+                await vm.add_device(disk)
+            if can.block_hot_unplug:
+                await vm.remove_device(disk.id)
+                assert await vm.add_device(disk)
+        if can.snapshot:
+            target = world.directory / "saved"
+            target.mkdir()
+            await vm.save_vm(str(target))
+            assert _files(target) > section.default_memory << 18
+            await vm.check()
+        await vm.stop_vm()
+
+    async def test_a_guest_that_says_nothing_meets_the_deadline(self, world: World) -> None:
+        vm = await world.start()
+        if not (await vm.capabilities()).pause:
+            pytest.skip("this VMM cannot pause, so the guest cannot be kept from answering")
+        await vm.pause_vm()
+        begin = time.monotonic()
+        with pytest.raises(GuestError) as caught:
+            await (await vm.get_agent_socket()).wait_ready(0.5)
+        assert caught.value.code == "DEADLINE_EXCEEDED"
+        assert time.monotonic() - begin < _PROMPT
