@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from testing.api import Api, Event, Task
-from testing.containerd import KATA, VERSIONS, Containerd, Result
+from testing.containerd import KATA, RUNC, VERSIONS, Containerd, Result
 from testing.images import busybox_image
 
 BUSYBOX = "local/busybox:1"
@@ -255,9 +255,13 @@ def _away(containerd: Containerd) -> Callable[[], None]:
 
 @pytest.mark.timeout(300 + AWAY)
 def test_events_of_an_absence_come_once_and_in_order(
-    containerd: Containerd, api: Api, create: Create
+    containerd: Containerd, runtime: str, api: Api, create: Create
 ) -> None:
     """What ends while containerd is away is told when it is back, however long that takes."""
+    if runtime == RUNC and containerd.version != "1.6":
+        pytest.skip(
+            "runc's shim tells no process of an exited task: containerd 1.7 takes it for a leaked one"
+        )
     with api.events() as next_event:
         task = create("sh", "-c", "read line; exit 7")
         task.start()
@@ -309,16 +313,15 @@ def test_an_upgrade_of_containerd_keeps_running_tasks(runtime: str, tmp_path: Pa
 
 
 @pytest.mark.kata_only
-def test_a_silent_shim_blocks_nobody_else(
-    containerd: Containerd, living: Task, run: Callable[..., Result]
-) -> None:
+def test_a_silent_shim_blocks_nobody_else(containerd: Containerd, living: Task) -> None:
     """While a shim does not answer, containerd lists, and runs others; when it answers again all is well."""
     shim = _shim(containerd, living.container)
     os.kill(shim, signal.SIGSTOP)
     try:
         listed = containerd.ctr("task", "ls", timeout=30)
         assert "UNKNOWN" in next(line for line in listed.text.splitlines() if living.container in line)
-        assert run("echo", "others go on").text == "others go on"
+        other = containerd.run(BUSYBOX, "echo", "others go on", runtime=RUNC)  # the quickest there is
+        assert other.text == "others go on"
     finally:
         os.kill(shim, signal.SIGCONT)
     assert living.state().status == RUNNING
