@@ -27,7 +27,7 @@ import grpc_tools
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from grpc_tools import protoc
 
-__all__ = ["Api", "Event", "Stdio", "Task"]
+__all__ = ["Api", "Event", "Stdio", "Task", "message", "method"]
 
 _PROTO = Path(__file__).parent / "proto"
 _EVENTS = "containerd.services.events.v1.Events"
@@ -56,6 +56,16 @@ def _pool() -> descriptor_pool.DescriptorPool:
 def message(name: str) -> Any:
     """The class of the message with this full name."""
     return message_factory.GetMessageClass(_pool().FindMessageTypeByName(name))
+
+
+def method(service: str, name: str) -> tuple[str, Any, Any]:
+    """(path, class of the request, class of the response) of a gRPC method."""
+    described = _pool().FindServiceByName(service).methods_by_name[name]
+    return (
+        f"/{service}/{name}",
+        message_factory.GetMessageClass(described.input_type),
+        message_factory.GetMessageClass(described.output_type),
+    )
 
 
 class Event(tuple[str, Any]):
@@ -298,17 +308,9 @@ class Api:
         """Close the connection."""
         self._channel.close()
 
-    def _method(self, service: str, method: str) -> tuple[str, Any, Any]:
-        described = _pool().FindServiceByName(service).methods_by_name[method]
-        return (
-            f"/{service}/{method}",
-            message_factory.GetMessageClass(described.input_type),
-            message_factory.GetMessageClass(described.output_type),
-        )
-
-    def call(self, service: str, method: str, *, timeout: float = 60, **fields: object) -> Any:
+    def call(self, service: str, name: str, *, timeout: float = 60, **fields: object) -> Any:
         """One unary call. Raises grpc.RpcError, whose code() and details() say why."""
-        path, request, response = self._method(service, method)
+        path, request, response = method(service, name)
         stub = self._channel.unary_unary(
             path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )
@@ -320,7 +322,7 @@ class Api:
 
         Inside, every event that containerd takes is seen: the subscription is tried out first.
         """
-        path, request, response = self._method(_EVENTS, "Subscribe")
+        path, request, response = method(_EVENTS, "Subscribe")
         stub = self._channel.unary_stream(
             path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )

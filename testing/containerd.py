@@ -32,21 +32,32 @@ from typing import Self
 from testing import leaks
 from testing.guest import PROJECT, Value, write_configuration
 
-__all__ = ["KATA", "RUNC", "VERSIONS", "Containerd", "CtrError", "Result", "install_shim", "programs"]
+__all__ = [
+    "KATA",
+    "PAUSE",
+    "RUNC",
+    "VERSIONS",
+    "Containerd",
+    "CtrError",
+    "Result",
+    "install_shim",
+    "programs",
+]
 
 KATA = "io.containerd.kata.v2"
 RUNC = "io.containerd.runc.v2"
 TAG_VARIABLE = "KATA_TEST_TAG"
+PAUSE = "docker.io/local/pause:1"
+"""The image that the CRI plugin takes for sandboxes. CRI completes short names as Docker does."""
 
 VERSIONS = ("1.6", "1.7", "2")
 """The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
 
-# Snapshotters and services that are neither needed nor present everywhere; `cri` wants CNI and a pull, `nri`
-# a socket at a place that all share. Names that a version does not know do no harm.
+_CRI = "io.containerd.grpc.v1.cri"
+_CRI_PARTS = ("io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", _CRI)
+# Snapshotters and services that are neither needed nor present everywhere; `nri` wants a socket at a place
+# that all share. Names that a version does not know do no harm.
 _DISABLED = (
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.grpc.v1.cri",
     "io.containerd.internal.v1.opt",
     "io.containerd.internal.v1.restart",
     "io.containerd.internal.v1.tracing",
@@ -124,12 +135,27 @@ def install_shim(directory: Path) -> Path:
     return target
 
 
+def _cri_section(root: Path) -> str:
+    """The CRI plugin's configuration: nothing of it may lie outside `root`, nor be pulled."""
+    plugin = f'plugins."{_CRI}"'
+    return (
+        f"[{plugin}]\n"
+        f'  sandbox_image = "{PAUSE}"\n  disable_tcp_service = true\n  stream_server_port = "0"\n'
+        f'[{plugin}.cni]\n  bin_dir = "{root}/cni/bin"\n  conf_dir = "{root}/cni/net.d"\n'
+        f'[{plugin}.containerd]\n  default_runtime_name = "kata"\n'
+        f'[{plugin}.containerd.runtimes.kata]\n  runtime_type = "{KATA}"\n'
+        '  pod_annotations = ["io.katacontainers.*"]\n  privileged_without_host_devices = true\n'
+        f'[{plugin}.containerd.runtimes.runc]\n  runtime_type = "{RUNC}"\n'
+    )
+
+
 class Containerd:
     """One private containerd. Use it as a context manager, or call `start` and `stop`.
 
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
-    containerd, and so the shims, log at debug level; `version` is one of VERSIONS.
+    containerd, and so the shims, log at debug level; `version` is one of VERSIONS; `cri` enables the CRI
+    plugin (testing.cri), with the handlers `kata` and `runc`.
     """
 
     def __init__(
@@ -140,6 +166,7 @@ class Containerd:
         debug: bool = False,
         version: str = VERSIONS[0],
         namespace: str = "default",
+        cri: bool = False,
     ) -> None:
         self.version = version
         self.programs = programs(version)
@@ -153,6 +180,7 @@ class Containerd:
         self.ids: list[str] = []
         self._numbers = itertools.count(1)
         self._debug = debug
+        self._cri = cri
         self._env = dict(env or {})
         self._overrides = overrides
         self._process: subprocess.Popen[bytes] | None = None
@@ -182,13 +210,15 @@ class Containerd:
         install_shim(self.root / "bin")
         write_configuration(self.configuration, self._overrides)
         config = self.root / "config.toml"
-        disabled = ", ".join(f'"{name}"' for name in _DISABLED)
+        disabled = ", ".join(f'"{name}"' for name in (*_DISABLED, *(() if self._cri else _CRI_PARTS)))
         config.write_text(
-            f"version = {3 if self.version == '2' else 2}\n"
+            # 2.x itself moves what 1.x calls the CRI plugin's sections to where it has them.
+            f"version = {3 if self.version == '2' and not self._cri else 2}\n"
             f'root = "{self.root}/root"\nstate = "{self.state}"\n'
             f"disabled_plugins = [{disabled}]\n"
             f'[grpc]\n  address = "{self.address}"\n'
             f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'
+            + (_cri_section(self.root) if self._cri else "")
         )
         self.boot()
         return self

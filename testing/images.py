@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BUSYBOX", "Dir", "File", "Link", "build_image", "busybox_image", "layered_image"]
+__all__ = ["BUSYBOX", "Dir", "File", "Link", "build_image", "busybox_image", "layered_image", "pause_image"]
 
 BUSYBOX = Path("/bin/busybox")  # Debian's busybox-static
 
@@ -146,6 +146,11 @@ def busybox_image(path: Path, name: str, *, user: str = "") -> None:
     if user:
         config["User"] = user
     build_image(path, name, [_busybox_layer()], config=config)
+
+
+def pause_image(path: Path, name: str) -> None:
+    """An image with nothing in it, not even the program that its configuration names."""
+    build_image(path, name, [{}], config={"Entrypoint": ["/pause"]})
 
 
 def layered_image(path: Path, name: str, *, layers: int) -> None:

@@ -16,9 +16,10 @@ import pytest
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, RUNC, VERSIONS, Containerd, Result
+from testing.containerd import KATA, PAUSE, RUNC, VERSIONS, Containerd, Result
+from testing.cri import NAMESPACE, Cri
 from testing.guest import guest_files
-from testing.images import busybox_image, layered_image
+from testing.images import busybox_image, layered_image, pause_image
 
 _ALIASES = {"": KATA, "kata": KATA, "runc": RUNC}
 RUNTIME = os.environ.get("KATA_E2E_RUNTIME", "")
@@ -27,6 +28,7 @@ CONTAINERD = os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]
 HERE = Path(__file__).parent
 
 BUSYBOX = "local/busybox:1"
+CRI_BUSYBOX = "docker.io/local/busybox:1"
 ALICE = "local/alice:1"
 LAYERS = "local/layers:30"
 
@@ -76,6 +78,22 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]
         for archive in sorted(archives.iterdir()):
             daemon.ctr("image", "import", str(archive))
         yield daemon
+
+
+@pytest.fixture(scope="session")
+def cri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
+    """The CRI plugin of one more private containerd, with a busybox and a pause image that is empty."""
+    archives = tmp_path_factory.mktemp("cri-images")
+    busybox_image(archives / "busybox.tar", CRI_BUSYBOX)
+    pause_image(archives / "pause.tar", PAUSE)
+    with Containerd(debug=True, version=CONTAINERD, namespace=NAMESPACE, cri=True) as daemon:
+        for archive in sorted(archives.iterdir()):
+            daemon.ctr("image", "import", str(archive))
+        connection = Cri(daemon)
+        for image in (CRI_BUSYBOX, PAUSE):
+            connection.wait_for_image(image)
+        yield connection
+        connection.close()
 
 
 @pytest.fixture
