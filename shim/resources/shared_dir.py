@@ -5,6 +5,8 @@ tree bound read-only, and what virtiofsd exports. A mount made below `rw` propag
 into virtiofsd's own mount namespace.
 Why two trees: the guest must not create files beside the mounts (symlinks for the host to trip
 over, or a full /run), while a container's root file system stays writable.
+Why volumes are counted: containers of a pod that mount the same source must see each other's writes at
+once, and each other's locks. Two mounts of it would be two files to the guest, each with a cache.
 Invariants: everything is recorded in the undo log before it exists; a read-only volume is read-only
 before it becomes visible; nothing is removed across a mount. All methods block for a few
 milliseconds: call them in a thread.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from devices import mounts
 from devices.errors import CallerError, HostError, KataError
@@ -25,6 +28,15 @@ from shim.protocols import RootfsMount
 from shim.safefs import remove_tree
 
 __all__ = ["SharedDir"]
+
+
+@dataclass(eq=False, slots=True)
+class _Shared:
+    """A volume in the share: what it shows, its entries in the undo log, and how many containers use it."""
+
+    key: tuple[object, ...]
+    entries: list[Entry]
+    users: int = 0
 
 
 class SharedDir:
@@ -38,6 +50,8 @@ class SharedDir:
         self._passthrough = os.path.join(self.rw, "passthrough")
         self._own: list[Entry] = []
         self._containers: dict[str, list[Entry]] = {}
+        self._volumes: dict[str, _Shared] = {}  # by name below passthrough/
+        self._uses: dict[str, list[str]] = {}  # container id -> names of its volumes
 
     @property
     def exported(self) -> str:
@@ -65,6 +79,17 @@ class SharedDir:
                 hint="the shim needs CAP_SYS_ADMIN and a writable /run",
             ) from error
 
+    def merge(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """The same volumes, each under the name of one there that shows the same, or a name not taken."""
+        names = {shared.key: name for name, shared in self._volumes.items()}
+        merged = []
+        for volume in volumes:
+            name = names.get(_key(volume), volume.share_name)
+            while name in self._volumes and self._volumes[name].key != _key(volume):
+                name += "_"  # its container is gone, and another one with its id has come
+            merged.append(replace(volume, share_name=name))
+        return merged
+
     def add_container(
         self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
     ) -> None:
@@ -89,7 +114,7 @@ class SharedDir:
             else:
                 mounts.bind(root_path, target, recursive=True)
             for volume in volumes:
-                self._add_volume(volume, entries)
+                self._use_volume(volume, self._uses.setdefault(container_id, []))
         except (OSError, KataError) as error:
             self.remove_container(container_id)
             if isinstance(error, KataError):
@@ -99,6 +124,15 @@ class SharedDir:
                 phase="rootfs",
                 hint="see dmesg; is the snapshotter's file system available on this host?",
             ) from error
+
+    def _use_volume(self, volume: Volume, uses: list[str]) -> None:
+        shared = self._volumes.get(volume.share_name)
+        if shared is None:
+            shared = self._volumes[volume.share_name] = _Shared(_key(volume), [])
+        shared.users += 1
+        uses.append(volume.share_name)
+        if not shared.entries:
+            self._add_volume(volume, shared.entries)
 
     def _add_volume(self, volume: Volume, entries: list[Entry]) -> None:
         try:
@@ -131,7 +165,18 @@ class SharedDir:
     def remove_container(self, container_id: str) -> list[OSError]:
         """Unmount and remove one container's part, going on past errors, which are returned."""
         errors: list[OSError] = []
-        for entry in reversed(self._containers.pop(container_id, [])):
+        for name in reversed(self._uses.pop(container_id, [])):
+            shared = self._volumes[name]
+            shared.users -= 1
+            if shared.users == 0:
+                del self._volumes[name]
+                errors += self._release(shared.entries)
+        return errors + self._release(self._containers.pop(container_id, []))
+
+    def _release(self, entries: list[Entry]) -> list[OSError]:
+        errors: list[OSError] = []
+        while entries:
+            entry = entries.pop()
             try:
                 _release(entry)
             except OSError as error:
@@ -145,15 +190,16 @@ class SharedDir:
         errors: list[OSError] = []
         for container_id in reversed(list(self._containers)):
             errors += self.remove_container(container_id)
-        while self._own:
-            entry = self._own.pop()
-            try:
-                _release(entry)
-            except OSError as error:
-                errors.append(error)
-            else:
-                self._undo.forget(entry)
-        return errors
+        return errors + self._release(self._own)
+
+
+def _key(volume: Volume) -> tuple[object, ...]:
+    """What makes two volumes the same: the source, what lies there now, and how it may be used."""
+    try:
+        there = os.stat(volume.source)
+    except OSError:  # `_add_volume` says so
+        return (volume.share_name,)
+    return volume.source, there.st_dev, there.st_ino, volume.readonly, volume.recursive
 
 
 def _release(entry: Entry) -> None:

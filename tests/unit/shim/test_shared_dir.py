@@ -62,6 +62,25 @@ except KataError as error:
 out["after_failure"] = sorted(os.listdir(share.rw + "/passthrough"))
 out["errors"] = [str(e) for e in share.remove_container("c1")]
 out["after_removal"] = sorted(os.listdir(share.rw + "/passthrough"))
+def volume(container, readonly=False):
+    return share.merge([Volume(0, f"{base}/vol", "/v", readonly, True, f"{container}-v")])
+
+names = []
+for container, readonly in (("m1", False), ("m2", False), ("m3", True)):
+    merged = volume(container, readonly)
+    share.add_container(container, [], base + "/lower", merged)
+    names.append(merged[0].share_name)
+out["errors"] += [str(e) for e in share.remove_container("m1")]
+out["still_there"] = os.path.exists(f"{seen}/m1-v/new")
+os.rename(f"{base}/vol", f"{base}/old")
+os.mkdir(f"{base}/vol")
+merged = volume("m1")
+share.add_container("m1", [], base + "/lower", merged)
+names.append(merged[0].share_name)
+out["names"] = names
+out["another"] = os.path.exists(f"{seen}/{names[-1]}/new"), os.path.exists(f"{seen}/m1-v/new")
+out["errors"] += [str(e) for name in ("m2", "m3", "m1") for e in share.remove_container(name)]
+out["after_merging"] = sorted(os.listdir(share.rw + "/passthrough"))
 share.add_container("c3", [], base + "/lower", [])
 out["errors"] += [str(e) for e in share.tear_down() + share.tear_down()]
 out["left"] = os.path.exists(share.path), len(mounts.mounts_below(base)) - before, len(undo.entries)
@@ -92,5 +111,9 @@ def test_a_share_from_set_up_to_tear_down(tmp_path: Path) -> None:
     assert out["after_failure"] == ["c1", "c1-f", "c1-r", "c1-v"]
     assert out["after_removal"] == []
     assert out["errors"] == []
+    assert out["names"] == ["m1-v", "m1-v", "m3-v", "m1-v_"], "one mount for each source and way to use it"
+    assert out["still_there"], "a volume stays as long as one container of the pod uses it"
+    assert out["another"] == [False, True], "what lies at the source now is not what the others have"
+    assert out["after_merging"] == []
     assert out["left"] == [False, 0, 0]
     assert out["sources"], "what was bound is untouched"
