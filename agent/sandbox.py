@@ -2,8 +2,9 @@
 
 What: state and rules that concern more than one container.
 Why the first container's namespaces: the containers of a pod share ipc and uts (and pid, when asked
-to). The first container's init makes them as it would anyway; keeping them costs no process. The
-agent holds ipc and uts open, so they outlive that container; a pid namespace ends with its init.
+to) with the sandbox's own container, which is the first. Its init makes them as it would anyway, or
+stays in the guest's. The agent holds ipc and uts open, so they outlive that container; a pid namespace
+ends with its init, a pause of ours (agent/pause.py).
 Invariants: container ids are path components and unique; /run/kata-containers is this sandbox's
 alone.
 """
@@ -20,6 +21,7 @@ from agent import log
 from agent.container import Container
 from agent.crun import ROOT, Crun
 from agent.fit import NOTHING, fit, merge
+from agent.pause import is_own, own_config
 from agent.reaper import Reaper
 from agent.spec import cgroup_path, spec_json
 from agent.storage import Storages, in_thread
@@ -34,6 +36,7 @@ __all__ = ["RUN_DIR", "Sandbox"]
 RUN_DIR = "/run/kata-containers"
 WORK_DIR = "/run/kata-agent"
 CONTAINERS_MAX = 1024
+_PRIVATE = "io.kata-shim.private-namespaces"  # shim/guest_spec.py says so to this agent
 
 
 def check_id(name: str, what: str) -> str:
@@ -121,9 +124,16 @@ class Sandbox:
             raise RpcError(Code.INVALID_ARGUMENT, f"container {name} has no command")
         config = spec_json(request.OCI)
         merge(config, beyond)
+        annotations = config.get("annotations", {})
+        if is_own(annotations):
+            config = own_config(config)
         await fit(config, self._reaper)
+        if config["linux"].get("sysctl"):
+            from agent import sysctl
+
+            sysctl.apply(sysctl.take_network(config["linux"]))
         self._place(config, name)
-        self._share_namespaces(config["linux"], request.sandbox_pidns)
+        self._share_namespaces(config["linux"], request.sandbox_pidns, annotations.get(_PRIVATE, ""))
         container = Container(
             name,
             config,
@@ -145,7 +155,7 @@ class Sandbox:
             self.containers.pop(name, None)
             await self.storages.release(self._mounted.pop(name, []))
             raise
-        self._hold_namespaces(container, request.sandbox_pidns)
+        self._hold_namespaces(container, request.sandbox_pidns or is_own(annotations))
 
     def _place(self, config: dict[str, Any], name: str) -> None:
         """Give the container a cgroup of its own, wherever the host wants it."""
@@ -157,28 +167,31 @@ class Sandbox:
                 path = f"/kata/{name}"
         config["linux"]["cgroupsPath"] = path
 
-    def _share_namespaces(self, linux: dict[str, Any], share_pid: bool) -> None:
+    def _share_namespaces(self, linux: dict[str, Any], share_pid: bool, private: str) -> None:
+        """Have a container join the pod's namespaces, but for those that it is to have for itself.
+
+        `private`: kinds, separated by commas; without it a host that does not tell (Kata's own shim
+        clears all paths) means that they are shared.
+        """
         wanted = {entry["type"]: entry for entry in linux["namespaces"]}
         for kind, path in self._namespaces.items():
             if kind == "pid" and share_pid:
                 wanted.setdefault("pid", {"type": "pid"})["path"] = path
-            elif kind != "pid" and kind in wanted:
+            elif kind != "pid" and kind in wanted and kind not in private.split(","):
                 wanted[kind]["path"] = path
         # The host leaves it out: by sandbox_pidns it is the pod's, else the container's own.
         wanted.setdefault("pid", {"type": "pid"})
         linux["namespaces"] = list(wanted.values())
 
     def _hold_namespaces(self, container: Container, share_pid: bool) -> None:
-        """Remember what this container made, for the next ones to join."""
-        init = container.init
-        if init is None:
+        """Remember the namespaces that the first container is in, for the next ones to join."""
+        if container.init is None:
             return
-        made = {entry["type"] for entry in container.config["linux"]["namespaces"]}
         for kind in ("ipc", "uts", "pid"):
-            if kind not in made or kind in self._namespaces or (kind == "pid" and not share_pid):
+            if kind in self._namespaces or (kind == "pid" and not share_pid):
                 continue
             try:
-                fd = os.open(f"/proc/{init.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(f"/proc/{container.init.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 log.error(f"namespace {kind} of {container.id}: {error}")
                 continue

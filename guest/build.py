@@ -41,6 +41,11 @@ _STUB_FLAGS = (
     *("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
     *("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0"),
 )
+_PAUSE_FLAGS = (
+    *("-static", "-nostdlib", "-ffreestanding", "-mgeneral-regs-only", "-fno-stack-protector"),
+    *("-fno-asynchronous-unwind-tables", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
+    *("-Wl,--build-id=none", "-Wl,-z,noseparate-code"),
+)
 _CFLAGS = ("-static", "-Os", "-Wall", "-Wextra", "-Werror", "-Wl,--build-id=none", "-s")
 
 
@@ -177,7 +182,7 @@ class Builder:
         return self._stage("packages", "unpack", lambda root: debian.unpack(self.versions, store, root))
 
     def kernel(self, root: str) -> str:
-        """vmlinux, and the initramfs with init and its modules."""
+        """vmlinux, the initramfs with init and its modules, and what else is compiled from C."""
         release = self.kernel_package.removeprefix("linux-image-")
 
         def make(directory: str) -> None:
@@ -189,6 +194,7 @@ class Builder:
             script = f"-Wl,--version-script={own}/nosystemd.map"
             stub = f"{directory}/{contents.SYSTEMD_STUB}"
             run_tool(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"])
+            run_tool(["gcc", *_PAUSE_FLAGS, "-o", f"{directory}/pause", f"{own}/pause.c"])
             modules = ModuleTree(f"{root}/lib/modules/{release}")
             names = modules.order(contents.EARLY_MODULES)
             entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]
@@ -236,8 +242,7 @@ class Builder:
         os.makedirs(work)
         with self.progress.step("root image"):
             modules = ModuleTree(f"{root}/lib/modules/{release}")
-            stub = f"{kernel}/{contents.SYSTEMD_STUB}"
-            tree = contents.assemble(root, modules, compiled, agent, stub)
+            tree = contents.assemble(root, modules, compiled, agent, kernel)
             write_ext4(tree, f"{work}/rootfs.img", time=EPOCH)
         for name in ("vmlinux", "initrd.img"):
             shutil.copyfile(f"{kernel}/{name}", f"{work}/{name}")

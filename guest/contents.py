@@ -89,6 +89,7 @@ _AGENT_PROTO = ("__init__", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "hea
 _PYTHON = "/usr/lib/python3.11"
 _PROTOBUF = "/usr/lib/kata-agent"
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
+_PAUSE = "/usr/lib/kata-agent/pause"  # the root file system of a pod's own container (agent/pause.py)
 SYSTEMD_STUB = "libsystemd.so.0"
 _NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
 
@@ -234,12 +235,12 @@ def places(compiled: str, agent: str) -> dict[str, str]:
     }
 
 
-def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, systemd_stub: str) -> Tree:
+def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: str) -> Tree:
     """The image's tree.
 
     `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
-    directory with the compiled agent; `systemd_stub`: what stands in for libsystemd (nosystemd.c).
-    Raises `HostError` if a library is missing.
+    directory with the compiled agent; `native`: the directory with what is compiled from C: the pause
+    (pause.c) and what stands in for libsystemd (nosystemd.c). Raises `HostError` if a library is missing.
     """
     tree = Tree()
     for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
@@ -277,7 +278,10 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, systemd_
         tree.copy_tree(folder, prefix)
     tree.file("/usr/bin/init", _INIT, 0o755)
     _add_modules(tree, modules)
-    tree.copy(systemd_stub, f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
+    tree.copy(f"{native}/{SYSTEMD_STUB}", f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
+    tree.copy(f"{native}/pause", f"{_PAUSE}/pause", 0o755)
+    for name in ("dev", "proc"):  # what is mounted in it
+        tree.directory(f"{_PAUSE}/{name}")
     _check_stub(tree)
     _add_libraries(tree, root)
     return tree

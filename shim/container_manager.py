@@ -8,9 +8,10 @@ Invariants:
 - An id is taken from the moment Create begins until Delete, or the undoing of a failed Create, ends.
 - A Create that fails, or whose caller gave up, leaves nothing behind; the VM neither, unless other
   containers are in it.
-- The VM ends when the sandbox's own container has ended and no other one lives, before that exit is
-  told (containerd's clients expect the task's pid, the VMM, to be gone by then), or with the last Delete;
-  one that was made by the Sandbox API (`kept`) ends by that only.
+- The VM ends with the sandbox's own container, before that exit is told (containerd's clients expect the
+  task's pid, the VMM, to be gone by then), or with the last Delete; other containers that still live are
+  killed first, so that each has an exit of its own. One that was made by the Sandbox API (`kept`) ends by
+  that only.
 - Operations that change something run to their end even if their caller is gone; only a Create is
   undone instead.
 """
@@ -168,9 +169,8 @@ class ContainerManager:
         container: Container | None = None
         try:
             spec = load_spec(bundle)
+            self._check_not_over()
             sandbox = await self._runtime.sandbox_for(container_id, bundle, spec, options)
-            if sandbox.id in self._over:
-                raise CallerError(f"the sandbox {sandbox.id} has ended", phase="create")
             await sandbox.start()
             self._stopped.discard(sandbox.id)
             mounts = [RootfsMount(m.type, m.source, m.target, tuple(m.options)) for m in rootfs]
@@ -182,10 +182,15 @@ class ContainerManager:
         except BaseException:
             # In a task of its own: this one may have been cancelled, and must not be again.
             await asyncio.shield(self._spawn(self._undo(container_id, sandbox, container)))
+            self._check_not_over()
             raise
         self._containers[container_id] = container
         self._creating.discard(container_id)
         return container.pid
+
+    def _check_not_over(self) -> None:
+        for sandbox_id in self._over:
+            raise CallerError(f"the sandbox {sandbox_id} has ended", phase="create")
 
     async def _undo(self, container_id: str, sandbox: Sandbox | None, container: Container | None) -> None:
         try:
@@ -308,35 +313,31 @@ class ContainerManager:
 
     # -- the sandbox -------------------------------------------------------------------------------
 
-    def _alone(self, container: Container) -> bool:
-        """No other container of its sandbox lives or is coming."""
-        return not self._creating and all(
-            other.quiet for other in self._containers.values() if other is not container
-        )
-
     async def _quieted(self, container: Container) -> None:
-        """A container's init process has ended and its output is drained: end the VM if that was all."""
-        if container.id == container.sandbox.id:
-            self._over.add(container.id)
-        if container.sandbox.id in self._over and self._alone(container):
-            await asyncio.shield(self._spawn(self.stop_sandbox(container.sandbox)))
+        """A container's init process has ended, its output is drained: with the sandbox's own all ends."""
+        if container.id != container.sandbox.id:
+            return
+        self._over.add(container.id)
+        if not container.sandbox.died.done():
+            await self.end_all(0, but=container)
+        await asyncio.shield(self._spawn(self.stop_sandbox(container.sandbox)))
 
-    async def end_all(self, grace: float) -> None:
+    async def end_all(self, grace: float, *, but: Container | None = None) -> None:
         """SIGTERM to all containers, SIGKILL after `grace` seconds (0: at once), and their exits; bounded."""
         if grace > 0:
-            await self._signal_all(signal.SIGTERM)
-            await self.all_quiet(grace)
-        await self._signal_all(signal.SIGKILL)
-        await self.all_quiet(_KILL_GRACE)
+            await self._signal_all(signal.SIGTERM, but)
+            await self.all_quiet(grace, but=but)
+        await self._signal_all(signal.SIGKILL, but)
+        await self.all_quiet(_KILL_GRACE, but=but)
 
-    async def _signal_all(self, number: int) -> None:
-        living = [container for container in self._containers.values() if container.init.exit is None]
+    async def _signal_all(self, number: int, but: Container | None) -> None:
+        living = [each for each in self._containers.values() if each is not but and each.init.exit is None]
         # One that is gone, or a guest that does not answer: its end is told when the VM's is.
         await asyncio.gather(*(container.kill("", number) for container in living), return_exceptions=True)
 
-    async def all_quiet(self, limit: float) -> None:
+    async def all_quiet(self, limit: float, *, but: Container | None = None) -> None:
         """Until the exits of all containers are told, `limit` seconds at most."""
-        exits = [container.init.exited for container in self._containers.values()]
+        exits = [each.init.exited for each in self._containers.values() if each is not but]
         if exits:
             await asyncio.wait(exits, timeout=limit)
 

@@ -22,6 +22,8 @@ from shim.guest_devices import guest_rules
 __all__ = [
     "GUEST_SHARE",
     "GUEST_SHM",
+    "MEMBER",
+    "OWN",
     "Volume",
     "guest_rootfs",
     "guest_spec",
@@ -33,11 +35,17 @@ __all__ = [
 GUEST_SHARE = "/run/kata-containers/shared/containers"
 GUEST_SHM = "/run/kata-containers/sandbox/shm"
 
+#: What a container is to its sandbox: the one that holds a pod together, or one of a pod's others.
+OWN = "pod_sandbox"
+MEMBER = "pod_container"
+
 #: A container with more mounts than this is refused before anything is done for it.
 MAX_MOUNTS = 1024
 
 _CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
 _BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
+# Of a pod's member: the kinds of namespaces that it does not share with the pod (agent/sandbox.py).
+_PRIVATE = "io.kata-shim.private-namespaces"
 
 #: Bind mounts of these trees mean the guest's own, as in Kata: the host's are never shared.
 _GUESTS_OWN = ("/proc", "/sys", "/dev")
@@ -69,9 +77,7 @@ def guest_rootfs(container_id: str) -> str:
 
 def wants_sandbox_pidns(spec: Mapping[str, Any]) -> bool:
     """A pid namespace by path means: the pod's, shared (runtime-spec, linux.namespaces)."""
-    return any(
-        space.get("type") == "pid" and space.get("path") for space in _objects(spec, "linux", "namespaces")
-    )
+    return "pid" in _shared_kinds(spec)
 
 
 def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
@@ -128,8 +134,9 @@ def guest_spec(
 ) -> tuple[dict[str, Any], list[str]]:
     """The spec as the agent gets it, and what was left out (for the log).
 
-    `container_type` is "single_container", "pod_sandbox" or "pod_container". `keep_cpuset`: the agent
-    knows the host's CPU numbers from the guest's, as ours does (`agent.fit`).
+    `container_type` is "single_container", OWN (a pod's own container, which does nothing: it gets no
+    volumes) or MEMBER. `keep_cpuset`: the agent knows the host's CPU numbers from the guest's, as ours
+    does (`agent.fit`).
     """
     left_out: list[str] = []
     guest: dict[str, Any] = copy.deepcopy(dict(spec))
@@ -137,18 +144,37 @@ def guest_spec(
         "path": guest_rootfs(container_id),
         "readonly": bool((spec.get("root") or {}).get("readonly")),
     }
-    guest["mounts"] = _guest_mounts(guest.get("mounts") or [], {volume.index: volume for volume in volumes})
+    mounts = guest.get("mounts") or []
+    if container_type == OWN:
+        mounts = [mount for mount in mounts if not _is_bind(mount, mount.get("options") or [])]
+    guest["mounts"] = _guest_mounts(mounts, {volume.index: volume for volume in volumes})
     annotations = {str(k): str(v) for k, v in (guest.get("annotations") or {}).items()}
     annotations[_CONTAINER_TYPE] = container_type
     annotations[_BUNDLE_PATH] = bundle
+    if container_type == MEMBER:
+        annotations[_PRIVATE] = ",".join(_private_namespaces(spec))
     guest["annotations"] = annotations
     hooks = guest.pop("hooks", None) or {}
     if hooks.get("startContainer"):
         guest["hooks"] = {"startContainer": hooks["startContainer"]}
     linux = guest.get("linux")
     if isinstance(linux, dict):
+        if container_type != MEMBER:  # there is nobody in the guest to share with yet
+            left_out.extend(f"linux.namespaces.{kind}.path" for kind in sorted(_shared_kinds(spec)))
         _guest_linux(linux, left_out, disable_seccomp, keep_cpuset)
     return guest, left_out
+
+
+def _shared_kinds(spec: Mapping[str, Any]) -> set[str]:
+    """The kinds of namespaces that are given by a path, but for the network's, which the VM stands in."""
+    spaces = _objects(spec, "linux", "namespaces")
+    return {str(space.get("type")) for space in spaces if space.get("path")} - {"network"}
+
+
+def _private_namespaces(spec: Mapping[str, Any]) -> list[str]:
+    """Of the kinds that a pod can share, those that this container is to have of its own."""
+    own = {space.get("type") for space in _objects(spec, "linux", "namespaces") if not space.get("path")}
+    return [kind for kind in ("ipc", "uts") if kind in own]
 
 
 def _guest_linux(

@@ -43,6 +43,7 @@ from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.guest_devices import check_devices
+from shim.guest_spec import MEMBER, OWN
 from shim.hook_process import read_hooks
 from shim.procfs import start_time
 from shim.protocols import Deadlines
@@ -356,7 +357,7 @@ def _container_type(spec: Mapping[str, Any]) -> str:
     annotations = spec.get("annotations") or {}
     for key in _TYPE_KEYS:
         if key in annotations:
-            return "pod_sandbox" if annotations[key] in _SANDBOX_TYPES else "pod_container"
+            return OWN if annotations[key] in _SANDBOX_TYPES else MEMBER
     return "single_container"
 
 

@@ -32,7 +32,7 @@ from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
-from shim.guest_spec import GUEST_SHM, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.guest_spec import GUEST_SHM, MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
@@ -182,12 +182,15 @@ class VirtSandbox:
             from shim.pod_config import complete
 
             spec = complete(spec, self.settings.pod)
-        volumes = plan_volumes(spec, container_id)
+        kind = self.settings.container_type if container_id == self.id else MEMBER
+        volumes = [] if kind == OWN else plan_volumes(spec, container_id)
+        root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
+        volumes = await self._files.name(volumes)
         document, left_out = guest_spec(
             spec,
             container_id=container_id,
             bundle=bundle,
-            container_type=self.settings.container_type if container_id == self.id else "pod_container",
+            container_type=kind,
             volumes=volumes,
             disable_seccomp=self.settings.disable_guest_seccomp,
             keep_cpuset=self.settings.direct_stdio,
@@ -196,10 +199,12 @@ class VirtSandbox:
         left_out += rest.dropped
         if left_out:
             _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
-        root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         await self._sizing.fit(container_id, spec_limits(spec))
-        with self._trace.phase("rootfs", id=container_id):
-            storages = await self._files.add(container_id, rootfs, root_path, volumes)
+        storages: list[agent_pb2.Storage] = []
+        # Our agent has a pause of its own; another one needs the image's.
+        if kind != OWN or not self.settings.direct_stdio:
+            with self._trace.phase("rootfs", id=container_id):
+                storages = await self._files.add(container_id, rootfs, root_path, volumes)
         await self._run_hooks(container_id, bundle, spec)
         return GuestContainer(
             spec=message, storages=storages, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond
@@ -253,7 +258,7 @@ class VirtSandbox:
     @property
     def is_pod(self) -> bool:
         """Whether its own container is a pod's sandbox container."""
-        return self.settings.container_type == "pod_sandbox"
+        return self.settings.container_type == OWN
 
     async def host_usage(self) -> HostUsage:
         """Of the VMM and its daemons, by the hypervisor's own account."""

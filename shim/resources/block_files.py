@@ -86,6 +86,10 @@ class BlockFiles:
         """None: there is nothing shared."""
         return []
 
+    async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """As they are: each container gets a copy of its own."""
+        return list(volumes)
+
     async def add(
         self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
     ) -> list[agent_pb2.Storage]:

@@ -32,6 +32,10 @@ class ContainerFiles(Protocol):
         """What the agent mounts for the whole sandbox."""
         ...
 
+    async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """The volumes of a container to come, each with the name that it will have in the guest."""
+        ...
+
     async def add(
         self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
     ) -> list[agent_pb2.Storage]:
@@ -73,6 +77,11 @@ class SharedFiles:
                 mount_point=GUEST_SHARE + "/",
             )
         ]
+
+    async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
+        """Those that another container has already get its names, so that both see one file."""
+        async with self._lock:
+            return await asyncio.to_thread(self._share.merge, volumes)
 
     async def add(
         self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]

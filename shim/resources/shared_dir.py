@@ -129,6 +129,13 @@ class SharedDir:
         shared = self._volumes.get(volume.share_name)
         if shared is None:
             shared = self._volumes[volume.share_name] = _Shared(_key(volume), [])
+        elif shared.key != _key(volume):
+            raise CallerError(
+                f"the source {volume.source} of the mount at {volume.destination} changed meanwhile",
+                phase="volume",
+                code="UNAVAILABLE",
+                hint="try again",
+            )
         shared.users += 1
         uses.append(volume.share_name)
         if not shared.entries:

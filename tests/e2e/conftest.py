@@ -51,7 +51,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show containerd's log, which is its shims' too, with what failed: it goes with the containerd."""
     report = yield
-    daemon = getattr(item, "funcargs", {}).get("containerd")
+    arguments = getattr(item, "funcargs", {})
+    daemon = arguments["cri"].containerd if "cri" in arguments else arguments.get("containerd")
     if report.failed and isinstance(daemon, Containerd):
         report.sections.append(("containerd's log", daemon.log_tail(80)))
     return report

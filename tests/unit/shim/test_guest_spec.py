@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from devices.errors import CallerError
-from shim.guest_spec import guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.guest_spec import MEMBER, OWN, guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
 
 
 def amended(spec: dict[str, Any], **changes: Any) -> tuple[dict[str, Any], list[str]]:
@@ -129,3 +129,31 @@ def test_share_names_stay_inside_the_share() -> None:
 
     assert "/" not in plan_volumes(spec, "c1")[0].share_name
     assert plan_volumes(spec, "c1")[0].share_name.startswith("c1-")
+
+
+def test_the_container_that_holds_a_pod_gets_nothing_of_the_host() -> None:
+    spec = {
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/etc/resolv.conf", "source": "/run/x/resolv.conf", "options": ["rbind", "ro"]},
+            {"destination": "/dev/shm", "type": "bind", "source": "/run/x/shm"},
+        ]
+    }
+    guest, _ = amended(spec, container_type=OWN, volumes=[])
+
+    assert [mount["destination"] for mount in guest["mounts"]] == ["/proc"]
+
+
+def test_a_member_tells_which_namespaces_it_has_of_its_own() -> None:
+    spaces = [{"type": "ipc"}, {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "mount"}]
+    spec = {
+        "annotations": {"io.kata-shim.private-namespaces": "mount"},
+        "linux": {"namespaces": spaces},
+    }
+    member, left_out = amended(spec, container_type=MEMBER)
+    _, of_the_host = amended(spec, container_type=OWN)
+
+    assert member["annotations"]["io.kata-shim.private-namespaces"] == "ipc"
+    assert member["linux"]["namespaces"][:2] == [{"type": "ipc"}, {"type": "uts"}], "no path of the host"
+    assert left_out == []
+    assert of_the_host == ["linux.namespaces.uts.path"], "there is nobody to share with"

@@ -275,15 +275,37 @@ async def test_a_pod_outlives_its_containers_and_ends_with_its_sandbox(tmp_path:
     await shim.wait("a")
     assert not shim.sandbox.stopped
     shim.guest("pod").exit(0)
-    await shim.wait("pod")
-    assert not shim.sandbox.stopped, "b still lives"
-    assert await code_of(shim.create("late")) == "FAILED_PRECONDITION"
-    shim.guest("b").exit(0)
-    await shim.wait("b")
+    assert (await shim.wait("b")).exit_status == 137
+    assert (await shim.wait("pod")).exit_status == 0
     assert shim.sandbox.stopped
+    assert [event.container_id for event in shim.events.of("exit")] == ["a", "b", "pod"]
+    assert await code_of(shim.create("late")) == "FAILED_PRECONDITION"
     for container in ("a", "b", "pod"):
         await shim.delete(container)
     assert len(shim.runtime.sandboxes) == 1
+    await shim.close()
+
+
+async def test_a_create_under_way_when_the_pod_ends_is_undone(tmp_path: Path) -> None:
+    shim = TaskClient(tmp_path, pod="pod")
+    await shim.create("pod")
+    await shim.start("pod")
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold() -> None:
+        entered.set()
+        await go_on.wait()
+
+    shim.agent.before["create_container"] = hold
+    late = asyncio.create_task(code_of(shim.create("late")))
+    await entered.wait()
+    shim.guest("pod").exit(0)
+    await shim.wait("pod")
+    go_on.set()
+    assert await late == "FAILED_PRECONDITION"
+    assert shim.sandbox.stopped
+    assert "create" not in [topic for topic, event in shim.events.events if event.container_id == "late"]
+    await shim.delete("pod")
     await shim.close()
 
 
