@@ -21,7 +21,7 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent import log
-from agent.crun import Crun
+from agent.crun import Crun, about_program
 from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
@@ -330,7 +330,7 @@ async def _name_program(crun: Coroutine[Any, Any, None], program: str) -> None:
     try:
         await crun
     except RpcError as error:
-        if error.code != Code.INVALID_ARGUMENT or program in error.message:
+        if not about_program(error.message) or program in error.message:
             raise
         raise RpcError(error.code, f"{error.message}: {program[:200]!r}") from None
 

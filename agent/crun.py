@@ -18,12 +18,21 @@ import signal
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["ENV", "ROOT", "Crun", "complaint"]
+__all__ = ["ENV", "ROOT", "Crun", "about_program", "complaint"]
 
 ROOT = "/run/crun"
 PROGRAM = "/usr/bin/crun"
 ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
 MESSAGE_MAX = 800
+# What crun says of a spec that asks for something impossible.
+_WRONG_SPEC = (
+    "invalid rlimit",
+    "invalid seccomp",
+    "invalid namespace",
+    "the sysctl",
+    "cgroup controller",
+    "unknown personality",
+)
 DEADLINE = 60.0  # seconds; crun works for 0.2 s even under emulation
 
 
@@ -32,13 +41,19 @@ def complaint(what: str, text: str, code: int) -> RpcError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = " ".join(lines[-1].split())[:MESSAGE_MAX] if lines else f"crun ended with status {code}"
     lowered = message.lower()
-    if "executable file" in lowered or "permission denied" in lowered or "cannot find" in lowered:
+    if about_program(message) or any(words in lowered for words in _WRONG_SPEC):
         status = Code.INVALID_ARGUMENT
     elif "does not exist" in lowered and "container" in lowered:
         status = Code.NOT_FOUND
     else:
         status = Code.INTERNAL
     return RpcError(status, f"{what}: {message}")
+
+
+def about_program(message: str) -> bool:
+    """crun says that the container's program cannot be run; it does not always say which."""
+    lowered = message.lower()
+    return any(words in lowered for words in ("executable file", "permission denied", "cannot find"))
 
 
 def _read_text(path: str) -> str:

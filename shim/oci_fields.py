@@ -12,6 +12,7 @@ Source: runtime-spec 1.2 `config.md`, `config-linux.md`; crun 1.8.1, which the g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,6 +78,20 @@ BEYOND = (
 #: SELinux labels: refused instead of dropped where the configuration wants them (disable_guest_selinux).
 _SELINUX = ("process.selinuxLabel", "linux.mountLabel")
 
+_PROPAGATIONS = frozenset(
+    prefix + name for prefix in ("", "r") for name in ("shared", "slave", "private", "unbindable")
+)
+
+#: capabilities(7) of Linux 6.1, the guest's. Later kernels have added none so far.
+_CAPABILITY_NAMES = """
+    AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE
+    DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE
+    MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYS_ADMIN
+    SYS_BOOT SYS_CHROOT SYSLOG SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME
+    SYS_TTY_CONFIG WAKE_ALARM
+"""
+_CAPABILITIES = frozenset("CAP_" + name for name in _CAPABILITY_NAMES.split())
+
 _Visit = Callable[[dict[str, Any], str, str], None]
 
 
@@ -97,6 +112,15 @@ def check(document: Mapping[str, Any], *, guest_selinux: bool = False) -> None:
 
         return visit
 
+    def check_propagation(parent: dict[str, Any], key: str, where: str) -> None:
+        if parent[key] not in _PROPAGATIONS:
+            raise CallerError(
+                f"config.json: {where} cannot be {str(parent[key])[:40]!r}",
+                phase="bundle",
+                code="INVALID_ARGUMENT",
+            )
+
+    _each(document, "linux.rootfsPropagation", check_propagation)
     for place, why in REFUSED.items():
         _each(document, place, refuse(why, "UNIMPLEMENTED"))
     if guest_selinux:
@@ -114,7 +138,17 @@ def drop(document: dict[str, Any]) -> list[str]:
             lines.append(f"{where} ({why})")
 
         _each(document, place, visit)
+    for kind in ("bounding", "effective", "inheritable", "permitted", "ambient"):
+        _each(document, f"process.capabilities.{kind}", functools.partial(_drop_unknown, lines))
     return lines
+
+
+def _drop_unknown(lines: list[str], parent: dict[str, Any], key: str, where: str) -> None:
+    """Capabilities that are none: runc leaves them out too, with a warning."""
+    names = parent[key]
+    if isinstance(names, list):
+        parent[key] = [name for name in names if not isinstance(name, str) or name.upper() in _CAPABILITIES]
+        lines += [f"{where} {name[:40]} (no such capability)" for name in names if name not in parent[key]]
 
 
 def take_beyond(document: dict[str, Any]) -> dict[str, Any]:

@@ -259,14 +259,16 @@ class Task:
         cwd: str = "/",
         env: tuple[str, ...] = ("PATH=/bin",),
         user: int = 0,
+        fields: dict[str, Any] | None = None,
     ) -> Task:
-        """Add a process to this container; it is not started yet."""
+        """Add a process to this container; it is not started yet. `fields`: more of its OCI process."""
         spec = {
             "args": list(args),
             "cwd": cwd,
             "env": list(env),
             "terminal": terminal,
             "user": {"uid": user, "gid": user},
+            **(fields or {}),
         }
         stdio = Stdio(self.api.directory / f"{self.container}-{exec_id}", terminal=terminal, stdin=stdin)
         body = {

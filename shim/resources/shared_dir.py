@@ -65,7 +65,7 @@ class SharedDir:
             self._own.append(self._undo.record("dir", path=self.path))
             os.mkdir(self.path, 0o700)
             for folder in (self.rw, self._passthrough, self.ro):
-                os.mkdir(folder, 0o755)
+                _make_searchable(folder)
             self._own.append(self._undo.record("mount", path=self.rw))
             mounts.bind(self.rw, self.rw)
             mounts.set_propagation(self.rw, "shared")
@@ -106,8 +106,8 @@ class SharedDir:
         target = os.path.join(folder, "rootfs")
         try:
             entries.append(self._undo.record("dir", path=folder))
-            os.mkdir(folder, 0o755)
-            os.mkdir(target, 0o755)
+            _make_searchable(folder)
+            _make_searchable(target)
             entries.append(self._undo.record("mount", path=target))
             if rootfs:
                 mounts.mount_rootfs(rootfs, target)
@@ -162,7 +162,7 @@ class SharedDir:
         target = os.path.join(self._passthrough, volume.share_name)
         if stat.S_ISDIR(kind):
             entries.append(self._undo.record("dir", path=target))
-            os.mkdir(target, 0o755)
+            _make_searchable(target)
         else:
             entries.append(self._undo.record("file", path=target))
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
@@ -220,3 +220,10 @@ def _release(entry: Entry) -> None:
             remove_tree(path)
     except FileNotFoundError:
         pass
+
+
+def _make_searchable(path: str) -> None:
+    """A directory below ours (0700) that the guest's users pass through: the daemon's umask is for files
+    of the host's. Root of a user namespace in the guest is such a user."""
+    os.mkdir(path)
+    os.chmod(path, 0o711)  # noqa: S103  (the directory above is 0700)

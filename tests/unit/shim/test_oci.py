@@ -108,6 +108,15 @@ def test_fields_without_effect_are_listed_with_the_reason() -> None:
     ]
 
 
+def test_capabilities_that_are_none_are_listed() -> None:
+    spec, rest = spec_from_json(
+        {"process": {"capabilities": {"bounding": ["CAP_KILL", "CAP_FLY"], "ambient": []}}}
+    )
+
+    assert list(spec.Process.Capabilities.Bounding) == ["CAP_KILL"]
+    assert rest.dropped == ["process.capabilities.bounding CAP_FLY (no such capability)"]
+
+
 def test_fields_beyond_the_agents_protocol_keep_their_shape() -> None:
     document: dict[str, Any] = {
         "process": {"user": {"uid": 7, "umask": 0}},
@@ -133,6 +142,7 @@ def test_fields_beyond_the_agents_protocol_keep_their_shape() -> None:
         ({"process": {"user": {"uid": -1}}}, "process.user.uid must be an integer from 0"),
         ({"process": {"user": {"uid": 1 << 40}}}, "process.user.uid must be an integer from 0"),
         ({"annotations": {"a": 1}}, "annotations['a'] must be a string"),
+        ({"linux": {"rootfsPropagation": "fancy"}}, "linux.rootfsPropagation cannot be 'fancy'"),
         ({"mounts": [{"destination": 3}]}, "mounts[0].destination must be a string"),
     ],
 )

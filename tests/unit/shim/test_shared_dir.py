@@ -21,6 +21,7 @@ from shim.protocols import RootfsMount
 from shim.resources.shared_dir import SharedDir
 
 mounts.make_private()
+os.umask(0o077)  # as the daemon's
 base = sys.argv[1]
 before = len(mounts.mounts_below(base))
 undo = MemoryUndo()
@@ -40,6 +41,7 @@ volumes = [
 ]
 share.add_container("c1", [overlay], "", volumes)
 seen = share.ro + "/passthrough"
+out["modes"] = [oct(os.stat(path).st_mode & 0o777) for path in (share.path, share.ro, seen, seen + "/c1")]
 out["content"] = open(seen + "/c1/rootfs/file").read()
 open(seen + "/c1/rootfs/new", "w").write("n")
 out["upper"] = os.path.exists(f"{base}/upper/new")
@@ -104,6 +106,8 @@ def test_a_share_from_set_up_to_tear_down(tmp_path: Path) -> None:
     out = json.loads(done.stdout)
 
     assert out["content"] == "below"
+    modes = ["0o700", "0o711", "0o711", "0o711"]
+    assert out["modes"] == modes, "closed to the host's users, open to users of the guest"
     assert out["upper"], "what is written through the share lands in the snapshot"
     assert (out["ro_volume"], out["ro_file"], out["beside"]) == (30, 30, 30), "EROFS"
     assert "missing" in out["missing"]
