@@ -1,7 +1,8 @@
 """One VM: a QEMU that gets everything by its arguments and inherited sockets.
 
-Only what a sandbox needs: a disk, the agent's vsock, the shared directory, a console. No control
-connection, so nothing can be plugged, paused or resized: `capabilities` says so, and these calls raise.
+Only what a sandbox needs: a disk, the agent's vsock, the shared directory, a console. Its monitor is
+asked one question, when it starts. Nothing can be plugged, paused or resized: `capabilities` says so, and
+these calls raise.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from devices.child import Child, process_start_time
+from devices.child import Child, process_start_time, process_stat
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -22,7 +24,7 @@ from devices.config import (
     VsockConfig,
 )
 from devices.console import Console
-from devices.errors import HypervisorError, UnsupportedByHypervisor
+from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.share_fs import Virtiofsd
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["TinyVm"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
+_THREADS = re.compile(rb"CPU #(\d+): thread_id=(\d+)")
+_MAX_ANSWER = 64 << 10  # bytes
 _GATHER = 0.25  # seconds in which QEMU follows a daemon into death, or the other way round
 
 
@@ -49,9 +53,8 @@ class TinyVm:
         self._undo = undo
         self._netns: str | None = None
         self._accelerator = ""
-        self._argv: list[str] = []  # of the devices
+        self._argv: dict[str, list[str]] = {}  # of each device, by its id
         self._fds: list[int] = []  # that QEMU inherits
-        self._ids: set[str] = set()
         self._vsock: VsockDaemon | None = None
         self._vhost_fd = -1
         self._share_fs: Virtiofsd | None = None
@@ -59,6 +62,7 @@ class TinyVm:
         self._channel: HybridVsock | KernelVsock | None = None
         self._qemu: Child | None = None
         self._monitor: socket.socket | None = None
+        self._threads: dict[int, int] = {}
         self._ended: asyncio.Future[VmExit] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
@@ -68,7 +72,7 @@ class TinyVm:
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
         """KVM where it is of use, else TCG."""
         if id != self._sandbox_id:
-            raise HypervisorError(f"this VM was created for {self._sandbox_id}, not for {id}")
+            raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns
         self._accelerator = choose_accelerator("auto").accelerator.value
 
@@ -76,46 +80,51 @@ class TinyVm:
         """Remember what it is as arguments, and start its daemon. Returns "": these have no fixed place."""
         if self._ended is not None:
             raise UnsupportedByHypervisor("tiny", "hot-plug of devices")
-        if device.id in self._ids:
-            raise HypervisorError(f"there is a device {device.id} already")
+        if device.id in self._argv:
+            raise BugError(f"there is a device {device.id} already")
+        argv: list[str] = []
         match device:
             case BlockConfig():
                 node = {"driver": "raw", "node-name": f"node-{device.id}", "read-only": device.read_only}
                 file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
-                self._argv += ["-blockdev", json.dumps({**node, "file": file})]
-                self._argv += ["-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id}"]
+                argv = ["-blockdev", json.dumps({**node, "file": file})]
+                argv += ["-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id}"]
             case VsockConfig():
-                await self._add_vsock(device)
+                argv = await self._add_vsock(device)
             case ShareFsConfig():
                 self._share_fs = await Virtiofsd.start(device, self._state_dir, self._undo)
                 fd = self._share_fs.connection.fileno()
-                self._socket(fd, device.id, f"vhost-user-fs-pci,tag={device.tag}")
+                argv = self._socket(fd, device.id, f"vhost-user-fs-pci,tag={device.tag}")
             case RngConfig():
                 source = {"qom-type": "rng-random", "id": "src", "filename": device.source}
-                self._argv += ["-object", json.dumps(source), "-device", "virtio-rng-pci,rng=src"]
+                argv = ["-object", json.dumps(source), "-device", "virtio-rng-pci,rng=src"]
             case ConsoleConfig():
                 self._console = Console()
                 self._fds.append(self._console.guest_end)
-                self._argv += ["-chardev", f"socket,id=console,fd={self._console.guest_end}"]
-                self._argv += ["-serial", "chardev:console"]
+                argv = ["-chardev", f"socket,id=console,fd={self._console.guest_end}"]
+                argv += ["-serial", "chardev:console"]
             case _:
                 raise UnsupportedByHypervisor("tiny", f"a {type(device).__name__}")
-        self._ids.add(device.id)
+        self._argv[device.id] = argv
         return ""
 
     async def start_vm(self, timeout: float) -> None:
-        """Start QEMU; it has begun when its monitor greets."""
+        """Start QEMU; it runs when its monitor tells its vCPUs' threads."""
         if not self._accelerator or self._ended is not None:
-            raise HypervisorError("start_vm needs prepare_vm before it, and once", code="FAILED_PRECONDITION")
+            raise BugError("start_vm needs prepare_vm before it, and once")
         self._ended = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
                 await self._start()
         except BaseException as error:
+            stopped = self._stopping
             await self.stop_vm()
+            if stopped and isinstance(error, KataError):
+                raise HypervisorError("the VM was stopped while it started", phase="boot") from error
             if isinstance(error, TimeoutError):
+                late = f"QEMU did not start within {timeout:g} s"
                 raise HypervisorError(
-                    f"QEMU did not start within {timeout:g} s", phase="boot", details=self.diagnostics()
+                    late, phase="boot", code="DEADLINE_EXCEEDED", details=self.diagnostics()
                 ) from None
             raise
 
@@ -134,7 +143,7 @@ class TinyVm:
     async def wait_vm(self) -> VmExit:
         """See the protocol."""
         if self._ended is None:
-            raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
+            raise BugError("wait_vm needs start_vm before it")
         return await asyncio.shield(self._ended)
 
     async def cleanup(self) -> None:
@@ -173,8 +182,10 @@ class TinyVm:
         self._cannot(f"a change to {mib} MiB")
 
     async def remove_device(self, device_id: str) -> None:
-        """Unsupported."""
-        self._cannot(f"hot-unplug of {device_id}")
+        """Disks, and before the start only."""
+        if self._ended is not None or "-blockdev" not in self._argv.get(device_id, ()):
+            self._cannot(f"taking {device_id} away")
+        del self._argv[device_id]
 
     async def update_device(self, device: DeviceConfig) -> None:
         """Unsupported."""
@@ -185,7 +196,7 @@ class TinyVm:
     async def get_agent_socket(self) -> AgentChannel:
         """See the protocol."""
         if self._channel is None:
-            raise HypervisorError("this VM has no vsock device", code="FAILED_PRECONDITION")
+            raise BugError("this VM has no vsock device")
         return self._channel
 
     async def disconnect(self) -> None:
@@ -196,8 +207,9 @@ class TinyVm:
         return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
-        """QEMU's threads have names because of debug-threads=on."""
-        return VcpuThreadIds(_vcpu_threads(self._process().pid))
+        """As QEMU told them when it started."""
+        self._process()
+        return VcpuThreadIds(self._threads)
 
     async def get_pids(self) -> list[int]:
         """QEMU, then its daemons."""
@@ -214,8 +226,7 @@ class TinyVm:
 
     async def check(self) -> None:
         """Without a control connection: does it live?"""
-        if self._ended is None or self._ended.done() or not self._process().alive:
-            raise HypervisorError("the VM does not run")
+        self._process()
 
     async def get_jailer_root(self) -> str:
         """QEMU sees the host's root."""
@@ -225,7 +236,12 @@ class TinyVm:
         """See the protocol."""
         pid = self._process().pid
         return HypervisorState(
-            hypervisor="tiny", sandbox_id=self._sandbox_id, pid=pid, start=process_start_time(pid)
+            hypervisor="tiny",
+            sandbox_id=self._sandbox_id,
+            pid=pid,
+            start=process_start_time(pid),
+            accelerator=self._accelerator,
+            netns=self._netns or "",
         )
 
     async def capabilities(self) -> Capabilities:
@@ -238,7 +254,9 @@ class TinyVm:
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
         """See the protocol."""
-        return {"processes": float(len(await self.get_pids()))}
+        pids = await self.get_pids()
+        pages = sum(int(process_stat(pid)[21]) for pid in pids)
+        return {"processes": float(len(pids)), "resident_bytes": float(pages * os.sysconf("SC_PAGE_SIZE"))}
 
     def diagnostics(self) -> dict[str, str]:
         """What everybody said last."""
@@ -271,29 +289,38 @@ class TinyVm:
         argv += ["-object", memory, "-kernel", section.kernel]
         argv += ["-initrd", section.initrd] if section.initrd else []
         argv += ["-append", f"{kernel} {section.kernel_params}".strip()]
-        return [*argv, "-chardev", f"socket,id=mon,fd={monitor_fd}", "-mon", "chardev=mon", *self._argv]
+        return [
+            *argv,
+            "-chardev",
+            f"socket,id=mon,fd={monitor_fd}",
+            "-mon",
+            "chardev=mon",
+            *(word for words in self._argv.values() for word in words),
+        ]
 
     async def _start(self) -> None:
         assert self._ended is not None
         if self._vsock is not None:
             with await self._vsock.connect() as connection:
-                self._socket(connection.fileno(), "vsock", "vhost-user-vsock-pci")
-                greeting = await self._spawn()
+                self._argv["vsock"] = self._socket(connection.fileno(), "vsock", "vhost-user-vsock-pci")
+                monitor = await self._spawn()
         else:
-            greeting = await self._spawn()
-        waits: set[asyncio.Future[Any]] = {greeting, self._ended}
+            monitor = await self._spawn()
+        asking = asyncio.create_task(_ask_threads(monitor))
+        waits: set[asyncio.Future[Any]] = {asking, self._ended}
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not self._ended.done() and not greeting.result():  # closed: it is about to die
+            if not self._ended.done() and not asking.result():  # it closed the monitor: about to die
                 await asyncio.wait({self._ended})
         finally:
-            greeting.cancel()
-            await asyncio.wait({greeting})
+            asking.cancel()
+            await asyncio.wait({asking})
         if self._ended.done():
             raise self._gone(self._ended.result())
+        self._threads = asking.result()
 
-    async def _spawn(self) -> asyncio.Task[bytes]:
-        """QEMU with all it inherits; the first byte of its monitor."""
+    async def _spawn(self) -> socket.socket:
+        """QEMU with all it inherits; our end of its monitor."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         self._monitor = ours
@@ -310,7 +337,9 @@ class TinyVm:
         if self._share_fs is not None:
             self._share_fs.connection.close()  # QEMU has its copy, whose end virtiofsd shall notice
         self._watcher = asyncio.create_task(self._watch(), name=f"watch {self._sandbox_id}")
-        return asyncio.create_task(asyncio.get_running_loop().sock_recv(ours, 1))
+        if self._stopping:
+            raise HypervisorError("the VM was stopped while it started", phase="boot")
+        return ours
 
     async def _watch(self) -> None:
         """Whoever of QEMU and its daemons dies first takes the others along; then it is told, once."""
@@ -334,31 +363,29 @@ class TinyVm:
             console_tail=said.get("guest console", ""),
             expected=self._stopping,
         )
-        self._ended.set_result(ended)
+        if not self._ended.done():
+            self._ended.set_result(ended)
         if self._channel is not None:
             self._channel.fail(lambda: self._gone(ended))
 
-    async def _add_vsock(self, device: VsockConfig) -> None:
+    async def _add_vsock(self, device: VsockConfig) -> list[str]:
+        """The kernel's where there is one, else a daemon's, whose socket comes in `_start`."""
         if os.path.exists(VHOST_VSOCK):
             self._vhost_fd, cid = reserve_cid(VHOST_VSOCK)
             self._channel = KernelVsock(cid, home_call=device.home_call, diagnostics=self.diagnostics)
             self._fds.append(self._vhost_fd)
-            self._argv += ["-device", f"vhost-vsock-pci,vhostfd={self._vhost_fd},guest-cid={cid}"]
-            return
+            return ["-device", f"vhost-vsock-pci,vhostfd={self._vhost_fd},guest-cid={cid}"]
         self._vsock = await VsockDaemon.start(device, self._state_dir, self._undo)
         self._channel = HybridVsock(
             self._vsock.path, home_call=device.home_call, diagnostics=self.diagnostics
         )
+        return []
 
-    def _socket(self, fd: int, name: str, device: str) -> None:
+    def _socket(self, fd: int, name: str, device: str) -> list[str]:
         """A vhost-user device behind the connected socket `fd`."""
         self._fds.append(fd)
-        self._argv += [
-            "-chardev",
-            f"socket,id=char-{name},fd={fd}",
-            "-device",
-            f"{device},chardev=char-{name}",
-        ]
+        chardev = f"char-{name}"
+        return ["-chardev", f"socket,id={chardev},fd={fd}", "-device", f"{device},chardev={chardev}"]
 
     def _daemons(self) -> list[Child]:
         found = [self._vsock.child] if self._vsock else []
@@ -371,23 +398,30 @@ class TinyVm:
             await self._share_fs.stop()
 
     def _gone(self, ended: VmExit) -> HypervisorError:
-        return HypervisorError(f"the VM is gone: {ended.reason}", phase="boot", details=self.diagnostics())
+        hint = "see QEMU's message; check the keys of [hypervisor.tiny]"
+        what = f"the VM is gone: {ended.reason}"
+        return HypervisorError(what, phase="boot", hint=hint, details=self.diagnostics())
 
     def _process(self) -> Child:
-        if self._qemu is None:
-            raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
+        if self._qemu is None or not self._qemu.alive:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._qemu
 
     def _cannot(self, what: str) -> NoReturn:
         raise UnsupportedByHypervisor("tiny", what)
 
 
-def _vcpu_threads(pid: int) -> dict[int, int]:
-    """vCPU -> thread, from the names "CPU 0/TCG"."""
-    found = {}
-    for tid in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{tid}/comm", encoding="ascii", errors="replace") as comm:
-            name = comm.read()
-        if name.startswith("CPU "):
-            found[int(name[4:].partition("/")[0])] = int(tid)
-    return found
+async def _ask_threads(monitor: socket.socket) -> dict[int, int]:
+    """vCPU -> thread, which QEMU answers when the machine is made; {} if it closes the monitor."""
+    loop = asyncio.get_running_loop()
+    await loop.sock_sendall(monitor, b"info cpus\n")
+    said = bytearray()
+    while not (found := _THREADS.findall(said)) or not said.endswith(b"(qemu) "):
+        try:
+            data = await loop.sock_recv(monitor, 4096)
+        except ConnectionError:
+            return {}
+        if not data or len(said) > _MAX_ANSWER:
+            return {}
+        said += data
+    return {int(cpu): int(thread) for cpu, thread in found}
