@@ -8,7 +8,7 @@ STORM_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-containerds storm lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds storm lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ bench-host: setup ## a shell in the bench host, or CMD='...' there; docs/bench-h
 
 storm: setup ## 200 short containers, eight at a time, in pods and alone; STORM_ARGS=--help (10 min)
 	@$(PY) -m tests.stress $(STORM_ARGS)
+
+test-hotplug: setup ## a disk plugged and unplugged 1,000 times in one VM: nothing leaks
+	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles $(PYTEST_ARGS)
 
 lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv

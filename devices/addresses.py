@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from devices.errors import BugError, HypervisorError
 
-__all__ = ["FlatSpace", "PciTopology", "Place", "Port", "ccw_space", "mmio_space"]
+__all__ = ["FlatSpace", "PciTopology", "Place", "Port", "ccw_space"]
 
 _ROOT = "pcie.0"
 _ROOT_SLOTS = range(0x1, 0x1F)  # 0 is the host bridge, 1f the ISA bridge
@@ -171,11 +171,6 @@ class FlatSpace:
     def release(self, owner: str) -> None:
         """Take it back. An owner without one is fine."""
         self._taken = {number: who for number, who in self._taken.items() if who != owner}
-
-
-def mmio_space(count: int) -> FlatSpace:
-    """The virtio-mmio transports of a VM that has `count` of them."""
-    return FlatSpace("virtio-mmio transports", range(count))
 
 
 def ccw_space() -> FlatSpace:

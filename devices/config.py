@@ -47,6 +47,7 @@ class BlockFormat(Enum):
     """Formats of a disk image. Never probed: a guest that writes a header must not choose it."""
 
     RAW = "raw"
+    QCOW2 = "qcow2"  # without a backing file: a header must not make the VMM open further files
 
 
 def _check(pattern: re.Pattern[str], value: str, what: str) -> None:

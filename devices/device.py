@@ -4,8 +4,10 @@ What: the mission's `Device` as a protocol, and `PluggedDevice`, which serves ev
 `devices.config`: plugging is the VMM's matter, so the kinds differ in data only.
 Why counts: two containers of a pod may use the same disk; it is plugged once and unplugged when the
 last one lets go.
-Invariants: the count and the plug agree at all times: a plug that fails gives its count back, an
-unplug that fails keeps the device attached.
+Invariants: a count above 0 means plugged: a plug that fails gives its count back. Who lets go of a device
+is no user any more, whatever comes of the unplug. One that fails leaves the device `leaving`: it has to
+be gone for good before anybody can have it again. Where the VMM cannot unplug at all the device stays
+plugged without users, and the next one finds it there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from devices.config import BlockConfig, DeviceConfig
-from devices.errors import BugError, CallerError
+from devices.errors import BugError, CallerError, UnsupportedByHypervisor
 
 __all__ = ["Device", "DeviceHost", "PluggedDevice"]
 
@@ -58,28 +60,38 @@ class PluggedDevice:
         self._count = 0
         self.index = index
         self.guest_path = ""
+        self.plugged = False
+        self.leaving = False
 
     async def attach(self, h: DeviceHost) -> None:
         """Plug it into the VM, unless it is plugged already. Raises what the hypervisor raises."""
-        if await self.increase_attach_count():
+        if self.leaving:
+            await self.detach(h)
+        if await self.increase_attach_count() or self.plugged:
             return
         try:
             self.guest_path = await h.add_device(self._config)
+            self.plugged = True
         except BaseException:
             self._count -= 1
             raise
 
     async def detach(self, h: DeviceHost) -> int | None:
-        """Unplug it, unless others use it still; the index that is free now. Raises likewise."""
-        if self._count == 0:
+        """Unplug it, unless others use it still; the index that is free now. Raises likewise.
+
+        Of a device that nobody uses, but that is there still, it tries the unplug again.
+        """
+        if self._count == 0 and not self.plugged:
             raise CallerError(f"device {self._config.id} is not attached")
-        if await self.decrease_attach_count():
+        if self._count and await self.decrease_attach_count():
             return None
+        self.leaving = True
         try:
             await h.remove_device(self._config.id)
-        except BaseException:
-            self._count += 1
+        except UnsupportedByHypervisor:
+            self.leaving = False
             raise
+        self.leaving = self.plugged = False
         self.guest_path = ""
         return self.index
 
@@ -89,7 +101,7 @@ class PluggedDevice:
 
     async def set_device_info(self, device_info: DeviceConfig) -> None:
         """Change what it is, but not its id. Raises CallerError while it is plugged."""
-        if self._count:
+        if self._count or self.plugged:
             raise CallerError(f"device {self._config.id} is in use")
         self._config = replace(device_info, id=self._config.id)
 

@@ -5,7 +5,8 @@ What: `DeviceManager`, the mission's device manager (`try_add_device`, `try_remo
 Why: a disk asked for twice is plugged once, whatever path led to it, and names in the guest are given
 out and taken back in one place.
 Invariants: one operation at a time on each device, none waits for another's; a device that could not be
-plugged is not known afterwards, and its index is free again.
+plugged is not known afterwards, and its index is free again; one that could not be unplugged is given to
+nobody before it is.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class DeviceManager:
         source = await asyncio.to_thread(_source, dev_info)
         async with self._lock(source):
             name = next((name for name, known in self._sources.items() if known == source), None)
+            if name is not None and self._devices[name].leaving:
+                await self._devices[name].detach(h)
+                self._forget(name)
+                name = None
             if name is not None:
                 device = self._devices[name]
                 if _properties(await device.get_device_info()) != _properties(dev_info):
@@ -78,21 +83,23 @@ class DeviceManager:
             try:
                 await device.attach(h)
             except BaseException:
-                del self._devices[dev_info.id], self._sources[dev_info.id]
+                self._forget(dev_info.id)
                 raise
             return dev_info.id
 
     async def try_remove_device(self, device_id: str, h: DeviceHost) -> int | None:
         """Let go of it; unplug it when nobody uses it any more. The freed disk index, if one was.
 
-        Raises CallerError for an unknown id, and what the hypervisor raises: the device stays then.
+        Raises CallerError for an unknown id, and what the hypervisor raises: nobody uses the device then,
+        but it is known still, and its index taken, until this is called again and succeeds, or until
+        `try_add_device` wants the same source, which finishes the unplug first.
         """
         self._known(device_id)
         async with self._lock(self._sources[device_id]):
             device = self._known(device_id)  # it may have gone, or failed to come, while we waited
             freed = await device.detach(h)
             if await device.get_attach_count() == 0:
-                del self._devices[device_id], self._sources[device_id]
+                self._forget(device_id)
             return freed
 
     async def generate_agent_device(self, device_id: str) -> AgentDevice:
@@ -116,6 +123,9 @@ class DeviceManager:
     def _lock(self, source: Source) -> asyncio.Lock:
         """One per source, as long as somebody holds or awaits it."""
         return self._locks.setdefault(source, asyncio.Lock())
+
+    def _forget(self, device_id: str) -> None:
+        del self._devices[device_id], self._sources[device_id]
 
     def _known(self, device_id: str) -> PluggedDevice:
         device = self._devices.get(device_id)

@@ -18,6 +18,7 @@ from devices.addresses import Place, Port
 from devices.config import (
     BalloonConfig,
     BlockConfig,
+    BlockFormat,
     ConsoleConfig,
     DeviceConfig,
     NetworkConfig,
@@ -44,12 +45,14 @@ class Placed:
 
     `slot`: on pcie.0, 1-30, or of virtio-mmio, 1-23; 0 for what is neither. `fd`: the connected socket of
     its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only, else 0.
+    `host_device`: a disk that is a block device of the host.
     """
 
     device: DeviceConfig
     slot: int = 0
     fd: int = -1
     cid: int = 0
+    host_device: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,14 +143,18 @@ def arguments(plan: Plan) -> list[str]:
     return argv
 
 
-def block_node(device: BlockConfig) -> dict[str, Any]:
-    """What -blockdev and blockdev-add take."""
-    return {
+def block_node(device: BlockConfig, *, host_device: bool = False) -> dict[str, Any]:
+    """What -blockdev and blockdev-add take. `host_device`: the path is a block device's."""
+    driver = "host_device" if host_device else "file"
+    node: dict[str, Any] = {
         "driver": device.format.value,
         "node-name": f"node-{device.id}",
         "read-only": device.read_only,
-        "file": {"driver": "file", "filename": device.path, "read-only": device.read_only},
+        "file": {"driver": driver, "filename": device.path, "read-only": device.read_only},
     }
+    if device.format is BlockFormat.QCOW2:
+        node["backing"] = None
+    return node
 
 
 def _smp(plan: Plan) -> str:
@@ -213,7 +220,7 @@ def _device(placed: Placed, microvm: bool) -> list[str]:
             serial = f",serial={device.serial}" if device.serial else ""
             return [
                 "-blockdev",
-                json.dumps(block_node(device)),
+                json.dumps(block_node(device, host_device=placed.host_device)),
                 "-device",
                 f"virtio-blk-{kind},id={device.id},drive=node-{device.id},{at}{serial}",
             ]

@@ -7,9 +7,11 @@ Invariants: a part is here from the moment it exists; `Qemu.cleanup` releases ev
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 
-from devices.child import Child
+from devices.child import Child, process_memory, process_stat
 from devices.console import Console
 from devices.share_fs import Virtiofsd
 from devices.vsock import HybridVsock, KernelVsock
@@ -48,3 +50,21 @@ class Parts:
         evidence["vhost-device-vsock stderr"] = self.vsock.child.stderr_tail() if self.vsock else ""
         evidence["guest console"] = self.console.tail() if self.console else ""
         return {name: text for name, text in evidence.items() if text}
+
+    def pids(self) -> list[int]:
+        """See `Hypervisor.get_pids`."""
+        children = [self.process, *self.daemons]
+        return [child.pid for child in children if child is not None and child.alive]
+
+    def metrics(self) -> dict[str, float]:
+        """See `Hypervisor.get_hypervisor_metrics`."""
+        tick = os.sysconf("SC_CLK_TCK")
+        metrics = {"cpu_seconds_total": 0.0, "resident_bytes": 0.0, "processes": 0.0}
+        for index, pid in enumerate(self.pids()):
+            with contextlib.suppress(ProcessLookupError):
+                fields = process_stat(pid)
+                own, shared = process_memory(pid)
+                metrics["cpu_seconds_total"] += (int(fields[11]) + int(fields[12])) / tick
+                metrics["resident_bytes"] += own + (0 if index else shared)
+                metrics["processes"] += 1
+        return metrics

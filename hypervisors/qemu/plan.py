@@ -17,16 +17,17 @@ from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.cmdline import MICROVM, VIRTIO_MEM, Plan
 from hypervisors.qemu.kvm import Accelerator, host_khz
 
-__all__ = ["first_plan", "with_ports"]
+__all__ = ["HOTPLUG_MACHINES", "first_plan", "with_ports"]
 
 _MEMORY_UNIT = 128  # MiB; a Linux guest's memory block on x86_64
-_HOTPLUG_MACHINES = ("q35",)  # on others neither CPUs nor DIMMs nor ports can be plugged
+HOTPLUG_MACHINES = ("q35",)
+"""On others neither CPUs nor DIMMs nor ports can be plugged."""
 
 
 def first_plan(section: HypervisorConfig, accelerator: Accelerator, sandbox_id: str) -> Plan:
     """The plan without devices and descriptors."""
     vcpus, memory = max(1, math.ceil(section.default_vcpus)), section.default_memory
-    grows = section.machine_type in _HOTPLUG_MACHINES
+    grows = section.machine_type in HOTPLUG_MACHINES
     more_memory = grows and (section.enable_virtio_mem or section.memory_slots > 0)
     room = max(0, section.default_maxmemory - memory) // _MEMORY_UNIT * _MEMORY_UNIT
     return Plan(
@@ -45,7 +46,7 @@ def first_plan(section: HypervisorConfig, accelerator: Accelerator, sandbox_id: 
 def with_ports(plan: Plan, topology: PciTopology) -> Plan:
     """Take the slots of ports, bridges and virtio-mem. Raises HypervisorError when there are too many."""
     section = plan.section
-    if section.machine_type not in _HOTPLUG_MACHINES:
+    if section.machine_type not in HOTPLUG_MACHINES:
         return plan
     topology.add_root_ports(section.pcie_root_port)
     topology.add_switch(section.pcie_switch_port)

@@ -48,7 +48,10 @@ class QemuPlugin:
     section = HypervisorConfig
     capabilities = Capabilities(
         block_device=True,
+        block_hotplug=True,
+        block_hot_unplug=True,
         network_device=True,
+        network_hotplug=True,
         fs_sharing=True,
         hybrid_vsock=True,
         vcpu_hotplug=True,

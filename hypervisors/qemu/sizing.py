@@ -22,6 +22,7 @@ import structlog
 
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
+from hypervisors.qemu.events import deleted, size_changed, taken
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.qmp import QmpClient, QmpError, QmpEvent
 
@@ -89,7 +90,7 @@ class Sizer:
         await self._plug({"driver": slot["type"], "id": name, **props}, f"the vCPU {name}")
 
     async def _unplug_cpu(self, name: str) -> None:
-        with self._qmp.expect(_deleted(name)) as gone:
+        with self._qmp.expect(deleted(name)) as gone:
             await self._qmp.execute("device_del", {"id": name})
             await self._await(gone, f"give back the vCPU {name}")
 
@@ -153,7 +154,7 @@ class Sizer:
     async def _request(self, mib: int, *, growing: bool) -> None:
         """Tell virtio-mem how much there shall be, and wait until it is so; shrinking may end early."""
         path, wanted = f"{_PERIPHERAL}{VIRTIO_MEM}", mib << 20
-        progress = _event("MEMORY_DEVICE_SIZE_CHANGE", "id", VIRTIO_MEM)
+        progress = size_changed(VIRTIO_MEM)
         try:
             async with asyncio.timeout(self._deadline):
                 while True:
@@ -175,9 +176,9 @@ class Sizer:
     # --- both
 
     async def _plug(self, device: dict[str, Any], what: str) -> None:
-        with self._qmp.expect(_taken(device["id"])) as taken:
+        with self._qmp.expect(taken(device["id"])) as answer:
             await self._qmp.execute("device_add", device)
-            event = await self._await(taken, f"take {what}")
+            event = await self._await(answer, f"take {what}")
         status = event["data"]["info"].get("status")
         if status != 0:
             raise HypervisorError(
@@ -198,29 +199,6 @@ class Sizer:
             hint="raise hotplug_timeout, or see whether the guest's kernel has ACPI hot-plug",
             code="DEADLINE_EXCEEDED",
         )
-
-
-def _event(name: str, key: str, value: str) -> Any:
-    def match(event: QmpEvent) -> bool:
-        data = event.get("data")
-        return event.get("event") == name and isinstance(data, dict) and data.get(key) == value
-
-    return match
-
-
-def _deleted(name: str) -> Any:
-    return _event("DEVICE_DELETED", "device", name)
-
-
-def _taken(name: str) -> Any:
-    def match(event: QmpEvent) -> bool:
-        data = event.get("data")
-        info = data.get("info") if isinstance(data, dict) else None
-        return (
-            event.get("event") == "ACPI_DEVICE_OST" and isinstance(info, dict) and info.get("device") == name
-        )
-
-    return match
 
 
 def _nonsense(command: str, error: Exception) -> HypervisorError:

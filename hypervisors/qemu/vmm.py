@@ -14,15 +14,17 @@ import asyncio
 import contextlib
 import os
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
 from devices.addresses import FlatSpace, PciTopology
-from devices.child import Child, process_memory, process_start_time, process_stat
+from devices.child import Child, process_start_time
 from devices.config import (
+    BlockConfig,
     ConsoleConfig,
     DeviceConfig,
+    NetworkConfig,
     ShareFsConfig,
     VsockConfig,
 )
@@ -36,10 +38,11 @@ from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExi
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.cmdline import MICROVM, Placed, Plan
 from hypervisors.qemu.death import Death
+from hypervisors.qemu.hotplug import Plugger, is_block_device
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
-from hypervisors.qemu.plan import first_plan, with_ports
+from hypervisors.qemu.plan import HOTPLUG_MACHINES, first_plan, with_ports
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
 from hypervisors.qemu.sizing import Sizer
 
@@ -50,6 +53,8 @@ _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
 _MMIO = range(1, 24)  # a microvm's transports; the interrupt of number 0 never arrives (QEMU 7.2)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+_Part = TypeVar("_Part")
 
 _log = structlog.get_logger("qemu")
 
@@ -69,7 +74,8 @@ class Qemu:
         self._parts = Parts()
         self._topology = PciTopology()
         self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
-        self._sizer: Sizer | None = None  # while the VM runs
+        self._sizer: Sizer | None = None  # from `start_vm` on
+        self._plugger: Plugger | None = None  # likewise
         self._death: Death | None = None  # from `start_vm` on
         self._starting: asyncio.Future[None] | None = None  # likewise; done when `start_vm` is
 
@@ -156,20 +162,22 @@ class Qemu:
 
     async def resize_vcpu(self, count: int) -> int:
         """See `Hypervisor.resize_vcpu` and `hypervisors.qemu.sizing`."""
-        return await self._running_sizer().resize_vcpu(count)
+        return await self._running(self._sizer).resize_vcpu(count)
 
     async def resize_memory(self, mib: int) -> int:
         """See `Hypervisor.resize_memory` and `hypervisors.qemu.sizing`."""
-        return await self._running_sizer().resize_memory(mib)
+        return await self._running(self._sizer).resize_memory(mib)
 
     # --- devices
 
     async def add_device(self, device: DeviceConfig) -> str:
-        """See `Hypervisor.add_device`. Before `start_vm` only; starts the device's daemon."""
-        if self._death is not None:
-            raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
+        """See `Hypervisor.add_device`. Starts the device's daemon; once the VM runs see `hotplug`."""
         if any(placed.device.id == device.id for placed in self._parts.placed):
             raise BugError(f"there is a device {device.id} already")
+        if self._death is not None:
+            if not isinstance(device, BlockConfig | NetworkConfig) or not self._takes_devices():
+                raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
+            return await self._running(self._plugger).add(device)
         if isinstance(device, ConsoleConfig):
             self._parts.console = Console(self._log_console if self._section.enable_debug else None)
             self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
@@ -181,6 +189,9 @@ class Qemu:
                     await self._add_share_fs(device, slot)
                 case VsockConfig():
                     await self._add_vsock(device, slot)
+                case BlockConfig():
+                    host_device = await asyncio.to_thread(is_block_device, device.path)
+                    self._parts.placed.append(Placed(device=device, slot=slot, host_device=host_device))
                 case _:
                     self._parts.placed.append(Placed(device=device, slot=slot))
         except BaseException:
@@ -189,7 +200,10 @@ class Qemu:
         return guest_path
 
     async def remove_device(self, device_id: str) -> None:
-        """Before `start_vm` only, and only what has no daemon."""
+        """What was hot-plugged; before `start_vm` what has no daemon."""
+        if self._plugger is not None and device_id in self._plugger:
+            await self._plugger.remove(device_id)
+            return
         placed = next((one for one in self._parts.placed if one.device.id == device_id), None)
         if self._death is not None or placed is None or placed.fd >= 0:
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
@@ -228,8 +242,7 @@ class Qemu:
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
-        children = [self._parts.process, *self._parts.daemons]
-        return [child.pid for child in children if child is not None and child.alive]
+        return self._parts.pids()
 
     async def get_vmm_master_tid(self) -> int:
         """See `Hypervisor.get_vmm_master_tid`."""
@@ -293,7 +306,10 @@ class Qemu:
             memory_hotplug=more_memory,
             memory_hot_unplug=more_memory and self._section.enable_virtio_mem,
             block_device=True,
+            block_hotplug=self._takes_devices(),
+            block_hot_unplug=self._takes_devices(),
             network_device=True,
+            network_hotplug=self._takes_devices(),
             fs_sharing=self._section.shared_fs != "none",
             hybrid_vsock=not os.path.exists(VHOST_VSOCK),
             pause=True,
@@ -304,16 +320,7 @@ class Qemu:
 
         The guest's memory, which the daemons map too, counts once, with QEMU.
         """
-        tick = os.sysconf("SC_CLK_TCK")
-        metrics = {"cpu_seconds_total": 0.0, "resident_bytes": 0.0, "processes": 0.0}
-        for index, pid in enumerate(await self.get_pids()):
-            with contextlib.suppress(ProcessLookupError):
-                fields = process_stat(pid)
-                own, shared = process_memory(pid)
-                metrics["cpu_seconds_total"] += (int(fields[11]) + int(fields[12])) / tick
-                metrics["resident_bytes"] += own + (0 if index else shared)
-                metrics["processes"] += 1
-        return metrics
+        return self._parts.metrics()
 
     def diagnostics(self) -> dict[str, str]:
         """See `Hypervisor.diagnostics`."""
@@ -372,6 +379,7 @@ class Qemu:
         )
         assert self._parts.qmp is not None
         self._sizer = Sizer(plan, self._parts.qmp)
+        self._plugger = Plugger(self._parts.qmp, self._topology, self._section.hotplug_timeout)
 
     def _on_event(self, event: QmpEvent) -> None:
         _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
@@ -401,12 +409,16 @@ class Qemu:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
 
-    def _running_sizer(self) -> Sizer:
-        if self._sizer is None:
+    def _takes_devices(self) -> bool:
+        """Whether this VM has, or will have, ports or bridges."""
+        section = self._section
+        ports = section.pcie_root_port + section.pcie_switch_port + section.default_bridges
+        return section.machine_type in HOTPLUG_MACHINES and ports > 0
+
+    def _running(self, part: _Part | None) -> _Part:
+        if part is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
-        return self._sizer
+        return part
 
     def _qmp(self) -> QmpClient:
-        if self._parts.qmp is None:
-            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
-        return self._parts.qmp
+        return self._running(self._parts.qmp)

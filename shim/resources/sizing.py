@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import structlog
 
 from devices.errors import CallerError, KataError, UnsupportedByHypervisor
-from hypervisors.base import Hypervisor
+from hypervisors.base import Capabilities, Hypervisor
 from proto import oci_pb2
 from shim.limits import Size, wanted
 from shim.oci import resources_from_json
@@ -154,7 +154,7 @@ class Sizing:
         async with self._lock:
             before = self._asked.get(container_id)
             asked = _merged(before or Size(), resources)
-            self._check(container_id, asked, strict=strict)
+            self._check(container_id, asked, await self._hypervisor.capabilities(), strict=strict)
             self._asked[container_id] = asked
             try:
                 await self._grow()
@@ -173,11 +173,12 @@ class Sizing:
         if gone != Size():
             await self._shrink_soon()
 
-    def _check(self, container_id: str, asked: Size, *, strict: bool) -> None:
-        largest = self._bounds.largest
+    def _check(self, container_id: str, asked: Size, able: Capabilities, *, strict: bool) -> None:
+        vcpus = self._bounds.largest.vcpus if able.vcpu_hotplug else self._vcpus
+        memory = self._bounds.largest.memory if able.memory_hotplug else self._memory
         for what, possible, needed, key in (
-            ("CPUs", largest.vcpus, asked.vcpus, "default_maxvcpus"),
-            ("MiB of memory", largest.memory >> 20, -(-asked.memory >> 20), "default_maxmemory"),
+            ("CPUs", vcpus, asked.vcpus, "default_maxvcpus"),
+            ("MiB of memory", memory >> 20, -(-asked.memory >> 20), "default_maxmemory"),
         ):
             if needed <= possible:
                 continue

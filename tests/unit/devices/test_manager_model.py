@@ -1,4 +1,5 @@
-"""Whoever meets at a device, and whatever fails: it is plugged exactly while its count is not zero."""
+"""Whoever meets at a device, and whatever fails: it is plugged once while anybody uses it, and gone before
+anybody gets it anew."""
 
 from __future__ import annotations
 
@@ -18,12 +19,14 @@ from devices.manager import DeviceManager
 
 
 class FakeVm:
-    """Plugs what it is given; `broken` ids fail; a closed `gate` holds every call."""
+    """Plugs what it is given; `broken` ids fail, `fixed` ones cannot be unplugged by this VMM at all; a
+    closed `gate` holds every call."""
 
     def __init__(self) -> None:
         self.plugged: list[str] = []
         self.calls: list[str] = []
         self.broken: set[str] = set()
+        self.fixed: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -39,8 +42,10 @@ class FakeVm:
     async def remove_device(self, device_id: str) -> None:
         self.calls.append(f"-{device_id}")
         await self.gate.wait()
-        if device_id in self.broken:
+        if device_id in self.fixed:
             raise UnsupportedByHypervisor("fake", f"removing {device_id}")
+        if device_id in self.broken:
+            raise HypervisorError("the guest does not let go")
         self.plugged.remove(device_id)
 
 
@@ -124,42 +129,105 @@ def disks(count: int) -> Iterator[list[BlockConfig]]:
         yield [disk(Path(directory), f"d{number}") for number in range(count)]
 
 
-ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "remove", "break", "mend"]), st.integers(0, 3)))
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["add", "add", "remove", "remove", "break", "fix", "mend"]), st.integers(0, 3))
+)
 
 
-@settings(max_examples=60)
+class Model:
+    """One disk, by plain counting: `there` with its index, `leaving` when an unplug failed."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.index: int | None = None
+        self.leaving = False
+
+
+@settings(max_examples=100)
 @given(ACTIONS)
 def test_any_sequence_agrees_with_plain_counting(actions: list[tuple[str, int]]) -> None:
     async def play() -> None:
         vm, manager = FakeVm(), DeviceManager()
-        counts, indices = [0] * 4, dict[int, int]()
+        models = [Model() for _ in range(4)]
         for action, number in actions:
-            name = f"d{number}"
-            fails = name in vm.broken
+            name, model = f"d{number}", models[number]
+            broken, fixed = name in vm.broken, name in vm.fixed
             if action == "break":
                 vm.broken.add(name)
+            elif action == "fix":
+                vm.fixed.add(name)
             elif action == "mend":
                 vm.broken.discard(name)
+                vm.fixed.discard(name)
             elif action == "add":
-                if counts[number] == 0 and fails:
-                    with pytest.raises(HypervisorError):
-                        await manager.try_add_device(configs[number], vm)
-                    continue
-                assert await manager.try_add_device(configs[number], vm) == name
-                if counts[number] == 0:
-                    indices[number] = min(set(range(5)) - set(indices.values()))
-                counts[number] += 1
-            elif counts[number] == 0:
+                await add(manager, vm, configs[number], models, model, stuck=broken or fixed)
+            elif model.index is None:
                 with pytest.raises(CallerError):
                     await manager.try_remove_device(name, vm)
-            elif counts[number] == 1 and fails:
-                with pytest.raises(UnsupportedByHypervisor):
+            elif model.users > 1:
+                model.users -= 1
+                assert await manager.try_remove_device(name, vm) is None
+            elif broken or fixed:
+                with pytest.raises(UnsupportedByHypervisor if fixed else HypervisorError):
                     await manager.try_remove_device(name, vm)
+                model.users, model.leaving = 0, not fixed
             else:
-                counts[number] -= 1
-                freed = indices.pop(number) if counts[number] == 0 else None
-                assert await manager.try_remove_device(name, vm) == freed
-            assert sorted(vm.plugged) == [f"d{one}" for one in range(4) if counts[one]]
+                assert await manager.try_remove_device(name, vm) == model.index
+                models[number] = Model()
+            assert sorted(vm.plugged) == [f"d{n}" for n in range(4) if models[n].index is not None]
+
+    async def add(
+        manager: DeviceManager,
+        vm: FakeVm,
+        config: BlockConfig,
+        models: list[Model],
+        model: Model,
+        *,
+        stuck: bool,
+    ) -> None:
+        anew = model.index is None or model.leaving
+        if anew and (config.id in vm.broken or (model.leaving and stuck)):
+            with pytest.raises(HypervisorError):
+                await manager.try_add_device(config, vm)
+            if model.leaving and config.id in vm.fixed:
+                model.leaving = False  # it is there, and will be found there
+            return
+        assert await manager.try_add_device(config, vm) == config.id
+        if anew:
+            taken = {one.index for one in models if one is not model}
+            model.index, model.leaving = min(set(range(5)) - taken), False
+        model.users += 1
 
     with disks(4) as configs:
         asyncio.run(play())
+
+
+async def test_a_disk_that_does_not_go_is_given_to_nobody(tmp_path: Path) -> None:
+    vm, manager = FakeVm(), DeviceManager()
+    one = disk(tmp_path, "one")
+    await manager.try_add_device(one, vm)
+    vm.broken = {"one"}
+    for _ in range(2):
+        with pytest.raises(HypervisorError, match="does not let go"):
+            await manager.try_remove_device("one", vm)
+    with pytest.raises(HypervisorError, match="does not let go"):
+        await manager.try_add_device(BlockConfig(id="again", path=one.path), vm)
+    assert await manager.try_add_device(disk(tmp_path, "two"), vm) == "two"
+    assert await manager.get_device_guest_path("two") == "/dev/vdb"  # vda is not free yet
+
+    vm.broken.clear()
+    assert await manager.try_add_device(BlockConfig(id="again", path=one.path), vm) == "again"
+    assert vm.calls[-2:] == ["-one", "+again"]
+    assert await manager.try_remove_device("again", vm) == 0
+
+
+async def test_a_vmm_that_cannot_unplug_gives_the_disk_to_the_next(tmp_path: Path) -> None:
+    vm, manager = FakeVm(), DeviceManager()
+    one = disk(tmp_path, "one")
+    await manager.try_add_device(one, vm)
+    vm.fixed = {"one"}
+    with pytest.raises(UnsupportedByHypervisor):
+        await manager.try_remove_device("one", vm)
+
+    assert await manager.try_add_device(one, vm) == "one"
+    assert vm.calls == ["+one", "-one"]

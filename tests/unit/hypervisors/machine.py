@@ -17,7 +17,11 @@ __all__ = ["Machine"]
 
 
 class RefusedError(Exception):
-    """The command is answered with an error of this text."""
+    """The command is answered with an error of this text and class."""
+
+    def __init__(self, text: str, kind: str = "GenericError") -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class Machine:
@@ -31,6 +35,9 @@ class Machine:
         self.objects: dict[str, dict[str, Any]] = {}
         self.nodes: dict[str, dict[str, Any]] = {}
         self.devices: dict[str, dict[str, Any]] = {}
+        self.netdevs: dict[str, dict[str, Any]] = {}
+        self.descriptors: set[str] = set()
+        self.leaving: set[str] = set()
         self.virtio_mem = {"requested-size": 0, "size": 0}
         self.keeps = 0  # bytes that the guest does not give back
         self.ost_status = 0
@@ -84,7 +91,7 @@ class Machine:
                 handler = getattr(self, f"_{name.replace('-', '_')}")
                 self._say({"return": handler(arguments), "id": command["id"]})
             except RefusedError as refusal:
-                error = {"class": "GenericError", "desc": str(refusal)}
+                error = {"class": refusal.kind, "desc": str(refusal)}
                 self._say({"error": error, "id": command["id"]})
 
     # --- commands
@@ -136,14 +143,42 @@ class Machine:
         return {}
 
     def _blockdev_del(self, arguments: dict[str, Any]) -> Any:
-        if any(device.get("drive") == arguments["node-name"] for device in self.devices.values()):
-            raise RefusedError("Node is in use")
-        del self.nodes[arguments["node-name"]]
+        node = arguments["node-name"]
+        if any(device.get("drive") == node for device in self.devices.values()):
+            raise RefusedError(f"Node {node} is in use")
+        if node not in self.nodes:
+            raise RefusedError(f"Failed to find node with node-name='{node}'")
+        del self.nodes[node]
+        return {}
+
+    def _getfd(self, arguments: dict[str, Any]) -> Any:
+        self.descriptors.add(arguments["fdname"])
+        return {}
+
+    def _closefd(self, arguments: dict[str, Any]) -> Any:
+        if arguments["fdname"] not in self.descriptors:
+            raise RefusedError(f"File descriptor named '{arguments['fdname']}' not found")
+        self.descriptors.remove(arguments["fdname"])
+        return {}
+
+    def _netdev_add(self, arguments: dict[str, Any]) -> Any:
+        for key in ("fds", "vhostfds"):
+            for name in filter(None, arguments.get(key, "").split(":")):
+                self.descriptors.remove(name)
+        self.netdevs[arguments["id"]] = arguments
+        return {}
+
+    def _netdev_del(self, arguments: dict[str, Any]) -> Any:
+        if arguments["id"] not in self.netdevs:
+            raise RefusedError(f"Device '{arguments['id']}' not found")
+        del self.netdevs[arguments["id"]]
         return {}
 
     def _device_add(self, arguments: dict[str, Any]) -> Any:
         name = arguments["id"]
         assert name not in self.devices
+        places = [(device["bus"], device["addr"]) for device in self.devices.values() if "bus" in device]
+        assert (arguments.get("bus"), arguments.get("addr")) not in places
         self.devices[name] = arguments
         if arguments["driver"].endswith("-cpu"):
             self.cpus[arguments["core-id"]] = f"/machine/peripheral/{name}"
@@ -155,7 +190,10 @@ class Machine:
     def _device_del(self, arguments: dict[str, Any]) -> Any:
         name = arguments["id"]
         if name not in self.devices:
-            raise RefusedError(f"Device '{name}' not found")
+            raise RefusedError(f"Device '{name}' not found", "DeviceNotFound")
+        if name in self.leaving:
+            raise RefusedError(f"Device {name} is already in the process of unplug")
+        self.leaving.add(name)
         if not self.lazy:
             self.unplugged(name)
         return {}
@@ -163,6 +201,7 @@ class Machine:
     def unplugged(self, name: str) -> None:
         """The guest let go of it."""
         device = self.devices.pop(name)
+        self.leaving.discard(name)
         if "core-id" in device:
             self.cpus[device["core-id"]] = ""
         self.event("DEVICE_DELETED", device=name, path=f"/machine/peripheral/{name}")
