@@ -24,7 +24,7 @@ import structlog
 
 from devices.addresses import PciTopology, Place
 from devices.config import BlockConfig, NetworkConfig
-from devices.errors import CallerError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
 from hypervisors.qemu.cmdline import block_node
 from hypervisors.qemu.events import deleted
 from hypervisors.qemu.qmp import QmpClient, QmpError
@@ -39,10 +39,12 @@ _log = structlog.get_logger("qemu.hotplug")
 
 @dataclass(slots=True)
 class _Plugged:
-    """`back_end`: the commands that remove what the device stands on, in the order of its making."""
+    """`back_end`: the commands that remove what the device stands on, in the order of its making. `whole`:
+    it came, and nobody has tried to remove it."""
 
     place: Place
     back_end: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    whole: bool = False
     device_gone: bool = False
 
 
@@ -63,8 +65,10 @@ class Plugger:
 
         Raises HypervisorError when QEMU refuses or no slot is free; nothing is left then.
         """
-        if device.id in self._plugged:
-            await self.remove(device.id)  # from an attempt that could not be undone
+        if (there := self._plugged.get(device.id)) is not None:
+            if there.whole:
+                raise BugError(f"there is a device {device.id} already")
+            await self.remove(device.id)  # what an earlier attempt could not undo
         plugged = _Plugged(self._topology.allocate(device.id, hotplug=True))
         self._plugged[device.id] = plugged
         try:
@@ -75,6 +79,7 @@ class Plugger:
             front |= {"id": device.id, "bus": plugged.place.bus, "addr": f"{plugged.place.slot:#x}"}
             # Legacy virtio needs I/O ports, of which a bridge has few.
             await self._qmp.execute("device_add", {**front, "disable-legacy": "on"})
+            plugged.whole = True
         except BaseException:
             try:
                 await self.remove(device.id)
@@ -88,6 +93,7 @@ class Plugger:
         plugged = self._plugged.get(device_id)
         if plugged is None:
             raise CallerError(f"no device {device_id} is plugged", code="NOT_FOUND")
+        plugged.whole = False
         if not plugged.device_gone:
             await self._unplug(device_id)
             plugged.device_gone = True

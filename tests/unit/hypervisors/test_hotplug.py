@@ -10,7 +10,7 @@ import pytest
 
 from devices.addresses import PciTopology
 from devices.config import BlockConfig, BlockFormat, NetworkConfig
-from devices.errors import CallerError, HypervisorError, UnsupportedByHypervisor
+from devices.errors import BugError, CallerError, HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.hotplug import Plugger
 from tests.unit.hypervisors.machine import Machine
 
@@ -49,6 +49,8 @@ async def test_a_disk_comes_and_goes(vm: Vm) -> None:
     assert await vm.plugger.add(DISK) == "02/00"
     assert await vm.plugger.add(OTHER) == "03/01"
     assert "disk" in vm.plugger
+    with pytest.raises(BugError, match="there is a device disk already"):
+        await vm.plugger.add(DISK)
     front = vm.machine.devices["disk"]
     assert (front["bus"], front["addr"], front["serial"]) == ("rp0", "0x0", "abc")
     assert vm.machine.nodes["node-disk"]["file"] == {
