@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import secrets
 import shutil
@@ -53,6 +54,7 @@ PAUSE = "docker.io/local/pause:1"
 VERSIONS = ("1.6", "1.7", "2")
 """The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
 
+_OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
 _CRI = "io.containerd.grpc.v1.cri"
 _CRI_PARTS = ("io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", _CRI)
 # Snapshotters and services that are neither needed nor present everywhere; `nri` wants a socket at a place
@@ -138,15 +140,27 @@ def install_shim(directory: Path) -> Path:
 def _cri_section(root: Path) -> str:
     """The CRI plugin's configuration: nothing of it may lie outside `root`, nor be pulled."""
     plugin = f'plugins."{_CRI}"'
+    runtimes = f"{plugin}.containerd.runtimes"
+    kata = f'runtime_type = "{KATA}"\n  privileged_without_host_devices = true\n'
+    # 1.7's name and 2.x's; each ignores the other's, and 1.6 both.
+    shim = kata + '  sandbox_mode = "shim"\n  sandboxer = "shim"\n'
     return (
         f"[{plugin}]\n"
         f'  sandbox_image = "{PAUSE}"\n  disable_tcp_service = true\n  stream_server_port = "0"\n'
-        f'[{plugin}.cni]\n  bin_dir = "{root}/cni/bin"\n  conf_dir = "{root}/cni/net.d"\n'
+        f'[{plugin}.cni]\n  bin_dir = "/usr/lib/cni"\n  conf_dir = "{root}/cni"\n'
         f'[{plugin}.containerd]\n  default_runtime_name = "kata"\n'
-        f'[{plugin}.containerd.runtimes.kata]\n  runtime_type = "{KATA}"\n'
-        '  pod_annotations = ["io.katacontainers.*"]\n  privileged_without_host_devices = true\n'
-        f'[{plugin}.containerd.runtimes.runc]\n  runtime_type = "{RUNC}"\n'
+        f'[{runtimes}.kata]\n  {kata}  pod_annotations = ["io.katacontainers.*"]\n'
+        f"[{runtimes}.kata-shim]\n  {shim}"
+        f'[{runtimes}.kata-streaming]\n  {shim}  io_type = "streaming"\n'
+        f'[{runtimes}.runc]\n  runtime_type = "{RUNC}"\n'
     )
+
+
+def _cni_network(root: Path) -> str:
+    """A network of the pods that want one: a pair of devices each, addresses counted below `root`."""
+    ipam = {"type": "host-local", "subnet": "10.88.0.0/16", "dataDir": f"{root}/ipam"}
+    plugins = [{"type": "ptp", "ipam": ipam}]
+    return json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": plugins})
 
 
 class Containerd:
@@ -155,7 +169,9 @@ class Containerd:
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
     containerd, and so the shims, log at debug level; `version` is one of VERSIONS; `cri` enables the CRI
-    plugin (testing.cri), with the handlers `kata` and `runc`.
+    plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what it likes. Its
+    handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API, `kata-streaming`
+    with that and stdio over ttrpc.
     """
 
     def __init__(
@@ -220,14 +236,18 @@ class Containerd:
             f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'
             + (_cri_section(self.root) if self._cri else "")
         )
+        if self._cri:
+            (self.root / "cni").mkdir()
+            (self.root / "cni/pods.conflist").write_text(_cni_network(self.root))
         self.boot()
         return self
 
     def boot(self) -> None:
         """Start the daemon, also again after `halt`: its state is kept."""
+        arguments = ["--config", str(self.root / "config.toml")]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [str(self.programs / "containerd"), "--config", str(self.root / "config.toml")],
+                [*(_OWN_NETWORK if self._cri else ()), str(self.programs / "containerd"), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

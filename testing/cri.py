@@ -3,7 +3,7 @@
 What: `Cri` speaks runtime.v1 (RuntimeService, ImageService) to a containerd whose CRI plugin is
 enabled (`Containerd(cri=True)`): it runs pods, and containers in them, whose output is read from the
 log files that CRI writes. Debian has no crictl, and a test wants answers, not tables.
-Why host-network pods: they need no CNI plugin on the machine. In the VM they have the guest's network.
+Why host-network pods by default: they need no CNI. In the VM they have the guest's network.
 Invariants: each call has a deadline; `close()` removes every pod that was made here.
 """
 
@@ -201,6 +201,10 @@ class Pod:
     def remove_container(self, container: str) -> None:
         """RemoveContainer."""
         self.cri.call("RemoveContainer", container_id=container)
+
+    def info(self) -> dict[str, str]:
+        """What PodSandboxStatus tells when it is asked for everything."""
+        return dict(self.cri.call("PodSandboxStatus", pod_sandbox_id=self.id, verbose=True).info)
 
     def state(self) -> str:
         """SANDBOX_READY or SANDBOX_NOTREADY."""
