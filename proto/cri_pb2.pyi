@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,27 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _NamespaceMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NamespaceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NamespaceMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POD: _NamespaceMode.ValueType  # 0
+    """One for all containers of the pod."""
+    CONTAINER: _NamespaceMode.ValueType  # 1
+    NODE: _NamespaceMode.ValueType  # 2
+    TARGET: _NamespaceMode.ValueType  # 3
+
+class NamespaceMode(_NamespaceMode, metaclass=_NamespaceModeEnumTypeWrapper): ...
+
+POD: NamespaceMode.ValueType  # 0
+"""One for all containers of the pod."""
+CONTAINER: NamespaceMode.ValueType  # 1
+NODE: NamespaceMode.ValueType  # 2
+TARGET: NamespaceMode.ValueType  # 3
+Global___NamespaceMode: _TypeAlias = NamespaceMode  # noqa: Y015
 
 @_typing.final
 class PodSandboxConfig(_message.Message):
@@ -123,8 +145,11 @@ class LinuxPodSandboxConfig(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    SECURITY_CONTEXT_FIELD_NUMBER: _builtins.int
     SYSCTLS_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def security_context(self) -> Global___LinuxSandboxSecurityContext: ...
     @_builtins.property
     def sysctls(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Of the pod's namespaces: for all of its containers."""
@@ -136,12 +161,13 @@ class LinuxPodSandboxConfig(_message.Message):
     def __init__(
         self,
         *,
+        security_context: Global___LinuxSandboxSecurityContext | None = ...,
         sysctls: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         resources: Global___LinuxContainerResources | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "security_context", b"security_context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "sysctls", b"sysctls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "security_context", b"security_context", "sysctls", b"sysctls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -174,3 +200,42 @@ class LinuxContainerResources(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LinuxContainerResources: _TypeAlias = LinuxContainerResources  # noqa: Y015
+
+@_typing.final
+class LinuxSandboxSecurityContext(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_OPTIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def namespace_options(self) -> Global___NamespaceOption: ...
+    def __init__(
+        self,
+        *,
+        namespace_options: Global___NamespaceOption | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["namespace_options", b"namespace_options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace_options", b"namespace_options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinuxSandboxSecurityContext: _TypeAlias = LinuxSandboxSecurityContext  # noqa: Y015
+
+@_typing.final
+class NamespaceOption(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    pid: Global___NamespaceMode.ValueType
+    def __init__(
+        self,
+        *,
+        pid: Global___NamespaceMode.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespaceOption: _TypeAlias = NamespaceOption  # noqa: Y015

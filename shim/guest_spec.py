@@ -20,6 +20,7 @@ from devices.errors import CallerError
 from shim.guest_devices import guest_rules
 
 __all__ = [
+    "CONTAINER_TYPE",
     "GUEST_SHARE",
     "GUEST_SHM",
     "MEMBER",
@@ -42,7 +43,7 @@ MEMBER = "pod_container"
 #: A container with more mounts than this is refused before anything is done for it.
 MAX_MOUNTS = 1024
 
-_CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
+CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
 _BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
 # Of a pod's member: the kinds of namespaces that it does not share with the pod (agent/sandbox.py).
 _PRIVATE = "io.kata-shim.private-namespaces"
@@ -149,7 +150,7 @@ def guest_spec(
         mounts = [mount for mount in mounts if not _is_bind(mount, mount.get("options") or [])]
     guest["mounts"] = _guest_mounts(mounts, {volume.index: volume for volume in volumes})
     annotations = {str(k): str(v) for k, v in (guest.get("annotations") or {}).items()}
-    annotations[_CONTAINER_TYPE] = container_type
+    annotations[CONTAINER_TYPE] = container_type
     annotations[_BUNDLE_PATH] = bundle
     if container_type == MEMBER:
         annotations[_PRIVATE] = ",".join(_private_namespaces(spec))

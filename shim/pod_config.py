@@ -25,8 +25,17 @@ from google.protobuf.message import DecodeError
 
 from devices.errors import CallerError, HostError
 from proto import cri_pb2
+from shim.guest_spec import CONTAINER_TYPE, OWN
 
-__all__ = ["PodDefaults", "complete", "parse_options", "sandbox_spec", "write_files"]
+__all__ = [
+    "PodDefaults",
+    "complete",
+    "parse_options",
+    "pause_spec",
+    "sandbox_spec",
+    "shares_pids",
+    "write_files",
+]
 
 _OPTIONS_TYPE = "runtime.v1.PodSandboxConfig"
 _MAX_COPY = 1 << 20  # bytes of the host's /etc/hosts and /etc/resolv.conf that a pod gets
@@ -38,10 +47,14 @@ _KATA = "io.katacontainers."
 
 @dataclass(frozen=True, slots=True)
 class PodDefaults:
-    """What each container of the pod gets unless it brings it: files by their path in it, sysctls."""
+    """What each container of the pod gets unless it brings it: files by their path in it, sysctls.
+
+    `shared_pids`: the containers are to see each other's processes.
+    """
 
     files: Mapping[str, str]
     sysctls: Mapping[str, str]
+    shared_pids: bool = False
 
 
 def parse_options(options: AnyMessage) -> cri_pb2.PodSandboxConfig:
@@ -69,6 +82,27 @@ def parse_options(options: AnyMessage) -> cri_pb2.PodSandboxConfig:
                 phase="config",
             )
     return config
+
+
+def shares_pids(config: cri_pb2.PodSandboxConfig) -> bool:
+    """Whether the containers have one pid namespace. CRI's zero means yes, but is no wish if nobody chose."""
+    options = config.linux.security_context
+    return options.HasField("namespace_options") and options.namespace_options.pid == cri_pb2.POD
+
+
+def pause_spec(hostname: str) -> dict[str, Any]:
+    """What the guest is asked to hold the pod's pid namespace with: its own pause (agent/pause.py).
+
+    Without it the namespace would be the first container's, and end with that.
+    """
+    return {
+        "ociVersion": "1.0.2",
+        "hostname": hostname,
+        "process": {"user": {"uid": 65535, "gid": 65535}, "args": ["/pause"], "cwd": "/"},
+        "root": {"path": "/", "readonly": True},
+        "annotations": {CONTAINER_TYPE: OWN},
+        "linux": {"namespaces": [{"type": kind} for kind in ("ipc", "uts", "mount")]},
+    }
 
 
 def sandbox_spec(

@@ -27,7 +27,10 @@ import structlog
 from devices.errors import CallerError, KataError
 from shim.container import VM_DEATH
 from shim.container_manager import ContainerManager
+from shim.oci import spec_from_json
+from shim.pod_config import pause_spec
 from shim.process import Exit
+from shim.protocols import GuestContainer
 from shim.sandbox import VirtSandbox
 
 __all__ = ["TABLE", "Call", "PodSandbox", "State"]
@@ -112,6 +115,7 @@ class PodSandbox:
     async def _live(self) -> None:
         try:
             await self.sandbox.start()
+            await self._hold_pids()
             self.check(Call.START)  # a stop may have come with its last step
         except KataError as error:
             await self._manager.stop_sandbox(self.sandbox)
@@ -127,6 +131,16 @@ class PodSandbox:
         self._end(VM_DEATH)
         await self._manager.all_quiet(_DEATH_GRACE)
         await self._manager.stop_sandbox(self.sandbox)
+
+    async def _hold_pids(self) -> None:
+        settings = self.sandbox.settings
+        # Our agent has a pause of its own; another one would need an image's.
+        if settings.pod is not None and settings.pod.shared_pids and settings.direct_stdio:
+            spec, _ = spec_from_json(pause_spec(settings.hostname))
+            await self.sandbox.agent.create_container(
+                self.sandbox.id, GuestContainer(spec=spec, sandbox_pidns=True)
+            )
+            await self.sandbox.agent.start_container(self.sandbox.id)
 
     async def stop(self, grace: float) -> None:
         """End the containers and the VM. Idempotent.

@@ -26,7 +26,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from devices.errors import CallerError
 from proto import sandbox_v1_pb2 as messages
 from shim.container_manager import ContainerManager, load_spec
-from shim.pod_config import PodDefaults, parse_options, sandbox_spec, write_files
+from shim.pod_config import PodDefaults, parse_options, sandbox_spec, shares_pids, write_files
 from shim.pod_info import describe, measure
 from shim.pod_sandbox import Call, PodSandbox, State
 from shim.trace import Trace
@@ -115,7 +115,8 @@ class SandboxService:
             annotations=request.annotations,
             files=files,
         )
-        await self._pods.make_pod(spec, request.options, PodDefaults(files, dict(config.linux.sysctls)))
+        defaults = PodDefaults(files, dict(config.linux.sysctls), shares_pids(config))
+        await self._pods.make_pod(spec, request.options, defaults)
         self._manager.kept = True
 
     async def start_sandbox(

@@ -72,20 +72,20 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60) -> N
         time.sleep(0.05)
 
 
-def run_pod(cri: Cri, handler: str = "kata-shim") -> Pod:
+def run_pod(cri: Cri, handler: str = "kata-shim", pid: str = "CONTAINER") -> Pod:
     return cri.run_pod(
         handler=handler,
-        namespaces={"network": "POD"},
+        namespaces={"network": "POD", "pid": pid},
         hostname="mypod",
         dns={"servers": ["192.0.2.53"], "searches": ["pods.example"], "options": ["ndots:5"]},
         sysctls={"kernel.shm_rmid_forced": "1"},
     )
 
 
-@pytest.mark.parametrize("cri", ["1.7", "2"], indirect=True)
-def test_a_pod_without_a_pause_container(cri: Cri) -> None:
+@pytest.mark.parametrize(("cri", "pid"), [("1.7", "POD"), ("2", "CONTAINER")], indirect=["cri"])
+def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
     """Two containers, a restart of containerd under them, and the end of all of it."""
-    pod = run_pod(cri)
+    pod = run_pod(cri, pid=pid)
     assert pod.state() == "SANDBOX_READY"
     info = pod.info()
     vmm = int(info["vmm.pid"])
@@ -99,7 +99,8 @@ def test_a_pod_without_a_pause_container(cri: Cri) -> None:
     assert cri.containerd.ctr("containers", "ls", "-q").text.splitlines() == sorted(pair), (
         "no pause container"
     )
-    script = "hostname; cat /etc/hostname /etc/resolv.conf /proc/sys/kernel/shm_rmid_forced; readlink /proc/self/ns/ipc"
+    script = "hostname; cat /etc/hostname /etc/resolv.conf /proc/sys/kernel/shm_rmid_forced"
+    script += "; readlink /proc/self/ns/ipc"
     first, second = (pod.sh(container, script) for container in pair)
     assert first == second
     assert first.splitlines()[:-1] == [
@@ -109,6 +110,10 @@ def test_a_pod_without_a_pause_container(cri: Cri) -> None:
     for container in pair:
         assert pod.wait_output(container, "ready") == "ready\n"
 
+    seen = pod.sh(pair[1], "ps").count("sleep 100000 & wait")
+    assert seen == (2 if pid == "POD" else 1), "each other's processes"
+
+    # The first one: whose pid namespace would the others have?
     pod.stop_container(pair[0], grace=30)
     assert pod.wait_exit(pair[0]).exit_code == 7
     pod.remove_container(pair[0])

@@ -23,6 +23,7 @@ ENUMS: dict[str, dict[str, str]] = {**WIRE["kata"]["enums"], **WIRE["containerd"
 # Nested enums, which wire.json names but does not list (kata.md 4.3).
 ENUMS["grpc.VolumeUsage.Unit"] = {"0": "UNKNOWN", "1": "BYTES", "2": "INODES"}
 ENUMS["grpc.HealthCheckResponse.ServingStatus"] = {"0": "UNKNOWN", "1": "SERVING", "2": "NOT_SERVING"}
+ENUMS["runtime.v1.NamespaceMode"] = {"0": "POD", "1": "CONTAINER", "2": "NODE", "3": "TARGET"}
 # Modules with messages that wire.json does not have (containerd-shim.md 3.1 and 3.3).
 BEYOND_WIRE = {"runc_options", "linux_runc", "cri", "transfer_streams"}
 BEYOND: dict[str, dict[str, str]] = {
@@ -56,9 +57,12 @@ BEYOND: dict[str, dict[str, str]] = {
         "3": "repeated string options",
     },
     "runtime.v1.LinuxPodSandboxConfig": {
+        "2": "runtime.v1.LinuxSandboxSecurityContext security_context",
         "3": "map<string,string> sysctls",
         "5": "runtime.v1.LinuxContainerResources resources",
     },
+    "runtime.v1.LinuxSandboxSecurityContext": {"1": "runtime.v1.NamespaceOption namespace_options"},
+    "runtime.v1.NamespaceOption": {"2": "runtime.v1.NamespaceMode pid"},
     "runtime.v1.LinuxContainerResources": {
         "1": "int64 cpu_period",
         "2": "int64 cpu_quota",

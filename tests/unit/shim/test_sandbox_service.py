@@ -68,7 +68,11 @@ class _Sandbox(FakeSandbox):
     def __init__(self, sandbox_id: str) -> None:
         super().__init__(sandbox_id)
         self.hypervisor = _Hypervisor()
-        self.settings = type("Settings", (), {"hostname": "h", "share_path": "/s", "netns": None})
+        self.settings: Any = type(
+            "Settings",
+            (),
+            {"hostname": "h", "share_path": "/s", "netns": None, "pod": None, "direct_stdio": True},
+        )
         self.checks = 0
 
     @property
@@ -100,7 +104,8 @@ class _Pods(FakeRuntime):
         self, spec: Mapping[str, Any], options: AnyMessage, defaults: PodDefaults
     ) -> PodSandbox:
         self.spec, self.options, self.defaults = spec, options, defaults
-        self.sandbox = _Sandbox("pod")
+        sandbox = self.sandbox = _Sandbox("pod")
+        sandbox.settings.pod = defaults
         self.sandboxes.append(self.sandbox)
         self.prepare(self.sandbox)
         self.pod = PodSandbox(cast("Any", self.sandbox), self._manager, self._tasks)
@@ -407,6 +412,29 @@ async def test_what_it_is_made_of(shim: Client) -> None:
     assert shim.pods.defaults.sysctls == {"net.ipv4.tcp_syncookies": "0"}
     resolv = Path(shim.pods.defaults.files["/etc/resolv.conf"])
     assert resolv.read_text() == "nameserver 10.0.0.10\n"
+
+
+@pytest.mark.parametrize(("pid", "held"), [(cri_pb2.POD, True), (cri_pb2.CONTAINER, False), (None, False)])
+async def test_a_shared_pid_namespace_is_held_in_the_guest(
+    shim: Client, pid: cri_pb2.NamespaceMode.ValueType | None, held: bool
+) -> None:
+    """It would end with the first container otherwise; containerd never hears of the holder."""
+    config = cri_pb2.PodSandboxConfig()
+    if pid is not None:
+        config.linux.security_context.namespace_options.pid = pid
+    if pid == cri_pb2.POD:
+        config.linux.security_context.namespace_options.SetInParent()
+    options = AnyMessage(type_url="runtime.v1.PodSandboxConfig", value=config.SerializeToString())
+    await shim.rpc("CreateSandbox", options=options)
+    await shim.rpc("StartSandbox")
+    assert list(shim.agent.containers) == (["pod"] if held else [])
+    if held:
+        assert shim.agent.containers["pod"].sandbox_pidns
+        assert shim.guest("pod").running
+    assert shim.events.topics == []
+    await shim.create()
+    await shim.rpc("StopSandbox")
+    assert shim.events.topics == ["create", "exit"]
 
 
 async def test_options_that_cannot_be_read_are_refused(shim: Client) -> None:
