@@ -112,8 +112,8 @@ class ContainerManager:
         self._usage = Usage()
         self._work: set[asyncio.Task[Any]] = set()
         self._when_idle: Callable[[], None] | None = None
-        #: The sandbox lives by the Sandbox API: no container's end is its end, and none comes after it.
-        self.kept = False
+        #: The id of a sandbox that lives by the Sandbox API: no container's end is its end.
+        self.kept = ""
 
     @property
     def containers(self) -> Mapping[str, Container]:
@@ -288,12 +288,17 @@ class ContainerManager:
         if container_id in self._containers:
             self._events.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
 
-    def when_idle(self, action: Callable[[], None]) -> None:
+    def when_idle(self, container_id: str, action: Callable[[], None]) -> None:
         """Shutdown: call `action` now if no container is left, soon if only undoing goes on, else never.
+
+        A sandbox of the Sandbox API keeps the shim, unless it is itself named: containerd, after a restart,
+        does so with one that it does not know.
 
         A container that comes into being meanwhile takes the request back.
         """
-        self._when_idle = None if self._containers else action
+        if container_id == self.kept and not self._containers:
+            self.kept = ""
+        self._when_idle = None if self._containers or self.kept else action
         self._tell_idle()
 
     def _tell_idle(self) -> None:

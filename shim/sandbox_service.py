@@ -117,7 +117,7 @@ class SandboxService:
         )
         defaults = PodDefaults(files, dict(config.linux.sysctls), shares_pids(config))
         await self._pods.make_pod(spec, request.options, defaults)
-        self._manager.kept = True
+        self._manager.kept = self._id
 
     async def start_sandbox(
         self, _ctx: object, request: messages.StartSandboxRequest

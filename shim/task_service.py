@@ -212,7 +212,7 @@ class TaskService:
             shim_pid=os.getpid(), task_pid=0 if container is None else container.pid
         )
 
-    async def shutdown(self, _ctx: object, _request: Any) -> empty_pb2.Empty:
+    async def shutdown(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """End the shim if no container is left; else it stays, and that is no error."""
-        self._manager.when_idle(self._shutdown)
+        self._manager.when_idle(request.id, self._shutdown)
         return empty_pb2.Empty()

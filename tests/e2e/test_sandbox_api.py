@@ -7,6 +7,7 @@ called with ttrpc, so that each answer can be looked at.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -112,8 +113,10 @@ class Pod:
         return name, output
 
     async def close(self) -> None:
-        """End it as containerd does after a failure, if the test did not."""
+        """End it as containerd does after a failure, if the test did not. Idempotent."""
         await self.client.close()
+        if not self.bundle.exists():
+            return
         for name in self.containers:
             bundle = (
                 self.containerd.state / "io.containerd.runtime.v2.task" / self.containerd.namespace / name
@@ -205,3 +208,17 @@ async def test_the_death_of_the_vm_is_told_at_once(pod: Pod) -> None:
     assert refused.value.code is ttrpc.Code.FAILED_PRECONDITION
     await pod.task("Delete", name)
     await pod.call("ShutdownSandbox")
+
+
+async def test_a_shim_that_is_killed_leaves_nothing(pod: Pod) -> None:
+    """`delete`, which containerd runs then and the fixture here, finds a bundle without a config.json."""
+    await pod.call("CreateSandbox", bundle_path=str(pod.bundle))
+    started = await pod.call("StartSandbox")
+    await pod.run("sleep", "100000")
+    os.kill(int((pod.bundle / "shim.pid").read_text()), signal.SIGKILL)
+    with pytest.raises(ttrpc.ConnectionClosed):
+        await pod.call("WaitSandbox")
+    await pod.close()
+    with contextlib.suppress(FileNotFoundError):  # its parent is dead: init may not have reaped it yet
+        state = Path(f"/proc/{started.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "Z"

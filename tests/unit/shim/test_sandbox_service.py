@@ -278,6 +278,19 @@ async def _fail() -> None:
     raise GuestError("no")
 
 
+async def test_a_sandbox_that_containerd_does_not_know_goes(shim: Client) -> None:
+    """containerd died inside RunPodSandbox: its next one finds a shim, not a sandbox, and cleans it up."""
+    await shim.bring("ready")
+    await shim.create()
+    await shim.call("Shutdown", id="pod")
+    assert shim.shutdowns == 0, "a container lives in it"
+    await shim.delete()
+    await shim.call("Shutdown", id="c")
+    assert shim.shutdowns == 0
+    await shim.call("Shutdown", id="pod")
+    assert shim.shutdowns == 1
+
+
 async def test_no_container_has_the_sandboxs_id(shim: Client) -> None:
     await shim.bring("ready")
     with pytest.raises(KataError) as error:
