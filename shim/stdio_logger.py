@@ -1,8 +1,8 @@
 """`binary://` loggers: a program on the host that takes a container's output.
 
-What: `Logger.start` runs PATH of `binary://PATH?key=value...` with `key value ...` as arguments,
-CONTAINER_ID and CONTAINER_NAMESPACE in its environment, stdout of the container on fd 3, stderr on
-fd 4, and waits until it closes fd 5: only then is it ready.
+What: `Logger.start` runs PATH of `binary://PATH?key=value...` with `key value ...` as arguments (a value
+that is not there is an empty one), CONTAINER_ID and CONTAINER_NAMESPACE in its environment, stdout of the
+container on fd 3, stderr on fd 4, and waits until it closes fd 5: only then is it ready.
 Why: nerdctl run -d logs this way, and so does every user of containerd's cio.BinaryIO.
 Invariants:
 - Starting has a deadline; a logger that does not get ready is killed and reaped.
@@ -64,8 +64,11 @@ class Logger:
         """Run the logger and wait until it is ready. Raises CallerError or HostError."""
         path = check_path(unquote(url.path), "the logger of a binary:// URL")
         argv = [path]
+        arguments: dict[str, str] = {}
         for key, value in parse_qsl(url.query, keep_blank_values=True, max_num_fields=64):
-            argv += [key, value] if value else [key]
+            arguments.setdefault(key, value)  # of a key that is there twice runc's shim takes the first
+        for pair in arguments.items():
+            argv += pair
         environment = {**os.environ, "CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             ends = []

@@ -147,7 +147,7 @@ def test_a_binary_logger_of_a_detached_container(
     script = "date +%s >&2; head -c 8388608 /dev/zero; echo done >&2; exit 7"
     containerd.ctr("run", "-d", "--runtime", runtime, "--log-uri", url, BUSYBOX, name, "sh", "-c", script)
     try:
-        assert Path(log + ".argv").read_text() == repr((["log", log, "flag"], name, containerd.namespace))
+        assert Path(log + ".argv").read_text() == repr((["log", log, "flag", ""], name, containerd.namespace))
         wait_until(lambda: os.path.exists(log + ".full"), "the logger's pipe did not fill")
         begin = wait_until(Path(log + ".stderr").read_text, "nothing on stderr")
         assert float(begin) >= float(Path(log + ".ready").read_text()) - 2, (
@@ -198,6 +198,7 @@ def test_a_logger_that_cannot_start_is_named(start: Callable[..., Exec], tmp_pat
 # --- files and pipes
 
 
+@pytest.mark.kata_only  # runc's shim loses lines when both streams have the same file
 def test_a_file_is_made_with_its_directories_and_appended_to(
     start: Callable[..., Exec], tmp_path: Path
 ) -> None:

@@ -463,7 +463,7 @@ def logger(tmp_path: Path, text: str = LOGGER) -> Path:
 
 async def test_a_binary_logger_gets_both_streams(shim: TaskClient, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    url = f"binary://{logger(tmp_path)}?path={log}&flag="
+    url = f"binary://{logger(tmp_path)}?path={log}&flag=&path=second"
     await shim.create(stdout=url, stderr=url)
     await shim.start()
     await say(shim, b"out")
@@ -472,7 +472,7 @@ async def test_a_binary_logger_gets_both_streams(shim: TaskClient, tmp_path: Pat
     await shim.wait()
     await shim.delete()
     first, rest = log.read_bytes().split(b"\n")
-    assert first.decode() == repr((["path", str(log), "flag"], "c", "default"))
+    assert first.decode() == repr((["path", str(log), "flag", ""], "c", "default"))
     assert rest == b"3:out4:err"
 
 
