@@ -64,6 +64,7 @@ class TinyVm:
         self._monitor: socket.socket | None = None
         self._threads: dict[int, int] = {}
         self._ended: asyncio.Future[VmExit] | None = None
+        self._starting: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._stopping = False
 
@@ -112,13 +113,14 @@ class TinyVm:
         """Start QEMU; it runs when its monitor tells its vCPUs' threads."""
         if not self._accelerator or self._ended is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
-        self._ended = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._ended, self._starting = loop.create_future(), loop.create_future()
         try:
             async with asyncio.timeout(timeout):
                 await self._start()
         except BaseException as error:
-            stopped = self._stopping
-            await self.stop_vm()
+            stopped, self._stopping = self._stopping, True
+            await self._end()
             if stopped and isinstance(error, KataError):
                 raise HypervisorError("the VM was stopped while it started", phase="boot") from error
             if isinstance(error, TimeoutError):
@@ -127,18 +129,16 @@ class TinyVm:
                     late, phase="boot", code="DEADLINE_EXCEEDED", details=self.diagnostics()
                 ) from None
             raise
+        finally:
+            self._starting.set_result(None)
 
     async def stop_vm(self) -> None:
-        """SIGKILL. The watcher does the rest. Idempotent."""
+        """SIGKILL; a start that is under way gives up. Idempotent."""
         self._stopping = True
-        if self._qemu is not None:
-            await self._qemu.kill()
-        if self._watcher is not None:
-            await asyncio.wait({self._watcher})
-        else:
-            await self._end_daemons()
-            if self._ended is not None and not self._ended.done():
-                self._ended.set_result(VmExit(-9, "QEMU was never started", expected=True))
+        await self._end()
+        if self._starting is not None and not self._starting.done():
+            await asyncio.wait({self._starting})
+            await self._end()
 
     async def wait_vm(self) -> VmExit:
         """See the protocol."""
@@ -340,6 +340,17 @@ class TinyVm:
         if self._stopping:
             raise HypervisorError("the VM was stopped while it started", phase="boot")
         return ours
+
+    async def _end(self) -> None:
+        """Kill what runs, and see that the end is told."""
+        if self._qemu is not None:
+            await self._qemu.kill()
+        if self._watcher is not None:
+            await asyncio.wait({self._watcher})
+            return
+        await self._end_daemons()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(VmExit(-9, "QEMU was never started", expected=True))
 
     async def _watch(self) -> None:
         """Whoever of QEMU and its daemons dies first takes the others along; then it is told, once."""
