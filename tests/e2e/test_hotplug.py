@@ -164,6 +164,23 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
         await vm.resize_memory(512)
 
 
+async def test_virtio_mem_comes_and_goes_with_a_shared_directory(boot: Boot, tmp_path: Path) -> None:
+    vm, guest, _ = await boot(enable_virtio_mem=True, default_maxmemory=2048)
+    assert (await vm.capabilities()).memory_hot_unplug
+    (tmp_path / "share/passthrough/busybox/rootfs/data/big").write_bytes(os.urandom(FILE))
+    before = await memory_total(guest)
+
+    assert await vm.resize_memory(1000) == 1000
+    assert abs(await memory_total(guest) - before - 744) < 20
+    # dd's buffer is more than the VM had, and the shared file is read into what is left.
+    fill = "dd if=/dev/zero of=/dev/null bs=300M count=1 2>/dev/null && cat /data/big | wc -c"
+    code, out, _ = await guest.run("sh", "-c", fill)
+    assert (code, int(out)) == (0, FILE)
+    left = await vm.resize_memory(256)
+    assert left < 512  # what the kernel uses it may keep
+    assert abs(await memory_total(guest) - before - (left - 256)) < 20
+
+
 def make_disk(path: Path, *, qcow2: bool = False) -> BlockConfig:
     """8 MB of ext4 with one file."""
     content = path.parent / f"{path.name}.d"
