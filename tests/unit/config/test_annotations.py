@@ -343,3 +343,27 @@ def test_every_annotation_changes_a_key_that_exists_and_names_a_list_that_exists
 def test_every_list_is_used() -> None:
     used = {rule.listed_by for rules in (HYPERVISOR, AGENT, RUNTIME) for rule in rules.values()}
     assert used - {""} == {field.name for field in fields(AnnotationPolicy)} - {"enable_annotations"}
+
+
+# --- what the plugin says
+
+
+def test_what_the_plugin_refuses_is_told_with_the_annotation(files: Files) -> None:
+    """The file is right; the line of it would send the reader to the wrong place."""
+
+    class Strict(Real):
+        def validate_config(self, section: Any) -> None:
+            if section.default_memory < 64:
+                raise ConfigError("[hypervisor.qemu] default_memory is too small", key="default_memory")
+
+    files.plugin = Strict()  # type: ignore[assignment]
+    text = BASE + "default_memory = 128\n" + enabled("default_memory") + "\n"
+    with pytest.raises(ConfigError) as caught:
+        files.load(text, annotations={PREFIX + "hypervisor.default_memory": "32"})
+    assert caught.value.cause == (
+        f"annotation {PREFIX}hypervisor.default_memory: [hypervisor.qemu] default_memory is too small"
+    )
+    assert caught.value.hint == "correct the annotation"
+    with pytest.raises(ConfigError) as caught:
+        files.load(text.replace("128", "32"))
+    assert caught.value.cause.startswith(f"{files.base}:4: [hypervisor.qemu] default_memory")
