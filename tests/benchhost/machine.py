@@ -44,7 +44,7 @@ _CONSOLE_LIMIT = 1 << 20
 _OUTPUT_LIMIT = 4 << 20
 _KERNEL_WORDS = (
     "console=ttyS0 quiet reboot=t panic=-1 softlockup_panic=1 tsc=reliable no_timer_check mitigations=off"
-    " cryptomgr.notests"
+    " cryptomgr.notests intel_iommu=on"
 )
 # `mount -o ro` in the guest would be the guest's own promise; this one is the kernel's.
 _SHARE = """
@@ -222,6 +222,9 @@ class BenchHost:
         argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         argv += ["-object", f"memory-backend-memfd,id=memory,size={size},share=on"]
         argv += ["-M", "q35,memory-backend=memory,kernel-irqchip=split"]
+        # An IOMMU, which must come before what it serves, and a device alone in its group, for VFIO.
+        argv += ["-device", "intel-iommu,intremap=on"]
+        argv += ["-device", "pcie-root-port,id=edu,chassis=99,slot=99", "-device", "edu,bus=edu"]
         argv += ["-kernel", str(self._files.kernel), "-initrd", str(self._directory / "initrd")]
         argv += ["-append", f"{_KERNEL_WORDS} {self._settings.append}".strip()]
         argv += ["-chardev", f"socket,id=share,fd={share.fileno()}"]

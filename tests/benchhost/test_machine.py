@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from pathlib import Path
 
@@ -76,3 +77,20 @@ def test_inside_there_is_what_this_machine_lacks() -> None:
     assert all(Path(f"/dev/{name}").is_char_device() for name in ("kvm", "vhost-vsock", "vhost-net"))
     assert "svm" in Path("/proc/cpuinfo").read_text().split()
     assert (Path("/sys/fs/cgroup") / "cgroup.controllers").exists()  # cgroup v2, unified
+
+
+@pytest.mark.benchhost(ci=True)
+def test_inside_a_device_can_be_given_to_vfio() -> None:
+    """QEMU's edu device, behind an IOMMU with interrupt remapping."""
+    subprocess.run(["modprobe", "-a", "vfio-pci", "vfio_iommu_type1"], check=True, timeout=60)
+    (edu,) = [
+        path.parent
+        for path in Path("/sys/bus/pci/devices").glob("*/device")
+        if (path.parent / "vendor").read_text() + path.read_text() == "0x1234\n0x11e8\n"
+    ]
+    group = (edu / "iommu_group").resolve()
+    assert [path.name for path in (group / "devices").iterdir()] == [edu.name]
+    (edu / "driver_override").write_text("vfio-pci")
+    Path("/sys/bus/pci/drivers_probe").write_text(edu.name)
+    with Path("/dev/vfio", group.name).open("r+b", buffering=0) as opened:
+        assert opened.fileno() > 0
