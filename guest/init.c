@@ -56,12 +56,17 @@ static void say(const char *format, ...)
 /* Say why, wait until the console has it, and switch the machine off. */
 #define die(...) do { say(__VA_ARGS__); power_off(); } while (0)
 
+/* A machine without ACPI's switch would halt for ever instead of going off: its VMM says reboot=k (or
+ * any other way), and ends when the guest reboots. */
+static int can_be_switched_off = 1;
+
 static void __attribute__((noreturn)) power_off(void)
 {
     tcdrain(STDERR_FILENO);
     sync();
-    reboot(RB_POWER_OFF);
-    reboot(RB_AUTOBOOT); /* a machine type that cannot be switched off: QEMU runs with -no-reboot */
+    if (can_be_switched_off)
+        reboot(RB_POWER_OFF);
+    reboot(RB_AUTOBOOT); /* VMMs end when the guest reboots: QEMU runs with -no-reboot */
     for (;;)
         pause();
 }
@@ -112,6 +117,7 @@ static void read_command_line(void)
         die("cannot read /proc/cmdline: %s", strerror(errno));
     close(fd);
     command_line[length] = '\0';
+    can_be_switched_off = strstr(command_line, "reboot=k") == NULL;
 }
 
 /* The value of the last `name=` (the kernel's own rule), or the fallback. Bare words match with "". */

@@ -17,6 +17,7 @@ import contextlib
 import os
 import re
 import stat
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ __all__ = ["Firecracker"]
 _NAME = "firecracker"
 _CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory takes to write
 _SNAPSHOT = 120.0
+_CGROUP_DEADLINE = 2.0
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -281,9 +283,10 @@ class Firecracker:
         if parts.api is not None:
             await parts.api.close()
         parts.report.close()
-        for entry in parts.cgroups:
-            await self._undo.release(entry)
-        parts.cgroups.clear()
+        while parts.cgroups:
+            entry = parts.cgroups.pop()
+            await asyncio.to_thread(_remove_cgroup, str(entry.facts["path"]))
+            self._undo.forget(entry)
         if parts.den is not None:
             await asyncio.to_thread(_remove_files, parts.den)
 
@@ -496,6 +499,20 @@ def _cgroup_paths(section: FirecrackerConfig, jail: str, version: int) -> list[s
         return [f"/sys/fs/cgroup/{program}/{jail}"]
     controllers = sorted({setting.partition(".")[0] for setting in section.jailer_cgroups})
     return [f"/sys/fs/cgroup/{name}/{program}/{jail}" for name in controllers]
+
+
+def _remove_cgroup(path: str) -> None:
+    """Remove the cgroup of a dead process, and the one above it if that was the last one in it."""
+    until = time.monotonic() + _CGROUP_DEADLINE
+    while os.path.isdir(path):
+        try:
+            os.rmdir(path)
+        except OSError:  # the kernel lets go of the dead a moment later, and tells nobody
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(path))
 
 
 def _remove_files(den: Den) -> None:
