@@ -31,7 +31,7 @@ test-e2e: setup ## the tests through containerd; KATA_E2E_RUNTIME=io.containerd.
 test-containerds: setup ## all end-to-end tests under each containerd: 1.6, 1.7 and 2.x; with a minute without it, and 1 GiB of output (25 min)
 	@set -e; for version in 1.6 1.7 2; do \
 	    echo "== containerd $$version"; \
-	    KATA_E2E_CONTAINERD=$$version KATA_E2E_AWAY=65 KATA_E2E_BYTES=1073741824 $(PY) -m pytest -m e2e $(PYTEST_ARGS); \
+	    KATA_E2E_CONTAINERD=$$version KATA_E2E_AWAY=65 KATA_E2E_BYTES=1073741824 $(PY) -m pytest -m "e2e and not benchhost" $(PYTEST_ARGS); \
 	done
 
 test-kvm: setup ## the tests that need KVM, inside the bench host, a nested machine that has it

@@ -6,6 +6,7 @@ seconds containerd stays away in the test of its absence (`make test-containerds
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -71,6 +72,18 @@ def _bundle(containerd: Containerd, name: str) -> Path:
 
 def _shim(containerd: Containerd, name: str) -> int:
     return int((_bundle(containerd, name) / "shim.pid").read_text())
+
+
+@contextlib.contextmanager
+def _watched(pid: int) -> Iterator[Callable[[float], bool]]:
+    """Gives a function that tells whether the process ends within so many seconds."""
+    fd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(fd)
+    try:
+        yield lambda seconds: bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(fd)
 
 
 def _status(containerd: Containerd, name: str) -> str:
@@ -174,24 +187,21 @@ def test_events_tell_the_whole_life_once_and_in_order(
     with api.events() as next_event:
         task = create("sleep", "1000", stdin=False)
         task.start()
-        shim = os.pidfd_open(_shim(containerd, task.container) if runtime == KATA else task.pid)
-        process = task.exec("sh", "-c", "exit 5", exec_id="e", stdin=False)
-        process.start()
-        assert process.wait() == 5
-        process.delete()
-        seen = _until(next_event, task.container, "exit")
-        containerd.ctr("task", "pause", task.container)
-        containerd.ctr("task", "resume", task.container)
-        seen += _until(next_event, task.container, "resumed")
-        task.kill(signal.SIGKILL)
-        assert task.wait() == 137
-        if runtime == KATA:
-            signal.pidfd_send_signal(shim, 0)
-        assert task.delete().exit_status == 137
-        poll = select.poll()
-        poll.register(shim)
-        assert poll.poll(60_000)
-        os.close(shim)
+        with _watched(_shim(containerd, task.container) if runtime == KATA else task.pid) as ends:
+            process = task.exec("sh", "-c", "exit 5", exec_id="e", stdin=False)
+            process.start()
+            assert process.wait() == 5
+            process.delete()
+            seen = _until(next_event, task.container, "exit")
+            containerd.ctr("task", "pause", task.container)
+            containerd.ctr("task", "resume", task.container)
+            seen += _until(next_event, task.container, "resumed")
+            assert not ends(0)
+            task.kill(signal.SIGKILL)
+            assert task.wait() == 137
+            assert runtime != KATA or not ends(0)
+            assert task.delete().exit_status == 137
+            assert ends(60)
         seen += _until(next_event, task.container, "delete")
         api.publish(END)
         seen += _until(next_event, task.container, END)
@@ -313,6 +323,35 @@ def test_an_upgrade_of_containerd_keeps_running_tasks(runtime: str, tmp_path: Pa
 
 
 @pytest.mark.kata_only
+def test_version_3_of_the_task_service(tmp_path: Path) -> None:
+    """What a containerd from 2.3 on is offered; any 2.x takes it if only the answer of `start` says so."""
+    with Containerd(debug=True, version="2") as daemon:
+        _import_busybox(daemon)
+        shim = daemon.root / "bin/containerd-shim-kata-v2"
+        real = tmp_path / shim.name
+        shim.rename(real)
+        answer = '{"version":3,"address":"%s","protocol":"ttrpc"}'
+        shim.write_text(
+            f'#!/bin/sh\ncase "$*" in *" start") ;; *) exec {real} "$@" ;; esac\n'
+            f'address=$({real} "$@") || exit\nprintf \'{answer}\' "$address"\n'
+        )
+        shim.chmod(0o755)
+        name = daemon.new_id("v3")
+        daemon.ctr("run", "--detach", "--runtime", KATA, BUSYBOX, name, "sleep", "100000")
+        assert json.loads((_bundle(daemon, name) / "bootstrap.json").read_text())["version"] == 3
+        daemon.halt(signal.SIGKILL)
+        daemon.boot()
+        argv = ("task", "exec", "--exec-id", "e", name, "sh", "-c", "echo on; exit 5")
+        result = daemon.ctr(*argv, check=False)
+        assert (result.code, result.text) == (5, "on"), daemon.log_tail()
+        assert _status(daemon, name) == "RUNNING"
+        with _watched(_shim(daemon, name)) as ends:
+            daemon.ctr("task", "rm", "--force", name, check=False)  # answers 137
+            assert ends(60)
+        assert not _bundle(daemon, name).exists(), daemon.log_tail()
+
+
+@pytest.mark.kata_only
 def test_a_silent_shim_blocks_nobody_else(containerd: Containerd, living: Task) -> None:
     """While a shim does not answer, containerd lists, and runs others; when it answers again all is well."""
     shim = _shim(containerd, living.container)
@@ -359,27 +398,27 @@ def test_a_pods_shim_serves_all_of_it_and_ends_with_the_last(
         annotations=lambda name: {key + "container-type": "sandbox", key + "sandbox-id": name},
     )
     pod.start()
-    shim = os.pidfd_open(_shim(containerd, pod.container))
-    poll = select.poll()
-    poll.register(shim)
-    for code in (3, 4):
-        member = create(
-            "sh",
-            "-c",
-            f"exit {code}",
-            stdin=False,
-            annotations=lambda _: {key + "container-type": "container", key + "sandbox-id": pod.container},
-        )
-        assert not (_bundle(containerd, member.container) / "shim.pid").exists()
-        member.start()
-        assert member.wait() == code
-        assert member.delete().exit_status == code
-        assert not _bundle(containerd, member.container).exists()
-        assert pod.state().status == RUNNING
-    assert not poll.poll(0)
-    pod.kill(signal.SIGKILL)
-    assert pod.wait() == 137
-    assert not poll.poll(0)
-    pod.delete()
-    assert poll.poll(60_000)
-    os.close(shim)
+    with _watched(_shim(containerd, pod.container)) as ends:
+        for code in (3, 4):
+            member = create(
+                "sh",
+                "-c",
+                f"exit {code}",
+                stdin=False,
+                annotations=lambda _: {
+                    key + "container-type": "container",
+                    key + "sandbox-id": pod.container,
+                },
+            )
+            assert not (_bundle(containerd, member.container) / "shim.pid").exists()
+            member.start()
+            assert member.wait() == code
+            assert member.delete().exit_status == code
+            assert not _bundle(containerd, member.container).exists()
+            assert pod.state().status == RUNNING
+        assert not ends(0)
+        pod.kill(signal.SIGKILL)
+        assert pod.wait() == 137
+        assert not ends(0)
+        pod.delete()
+        assert ends(60)
