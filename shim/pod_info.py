@@ -35,8 +35,8 @@ async def describe(sandbox: VirtSandbox, trace: Trace) -> dict[str, str]:
     info = {
         "guest.kernel": section.kernel,
         "guest.image": section.image or section.initrd,
-        "guest.memory_mib": str(section.default_memory),
-        "guest.vcpus": f"{section.default_vcpus:g}",
+        "guest.memory_mib": str(sandbox.size.memory >> 20),
+        "guest.vcpus": f"{sandbox.size.vcpus:g}",
         "guest.hostname": settings.hostname,
         "share": settings.share_path,
         "netns": settings.netns or "",
@@ -57,12 +57,11 @@ async def describe(sandbox: VirtSandbox, trace: Trace) -> dict[str, str]:
 async def measure(sandbox: VirtSandbox) -> AnyMessage:
     """io.containerd.cgroups Metrics of the host's cgroup version: CPU, memory, processes, network."""
     figures = await sandbox.hypervisor.get_hypervisor_metrics()
-    section = await sandbox.hypervisor.hypervisor_config()
     usage = agent_pb2.StatsContainerResponse()
     usage.cgroup_stats.cpu_stats.cpu_usage.total_usage = int(figures.get("cpu_seconds_total", 0) * 1e9)
     memory = usage.cgroup_stats.memory_stats.usage
     memory.usage = int(figures.get("resident_bytes", 0))
-    memory.limit = section.default_memory << 20
+    memory.limit = sandbox.size.memory
     usage.cgroup_stats.pids_stats.current = int(figures.get("processes", 0))
     if sandbox.settings.netns:
         for link in _links(f"/proc/{sandbox.vmm_pid}/net/dev"):

@@ -33,6 +33,7 @@ from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
 from shim.guest_spec import GUEST_SHM, MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.limits import Size
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
@@ -141,6 +142,11 @@ class VirtSandbox:
     def hypervisor(self) -> Hypervisor:
         """What runs the VM; for looking, not for changing."""
         return self._hypervisor
+
+    @property
+    def size(self) -> Size:
+        """The VM's vCPUs and bytes of memory, as they are now."""
+        return self._sizing.size
 
     async def check(self, timeout: float) -> None:
         """Raise KataError unless VMM and agent answer now, each within `timeout` seconds."""

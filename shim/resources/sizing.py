@@ -143,6 +143,11 @@ class Sizing:
         self._asked: dict[str, Size] = {}
         self._lock = asyncio.Lock()
 
+    @property
+    def size(self) -> Size:
+        """What the VM has now."""
+        return Size(self._vcpus, self._memory)
+
     async def fit(
         self, container_id: str, resources: oci_pb2.LinuxResources, *, strict: bool = False
     ) -> None:

@@ -143,18 +143,8 @@ def _answers(pod: Pod) -> bool:
 
 
 @pytest.mark.parametrize("cri", ["2"], indirect=True)
-def test_the_death_of_the_vm_is_seen(cri: Cri) -> None:
-    """Both by CRI's watch over the sandbox and by its containers."""
-    pod = run_pod(cri)
-    container = pod.run(*SLEEP, image=BUSYBOX)
-    os.kill(int(pod.info()["vmm.pid"]), signal.SIGKILL)
-    wait_for(lambda: pod.state() == "SANDBOX_NOTREADY", "CRI takes a dead sandbox for ready")
-    assert pod.wait_exit(container).exit_code in {137, 255}
-
-
-@pytest.mark.parametrize("cri", ["2"], indirect=True)
-def test_stdio_by_streams(cri: Cri) -> None:
-    """2.x's `io_type = "streaming"`: no FIFO anywhere."""
+def test_stdio_by_streams_until_the_vm_dies(cri: Cri) -> None:
+    """2.x's `io_type = "streaming"`: no FIFO anywhere; then both CRI and the container hear of the death."""
     pod = run_pod(cri, handler="kata-streaming")
     container = pod.run("sh", "-c", "seq 1 20000; echo err >&2; sleep 100000", image=BUSYBOX)
     state = asyncio.run(_state(cri.containerd, container))
@@ -166,6 +156,10 @@ def test_stdio_by_streams(cri: Cri) -> None:
     done = pod.exec(container, "sh", "-c", "seq 1 5000; echo no >&2; exit 4")
     assert (done.exit_code, done.stderr) == (4, b"no\n")
     assert done.stdout == b"".join(b"%d\n" % number for number in range(1, 5001))
+
+    os.kill(int(pod.info()["vmm.pid"]), signal.SIGKILL)
+    wait_for(lambda: pod.state() == "SANDBOX_NOTREADY", "CRI takes a dead sandbox for ready")
+    assert pod.wait_exit(container).exit_code in {137, 255}
 
 
 async def _state(containerd: Containerd, container: str) -> task_v2_pb2.StateResponse:

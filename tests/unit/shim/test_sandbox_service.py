@@ -13,6 +13,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import GuestError, KataError
 from proto import cri_pb2, runtimeoptions_pb2, sandbox_v1_pb2
+from shim.limits import Size
 from shim.pod_config import PodDefaults
 from shim.pod_sandbox import TABLE, Call, PodSandbox, State
 from shim.sandbox_service import SandboxService
@@ -46,7 +47,7 @@ class _Hypervisor:
         return type(
             "Section",
             (),
-            {"kernel": "/k", "image": "", "initrd": "/i", "default_memory": 256, "default_vcpus": 1.0},
+            {"kernel": "/k", "image": "", "initrd": "/i"},
         )
 
     async def save_state(self) -> Any:
@@ -73,6 +74,7 @@ class _Sandbox(FakeSandbox):
             (),
             {"hostname": "h", "share_path": "/s", "netns": None, "pod": None, "direct_stdio": True},
         )
+        self.size = Size(1.0, 256 << 20)
         self.checks = 0
 
     @property
