@@ -76,6 +76,8 @@ class Play:
         for number in range(len(self.configs)):
             while self.users[number]:
                 await self.use("unplug", number)
+        # There are fewer places than devices: what is still there goes first.
+        for number in sorted(range(len(self.configs)), key=lambda n: f"d{n}" not in self.machine.devices):
             await self.finish(number)
         assert (self.machine.devices, self.machine.nodes, self.machine.netdevs) == ({}, {}, {})
         assert self.topology.free() == PLACES
