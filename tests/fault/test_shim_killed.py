@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from devices.mounts import bind, mounts_below
-from proto import task_v2_pb2
+from proto import sandbox_v1_pb2, task_v2_pb2
 from shim.journalfile import encode
 from shim.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
@@ -303,6 +303,10 @@ async def test_daemon_that_cannot_work_says_why(shims: Shims) -> None:
     with pytest.raises(RpcError, match=r"version 99.*try: remove") as caught:
         await _create(bundle)
     assert caught.value.code is Code.FAILED_PRECONDITION
+    method = sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"].methods_by_name["CreateSandbox"]
+    async with await Client.connect_unix(str(bundle.socket), timeout=10) as client:
+        with pytest.raises(RpcError, match="version 99"):
+            await client.call(method, sandbox_v1_pb2.CreateSandboxRequest(sandbox_id="c1"), timeout=10)
     with pytest.raises(RpcError, match="no container"):
         await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
     await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))

@@ -89,6 +89,18 @@ def test_sandbox_controller_has_no_config(tmp_path: Path) -> None:
     assert bundle.find_group(str(directory), "s1").sandbox_id == "s1"
 
 
+def test_1_7_keeps_sandboxes_among_containers(tmp_path: Path) -> None:
+    """At `start` containerd has written what it will: no spec means a sandbox. At `delete` it may be lost."""
+    directory = tmp_path / "io.containerd.runtime.v2.task" / "ns" / "s1"
+    directory.mkdir(parents=True)
+
+    assert bundle.find_group(str(directory), "s1", bare=True).sandbox_id == "s1"
+    with pytest.raises(bundle.BundleError):
+        bundle.find_group(str(directory), "s1")
+    with pytest.raises(bundle.BundleError):
+        bundle.find_group(str(tmp_path), "s1", bare=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [
