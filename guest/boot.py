@@ -31,7 +31,7 @@ STDIO_PORT = 1027
 HOME_PORT = 1028
 SHARE_TAG = "kataShared"
 KERNEL_COMMAND_LINE = (
-    "console=ttyS0 quiet reboot=t panic=-1 cryptomgr.notests swiotlb=noforce "
+    "console=ttyS0 quiet reboot=t panic=-1 cryptomgr.notests swiotlb=noforce no_timer_check "
     f"root=/dev/vda rootfstype=ext4 ro agent.home_vport={HOME_PORT} agent.passfd_listener_port={STDIO_PORT}"
 )
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

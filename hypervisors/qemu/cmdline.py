@@ -88,12 +88,14 @@ def kernel_command_line(plan: Plan) -> str:
     """The guest kernel's parameters; the configuration's come last, so that they win.
 
     cryptomgr.notests saves 0.3 s of boot; swiotlb=noforce 65 MB and 0.5 s (facts/guest-vm.md).
+    no_timer_check: the check counts ticks while the guest spins, and a guest under TCG on a busy host gets
+    too few in that time: "IO-APIC + timer doesn't work", a panic. As Kata does.
     reboot=t with panic=-1 and QEMU's -no-reboot: a panic ends the VM at once. Memory that is plugged is
     used at once, three quarters of it movable at most: so it can be taken away again, and yet a VM that
     grew a lot has memory for the kernel's own tables.
     """
     section = plan.section
-    words = ["reboot=t", "panic=-1", "cryptomgr.notests", "swiotlb=noforce"]
+    words = ["reboot=t", "panic=-1", "cryptomgr.notests", "swiotlb=noforce", "no_timer_check"]
     if any(isinstance(placed.device, ConsoleConfig) for placed in plan.devices):
         words.insert(0, "console=ttyS0")
     if not section.enable_debug:

@@ -271,7 +271,9 @@ class TinyVm:
     def _arguments(self, monitor_fd: int) -> list[str]:
         section, channel = self._section, self._channel
         vcpus = max(1, -int(-section.default_vcpus // 1))  # a fraction is rounded up
-        kernel = "reboot=t panic=-1 swiotlb=noforce console=ttyS0 root=/dev/vda rootfstype=ext4 ro"
+        kernel = (
+            "reboot=t panic=-1 no_timer_check swiotlb=noforce console=ttyS0 root=/dev/vda rootfstype=ext4 ro"
+        )
         kernel += "" if section.enable_debug else " quiet"
         # The guest's agent calls this port of ours when it listens, so nobody has to poll it.
         kernel += f" agent.home_vport={channel.home_port}" if channel and channel.home_port else ""

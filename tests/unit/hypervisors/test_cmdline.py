@@ -63,7 +63,7 @@ def test_the_whole_command_line() -> None:
     rng = {"qom-type": "rng-random", "id": "src-rng", "filename": "/dev/urandom"}
     share = "vhost-user-fs-pci,id=share-fs,chardev=char-share-fs,tag=kataShared"
     kernel = (
-        "console=ttyS0 reboot=t panic=-1 cryptomgr.notests swiotlb=noforce quiet "
+        "console=ttyS0 reboot=t panic=-1 cryptomgr.notests swiotlb=noforce no_timer_check quiet "
         "root=/dev/vda rootfstype=ext4 ro agent.home_vport=1028"
     )
 
