@@ -183,7 +183,9 @@ def _guest_linux(
 ) -> None:
     spaces = []
     for space in linux.get("namespaces") or []:
-        # pid: the agent decides by sandbox_pidns; network and time: the VM's own are the pod's.
+        # pid: the agent decides by sandbox_pidns; network: the VM's own is the pod's.
+        if space.get("type") == "time":
+            left_out.append("linux.namespaces time (offsets are not supported, so it would change nothing)")
         if space.get("type") in {"pid", "network", "time"}:
             continue
         spaces.append({"type": space.get("type")})

@@ -112,6 +112,12 @@ def check(document: Mapping[str, Any], *, guest_selinux: bool = False) -> None:
 
         return visit
 
+    def check_namespaces(parent: dict[str, Any], key: str, where: str) -> None:
+        if not (isinstance(parent[key], list) and all(isinstance(one, Mapping) for one in parent[key])):
+            raise CallerError(
+                f"config.json: {where} must be a list of objects", phase="bundle", code="INVALID_ARGUMENT"
+            )
+
     def check_propagation(parent: dict[str, Any], key: str, where: str) -> None:
         if parent[key] not in _PROPAGATIONS:
             raise CallerError(
@@ -120,6 +126,7 @@ def check(document: Mapping[str, Any], *, guest_selinux: bool = False) -> None:
                 code="INVALID_ARGUMENT",
             )
 
+    _each(document, "linux.namespaces", check_namespaces)
     _each(document, "linux.rootfsPropagation", check_propagation)
     for place, why in REFUSED.items():
         _each(document, place, refuse(why, "UNIMPLEMENTED"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ import pytest
 
 from testing.api import Api, Task
 from testing.containerd import Containerd
+from testing.guest import write_configuration
 
 BUSYBOX = "local/busybox:1"
 MIB = 1 << 20
@@ -76,8 +78,7 @@ class Pod(Maker):
     def __init__(self, containerd: Containerd, api: Api, runtime: str) -> None:
         super().__init__(containerd, api, runtime)
         self._kind = "sandbox"
-        self.task = self.create(lambda _: None, "sleep", "100000")
-        self.task.start()
+        self.create(lambda _: None, "sleep", "100000").start()
         self._kind = "container"
 
     def create(self, change: Change, *command: str, options: tuple[str, ...] = ()) -> Task:
@@ -144,7 +145,8 @@ fact fuse_read sh -c ': < /dev/fuse && echo done'
 fact fuse_write sh -c ': > /dev/fuse'
 fact tun sh -c ': <> /dev/net/tun && echo done'
 fact null sh -c 'echo > /dev/null && echo done'
-fact sysctl sh -c 'cd /proc/sys; head -n 1 kernel/shm_rmid_forced kernel/msgmax fs/mqueue/queues_max'
+fact sysctl sh -c 'cd /proc/sys; cat kernel/shm_rmid_forced kernel/msgmax fs/mqueue/queues_max \
+    net/ipv4/ip_unprivileged_port_start'
 fact personality cat /proc/self/personality
 fact cgroup cat /proc/self/cgroup
 fact namespaces ls /proc/self/ns
@@ -202,6 +204,7 @@ def everything(spec: Spec) -> None:
         "kernel.shm_rmid_forced": "1",
         "kernel.msgmax": "4096",
         "fs.mqueue.queues_max": "17",
+        "net.ipv4.ip_unprivileged_port_start": "80",
     }
 
 
@@ -335,8 +338,7 @@ def test_device_rules_are_enforced(facts: dict[str, str]) -> None:
 
 
 def test_sysctls_of_the_containers_namespaces(facts: dict[str, str]) -> None:
-    values = [line for line in facts["sysctl"].splitlines() if line and not line.startswith("==>")]
-    assert values == ["1", "4096", "17"]
+    assert facts["sysctl"].split() == ["1", "4096", "17", "80"]
 
 
 @pytest.mark.kata_only
@@ -437,6 +439,25 @@ def test_containerds_default_profile_is_applied(pod: Pod) -> None:
     assert [line.split()[-1] for line in without.lines] == ["0", "0", "0"]
 
 
+def test_the_default_errno_of_a_profile(pod: Pod) -> None:
+    def change(spec: Spec) -> None:
+        spec["linux"]["seccomp"]["defaultErrnoRet"] = 38
+
+    done = pod.run(change, "unshare", "-U", "true", options=("--seccomp",))
+    assert done.code == 1
+    assert "Function not implemented" in done.err
+
+
+@pytest.mark.kata_only
+def test_the_configuration_turns_seccomp_off(containerd: Containerd, runtime: str, tmp_path: Path) -> None:
+    file = write_configuration(tmp_path / "c.toml", {"runtime": {"disable_guest_seccomp": True}})
+    done = containerd.run(
+        BUSYBOX, "grep", "Seccomp:", "/proc/self/status",
+        runtime=runtime, options=("--seccomp", "--runtime-config-path", str(file)),
+    )  # fmt: skip
+    assert done.text.split() == ["Seccomp:", "0"]
+
+
 def raw_devices(spec: Spec) -> None:
     spec["process"]["capabilities"] = capable("MKNOD", "SYS_ADMIN", "CHOWN")
 
@@ -513,7 +534,9 @@ def test_an_exec_has_its_own_privileges_under_the_containers_filter(pod: Pod) ->
 def test_an_exec_has_its_own_umask(pod: Pod) -> None:
     """runc 1.1 takes it from the spec of the container's init process only."""
     fields = {"user": {"uid": 0, "gid": 0, "umask": 0o077}}
-    process = pod.task.exec("sh", "-c", "umask", exec_id="umask", stdin=False, fields=fields)
+    task = pod.create(lambda _: None, "sleep", "100000")
+    task.start()
+    process = task.exec("sh", "-c", "umask", exec_id="umask", stdin=False, fields=fields)
     process.start()
     assert Done(process).lines == ["0077"]
 

@@ -36,10 +36,12 @@ def test_namespaces_of_the_host_do_not_reach_the_guest() -> None:
         {"type": "network", "path": "/run/netns/x"},
         {"type": "ipc", "path": "/proc/7/ns/ipc"},
         {"type": "mount"},
+        {"type": "time"},
     ]
-    guest, _ = amended({"linux": {"namespaces": spaces}})
+    guest, left_out = amended({"linux": {"namespaces": spaces}})
 
     assert guest["linux"]["namespaces"] == [{"type": "ipc"}, {"type": "mount"}, {"type": "cgroup"}]
+    assert any(line.startswith("linux.namespaces time") for line in left_out)
     assert not wants_sandbox_pidns({"linux": {"namespaces": spaces}})
     assert wants_sandbox_pidns({"linux": {"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]}})
 
