@@ -18,9 +18,17 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from google.protobuf.any_pb2 import Any as AnyMessage
 
 import ttrpc
-from proto import cri_pb2, runtimeoptions_pb2, sandbox_v1_pb2, task_v2_pb2
+from proto import (
+    cri_pb2,
+    runtimeoptions_pb2,
+    sandbox_v1_pb2,
+    streaming_pb2,
+    task_v2_pb2,
+    transfer_streams_pb2,
+)
 from testing.api import Api
 from testing.containerd import Containerd
 from testing.guest import PROJECT
@@ -29,6 +37,7 @@ pytestmark = pytest.mark.kata_only
 
 BUSYBOX = "local/busybox:1"
 _SANDBOX = sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"]
+_STREAMING = streaming_pb2.DESCRIPTOR.services_by_name["Streaming"]
 _TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
@@ -85,8 +94,15 @@ class Pod:
         request = getattr(task_v2_pb2, method.input_type.name)(id=container, **fields)
         return await self.client.call(method, request, timeout=timeout)
 
-    async def run(self, *command: str) -> tuple[str, Path]:
-        """A started container as a member of the pod, and the file that its output goes to."""
+    async def stream(self, name: str) -> Any:
+        """A stream of the shim's, opened as containerd 2.x does: up to its acknowledgement."""
+        stream = await self.client.stub(_STREAMING).stream()
+        await stream.send(_any(streaming_pb2.StreamInit(id=name)))
+        assert (await anext(stream)).type_url == "google.protobuf.Empty"
+        return stream
+
+    async def run(self, *command: str, **streams: Any) -> tuple[str, Path]:
+        """A started container as a member of the pod, and the file that its output goes to by default."""
         ctr = self.containerd
         name = ctr.new_id("member")
         ctr.ctr("container", "create", BUSYBOX, name)
@@ -108,7 +124,8 @@ class Pod:
         ).mounts
         output = bundle / "output"
         rootfs = [{"type": m.type, "source": m.source, "options": list(m.options)} for m in mounts]
-        await self.task("Create", name, bundle=str(bundle), rootfs=rootfs, stdout=f"file://{output}")
+        streams.setdefault("stdout", f"file://{output}")
+        await self.task("Create", name, bundle=str(bundle), rootfs=rootfs, **streams)
         await self.task("Start", name)
         return name, output
 
@@ -126,6 +143,10 @@ class Pod:
             self.containerd.remove(name)
         self.shim("delete", where=self.bundle, name=self.id)
         _remove(self.bundle)
+
+
+def _any(message: Any) -> AnyMessage:
+    return AnyMessage(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
 
 
 def _remove(bundle: Path) -> None:
@@ -194,13 +215,24 @@ async def test_a_sandbox_lives_without_a_container(pod: Pod) -> None:
 
 
 async def test_the_death_of_the_vm_is_told_at_once(pod: Pod) -> None:
+    """To a container too that talks with its client over ttrpc streams."""
     await pod.call("CreateSandbox", bundle_path=str(pod.bundle))
     started = await pod.call("StartSandbox")
-    name, _ = await pod.run("sleep", "100000")
+    stdin, stdout = [await pod.stream(name) for name in ("in", "out")]
+    url = "ttrpc+" + (pod.bundle / "address").read_text() + "?streaming_id="
+    name, _ = await pod.run("cat", stdin=url + "in", stdout=url + "out")
+    await stdout.send(_any(transfer_streams_pb2.WindowUpdate(update=1 << 20)))
+    assert transfer_streams_pb2.WindowUpdate.FromString((await anext(stdin)).value).update > 0
+    for word in (b"one\n", b"two\n"):
+        await stdin.send(_any(transfer_streams_pb2.Data(data=word)))
+        assert transfer_streams_pb2.Data.FromString((await anext(stdout)).value).data == word
+
     waiting = [asyncio.create_task(work) for work in (pod.call("WaitSandbox"), pod.task("Wait", name))]
     os.kill(started.pid, signal.SIGKILL)
     ended, exited = await asyncio.gather(*waiting)
     assert (ended.exit_status, exited.exit_status) == (255, 255)
+    with pytest.raises(StopAsyncIteration):
+        await anext(stdout)
     status = await pod.call("SandboxStatus")
     assert (status.state, status.exited_at) == ("SANDBOX_NOTREADY", ended.exited_at)
     with pytest.raises(ttrpc.RpcError) as refused:
