@@ -270,7 +270,8 @@ class GuestAgent:
     async def online_cpu_mem(self, vcpus: int) -> None:
         """OnlineCPUMem: `vcpus` in all, and whatever memory is there; returns when they are in use."""
         request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=vcpus)
-        await self._call("OnlineCPUMem", request)
+        with self._trace.phase("agent.online"):
+            await self._call("OnlineCPUMem", request)
 
     async def memory_block_size(self) -> int:
         """GetGuestDetails: bytes in which the guest's kernel takes memory."""

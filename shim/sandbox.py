@@ -37,6 +37,9 @@ from shim.limits import Size
 from shim.oci import spec_from_json
 from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
+from shim.resources.direct_volumes import DirectVolumes
+from shim.resources.direct_volumes import find as find_direct
+from shim.resources.direct_volumes import rewrite as rewrite_direct
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Bounds, Sizing, spec_limits
 from shim.trace import Trace
@@ -99,7 +102,10 @@ class VirtSandbox:
         self._on_oom = on_oom
         self._undo = undo
         self._hooks: dict[str, HostHooks] = {}
-        self._sizing = Sizing(settings.bounds, hypervisor, self, lambda work: self._watch(work, "shrink"))
+        self._direct = DirectVolumes(self._devices, hypervisor)
+        self._sizing = Sizing(
+            settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
+        )
         self._files: ContainerFiles
         if any(isinstance(device, ShareFsConfig) for device in settings.devices):
             self._files = SharedFiles(SharedDir(settings.share_path, undo))
@@ -190,6 +196,8 @@ class VirtSandbox:
             spec = complete(spec, self.settings.pod)
         kind = self.settings.container_type if container_id == self.id else MEMBER
         volumes = [] if kind == OWN else plan_volumes(spec, container_id)
+        direct = await asyncio.to_thread(find_direct, volumes) if volumes else {}
+        volumes = [volume for volume in volumes if volume.index not in direct]
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         volumes = await self._files.name(volumes)
         document, left_out = guest_spec(
@@ -201,6 +209,7 @@ class VirtSandbox:
             disable_seccomp=self.settings.disable_guest_seccomp,
             keep_cpuset=self.settings.direct_stdio,
         )
+        rewrite_direct(document, direct)
         message, rest = spec_from_json(document)
         left_out += rest.dropped
         if left_out:
@@ -211,6 +220,9 @@ class VirtSandbox:
         if kind != OWN or not self.settings.direct_stdio:
             with self._trace.phase("rootfs", id=container_id):
                 storages = await self._files.add(container_id, rootfs, root_path, volumes)
+        if direct:
+            with self._trace.phase("volumes", id=container_id):
+                storages += await self._direct.add(container_id, direct)
         await self._run_hooks(container_id, bundle, spec)
         return GuestContainer(
             spec=message, storages=storages, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond
@@ -242,6 +254,8 @@ class VirtSandbox:
         """Unmount what `prepare_container` mounted, let the VM shrink, run the poststop hooks. Idempotent."""
         if not self._stopped and not self._died.done():
             await self._sizing.forget(container_id)
+            for error in await self._direct.remove(container_id):
+                _log.error("not unplugged", container=container_id, error=str(error))
         for error in await self._files.remove(container_id):
             _log.error("not released", container=container_id, error=str(error))
         hooks = self._hooks.pop(container_id, None)
@@ -251,15 +265,6 @@ class VirtSandbox:
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
         await self._sizing.fit(container_id, resources, strict=True)
-
-    async def memory_block_size(self) -> int:
-        """`shim.resources.sizing.GuestSizing`."""
-        return await self.agent.memory_block_size()
-
-    async def online(self, vcpus: int) -> None:
-        """`shim.resources.sizing.GuestSizing`."""
-        with self._trace.phase("agent.online"):
-            await self.agent.online_cpu_mem(vcpus)
 
     @property
     def is_pod(self) -> bool:
@@ -343,6 +348,9 @@ class VirtSandbox:
                 guest_hook_path=settings.guest_hook_path,
             )
         self._watch(self._watch_oom(self._agent), "oom")
+
+    def _shrink(self, work: Any) -> None:
+        self._watch(work, "shrink")
 
     def _watch(self, work: Any, name: str) -> None:
         self._watchers = [watcher for watcher in self._watchers if not watcher.done()]

@@ -45,13 +45,13 @@ _log = structlog.get_logger("sizing")
 
 
 class GuestSizing(Protocol):
-    """What is asked of the agent."""
+    """What is asked of the agent: a part of `shim.agent_client.GuestAgent`."""
 
     async def memory_block_size(self) -> int:
         """Bytes; memory comes in whole blocks."""
         ...
 
-    async def online(self, vcpus: int) -> None:
+    async def online_cpu_mem(self, vcpus: int) -> None:
         """Have so many vCPUs in use, and all memory."""
         ...
 
@@ -128,10 +128,15 @@ def _annotated(annotations: Mapping[str, Any]) -> oci_pb2.LinuxResources:
 
 
 class Sizing:
-    """The running VM's size. `spawn` runs a shrink in the background, as long as the VM lives."""
+    """The running VM's size. `guest` answers the agent once the VM runs; `spawn` runs a shrink in the
+    background, as long as the VM lives."""
 
     def __init__(
-        self, bounds: Bounds, hypervisor: Hypervisor, guest: GuestSizing, spawn: Callable[[Any], None]
+        self,
+        bounds: Bounds,
+        hypervisor: Hypervisor,
+        guest: Callable[[], GuestSizing],
+        spawn: Callable[[Any], None],
     ) -> None:
         self._bounds = bounds
         self._hypervisor = hypervisor
@@ -215,12 +220,12 @@ class Sizing:
             target = min(self._memory + more, self._bounds.largest.memory) >> 20
             with contextlib.suppress(UnsupportedByHypervisor):
                 self._memory = await self._hypervisor.resize_memory(target) << 20
-        await self._guest.online(self._vcpus)
+        await self._guest().online_cpu_mem(self._vcpus)
         _log.info("the VM grew", vcpus=self._vcpus, memory_mib=self._memory >> 20)
 
     async def _block_size(self) -> int:
         if self._block == 0:
-            said = await self._guest.memory_block_size()
+            said = await self._guest().memory_block_size()
             self._block = said if _BLOCK <= said <= _MAX_BLOCK and said & (said - 1) == 0 else _BLOCK
         return self._block
 

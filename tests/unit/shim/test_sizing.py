@@ -62,7 +62,7 @@ class Host:
     async def memory_block_size(self) -> int:
         return self.block
 
-    async def online(self, vcpus: int) -> None:
+    async def online_cpu_mem(self, vcpus: int) -> None:
         assert vcpus == self.vcpus, "the guest is told of what is not plugged"
         await self._enter("online")
 
@@ -73,7 +73,8 @@ class Pod:
     def __init__(self, bounds: Bounds | None = None, *, shrinks: bool = True) -> None:
         self.host = Host(shrinks=shrinks)
         self.tasks: list[asyncio.Task[None]] = []
-        self.sizing = Sizing(bounds or Bounds(BASE, BASE, LARGEST), self.host, self.host, self._spawn)  # type: ignore[arg-type]
+        bounds = bounds or Bounds(BASE, BASE, LARGEST)
+        self.sizing = Sizing(bounds, self.host, lambda: self.host, self._spawn)  # type: ignore[arg-type]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.create_task(work))
