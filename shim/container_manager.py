@@ -284,8 +284,13 @@ class ContainerManager:
         return known + [""] * sum(process.exec_id is None for process in in_guest)
 
     def report_oom(self, container_id: str) -> None:
-        """The guest's kernel killed something in this container for want of memory."""
-        if container_id in self._containers:
+        """The guest's kernel killed something in this container for want of memory.
+
+        Our agent tells it before the exit. From one that does not it may come late: then it is not told,
+        for containerd's clients take an exit for the last word.
+        """
+        container = self._containers.get(container_id)
+        if container is not None and container.init.exit is None:
             self._events.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
 
     def when_idle(self, container_id: str, action: Callable[[], None]) -> None:

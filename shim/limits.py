@@ -10,11 +10,13 @@ Source: runtime-spec `config-linux.md`, cpu and memory; the period's default is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from proto import oci_pb2
 
-__all__ = ["Size", "wanted"]
+__all__ = ["Size", "fold_unified", "wanted"]
 
 _PERIOD = 100_000  # microseconds
 _NO_LIMIT = 1 << 62
@@ -35,6 +37,36 @@ def wanted(resources: oci_pb2.LinuxResources) -> Size:
     limit = resources.Memory.Limit
     vcpus = quota / period if quota > 0 else float(_count(resources.CPU.Cpus))
     return Size(vcpus=vcpus, memory=limit if 0 < limit < _NO_LIMIT else 0)
+
+
+def fold_unified(resources: Mapping[str, Any]) -> dict[str, Any]:
+    """`linux.resources` in which cpu and memory say what `unified` says of cpu.max and memory.max.
+
+    So the VM is sized by them too. `unified` stays, and wins in the guest as it does with runc; a text
+    that is no limit is left to the guest to refuse.
+    """
+    folded = dict(resources)
+    unified = resources.get("unified")
+    if not isinstance(unified, Mapping):
+        return folded
+    quota, period, *more = [*map(_number, str(unified.get("cpu.max") or "").split()), None, None][:3]
+    says = {
+        "memory": {"limit": _number(unified.get("memory.max"))},
+        "cpu": {"quota": quota, "period": period} if more == [None] else {},
+    }
+    for key, limits in says.items():
+        plain = folded.get(key) or {}
+        known = {name: limit for name, limit in limits.items() if limit is not None}
+        if known and isinstance(plain, Mapping):
+            folded[key] = {**plain, **known}
+    return folded
+
+
+def _number(text: object) -> int | None:
+    """A limit as cgroup v2 writes it; -1 for "max"."""
+    if text == "max":
+        return -1
+    return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 19 else None
 
 
 def _count(cpus: str) -> int:

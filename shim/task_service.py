@@ -24,6 +24,7 @@ from google.protobuf import any_pb2, empty_pb2
 from devices.errors import CallerError
 from proto import runc_options_pb2, task_types_pb2, task_v2_pb2, task_v3_pb2
 from shim.container_manager import ContainerManager
+from shim.limits import fold_unified
 from shim.oci import Rest, process_from_json, resources_from_json
 from shim.process import Exit, Process, Status
 from shim.stdio import StdioSpec
@@ -191,7 +192,7 @@ class TaskService:
     async def update(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Change a container's limits."""
         self._manager.get(request.id)
-        resources, rest = resources_from_json(_json(request.resources, "the resources"))
+        resources, rest = resources_from_json(fold_unified(_json(request.resources, "the resources")))
         _tell_dropped(request.id, rest)
         await self._manager.update(request.id, resources, beyond=rest.beyond)
         return empty_pb2.Empty()

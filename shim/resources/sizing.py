@@ -29,7 +29,7 @@ import structlog
 from devices.errors import CallerError, KataError, UnsupportedByHypervisor
 from hypervisors.base import Capabilities, Hypervisor
 from proto import oci_pb2
-from shim.limits import Size, wanted
+from shim.limits import Size, fold_unified, wanted
 from shim.oci import resources_from_json
 
 __all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits"]
@@ -67,7 +67,7 @@ class Bounds:
 
 def spec_limits(spec: Mapping[str, Any]) -> oci_pb2.LinuxResources:
     """linux.resources of a container's spec. Raises CallerError for what is malformed."""
-    resources = (spec.get("linux") or {}).get("resources") or {}
+    resources = fold_unified((spec.get("linux") or {}).get("resources") or {})
     limits, _ = resources_from_json({key: resources[key] for key in ("cpu", "memory") if resources.get(key)})
     return limits
 

@@ -10,7 +10,7 @@ import pytest
 from google.protobuf import any_pb2
 
 from devices.errors import CallerError, KataError
-from shim.limits import Size, wanted
+from shim.limits import Size, fold_unified, wanted
 from shim.oci import resources_from_json
 from tests.unit.shim.fakes import TaskClient
 
@@ -38,6 +38,25 @@ MIB = 1 << 20
 def test_what_limits_ask_for(document: dict[str, Any], size: Size) -> None:
     resources, _ = resources_from_json(document)
     assert wanted(resources) == size
+
+
+@pytest.mark.parametrize(
+    ("unified", "size"),
+    [
+        ({"memory.max": "4096", "cpu.max": "30 20"}, Size(1.5, 4096)),
+        ({"memory.max": "max", "cpu.max": "max"}, Size()),
+        ({"cpu.max": "200000"}, Size(2.0, 1024)),
+        ({"memory.high": "1", "memory.max": "lots", "cpu.max": "1 2 3"}, Size(1.0, 1024)),
+    ],
+)
+def test_unified_sizes_the_vm_too(unified: dict[str, str], size: Size) -> None:
+    """It wins over the fields that say the same, as in the guest."""
+    document = {"cpu": {"quota": 100_000}, "memory": {"limit": 1024}, "unified": unified}
+    resources, rest = resources_from_json(fold_unified(document))
+    assert wanted(resources) == size
+    assert rest.beyond["linux"]["resources"]["unified"] == unified
+    assert fold_unified({"pids": {"limit": 1}}) == {"pids": {"limit": 1}}
+    assert fold_unified({"memory": [1], "unified": unified})["memory"] == [1], "refused where it is read"
 
 
 async def update(shim: TaskClient, document: dict[str, Any]) -> None:
