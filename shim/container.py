@@ -22,10 +22,12 @@ from typing import Any
 import structlog
 
 from devices.errors import CallerError, KataError
-from proto import events_pb2, mount_pb2, oci_pb2
+from proto import mount_pb2, oci_pb2
+from shim.exit_status import exit_status
 from shim.process import Call, Exit, Kind, Process, Status
 from shim.protocols import EventSink, GuestContainer, Sandbox
 from shim.stdio import Stdio, StdioSpec
+from shim.task_events import TaskEvents
 
 __all__ = ["VM_DEATH", "Container"]
 
@@ -68,7 +70,7 @@ class Container:
         #: Nothing more is to be expected of its init process: it has ended and its output is drained.
         self.quiet = False
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
-        self._events = events
+        self.events = TaskEvents(events, container_id, self.pid)
         self._quieted = quieted
         self._namespace = namespace
         self._watchers: set[asyncio.Task[None]] = set()
@@ -102,18 +104,7 @@ class Container:
         await agent.create_container(self.id, guest, ports=ports)
         if not self.sandbox.direct_stdio:
             stdio.run(agent, self.id, "")
-        self._publish(
-            "create",
-            events_pb2.TaskCreate(
-                container_id=self.id,
-                bundle=self.bundle,
-                rootfs=rootfs,
-                io=events_pb2.TaskIO(
-                    stdin=spec.stdin, stdout=spec.stdout, stderr=spec.stderr, terminal=spec.terminal
-                ),
-                pid=self.pid,
-            ),
-        )
+        self.events.created(self.bundle, rootfs, spec)
         self._watch(self.init)
 
     async def abandon(self) -> None:
@@ -161,7 +152,7 @@ class Container:
             shown = await self._try_resize(process)
         await self.sandbox.agent.start_container(self.id)
         process.apply(Call.START)
-        self._publish("start", events_pb2.TaskStart(container_id=self.id, pid=self.pid))
+        self.events.started()
         await self.sandbox.container_started(self.id)
         if process.window != shown:
             await self._try_resize(process)
@@ -184,10 +175,7 @@ class Container:
         if not self.sandbox.direct_stdio:
             stdio.run(agent, self.id, process.exec_id)
         process.apply(Call.START)
-        self._publish(
-            "exec-started",
-            events_pb2.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=self.pid),
-        )
+        self.events.exec_started(process.exec_id)
         self._watch(process)
         if process.window is not None:
             await self._try_resize(process)
@@ -216,7 +204,7 @@ class Container:
             self._forget_exec(exec_id)
             raise
         self.execs[exec_id] = process
-        self._publish("exec-added", events_pb2.TaskExecAdded(container_id=self.id, exec_id=exec_id))
+        self.events.exec_added(exec_id)
 
     def _check_takes_execs(self) -> None:
         self.init.check(Call.EXEC)
@@ -258,7 +246,7 @@ class Container:
             self.init.check(Call.PAUSE)
             await self.sandbox.agent.pause_container(self.id)
             self.init.apply(Call.PAUSE)
-            self._publish("paused", events_pb2.TaskPaused(container_id=self.id))
+            self.events.paused()
 
     async def resume(self) -> None:
         """Let them run on."""
@@ -266,7 +254,7 @@ class Container:
             self.init.check(Call.RESUME)
             await self.sandbox.agent.resume_container(self.id)
             self.init.apply(Call.RESUME)
-            self._publish("resumed", events_pb2.TaskResumed(container_id=self.id))
+            self.events.resumed()
 
     async def update(self, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any]) -> None:
         """Change its limits: the VM grows first where it must, then the guest is told.
@@ -318,7 +306,7 @@ class Container:
         watcher.add_done_callback(self._watchers.discard)
 
     async def _see_exit(self, process: Process) -> None:
-        status = await self._status_from_guest(process)
+        status = await exit_status(self.sandbox, process)
         process.ended = Exit.now(VM_DEATH if status is None else status)
         assert process.stdio is not None
         dead = self.sandbox.died.done()
@@ -339,30 +327,6 @@ class Container:
             if dead:
                 await self._quieted(self)
 
-    async def _status_from_guest(self, process: Process) -> int | None:
-        """Its exit status; None when the guest died or lost it."""
-        call = asyncio.create_task(self._ask_status(process))
-        either: list[asyncio.Future[Any]] = [call, self.sandbox.died]
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                return None
-            return call.result()
-        except Exception as error:  # noqa: BLE001  (whatever went wrong, the exit must be told)
-            _log.warning("the exit status is lost", process=process.name, error=str(error))
-            return None
-        finally:
-            call.cancel()
-            await asyncio.wait([call])
-
-    async def _ask_status(self, process: Process) -> int:
-        if not self.sandbox.direct_stdio:
-            # A stock agent forgets the process with WaitProcess, and its last output with it. Its
-            # reads end half a second after the exit, so a pipe held open by others holds up nobody.
-            assert process.stdio is not None
-            await process.stdio.until_output_ends()
-        return await self.sandbox.agent.wait_process(self.id, process.exec_id)
-
     async def _end_execs(self) -> None:
         """The init process has gone: what runs beside it goes too, and is told before it."""
         waiting = [exec_ for exec_ in self.execs.values() if exec_.status is Status.RUNNING]
@@ -376,15 +340,8 @@ class Container:
             self._tell_exit(process, process.ended or Exit.now(_KILLED))
 
     def _tell_exit(self, process: Process, ended: Exit) -> None:
-        event = events_pb2.TaskExit(
-            container_id=self.id,
-            id=process.exec_id or self.id,
-            pid=self.pid,
-            exit_status=ended.status,
-        )
-        event.exited_at.FromNanoseconds(ended.at)
         if process.finish(ended):
-            self._publish("exit", event)
+            self.events.exited(process, ended)
 
     # -- removal -----------------------------------------------------------------------------------
 
@@ -424,9 +381,7 @@ class Container:
             await self.abandon()
             await remove()
             ended = process.exited.result()
-            event = events_pb2.TaskDelete(container_id=self.id, pid=self.pid, exit_status=ended.status)
-            event.exited_at.FromNanoseconds(ended.at)
-            self._publish("delete", event)
+            self.events.deleted(ended)
         return ended
 
     async def _kill_created(self, process: Process) -> None:
@@ -439,6 +394,3 @@ class Container:
     async def _until_exit_is_told(process: Process) -> None:
         if process.ended is not None:
             await asyncio.shield(process.exited)
-
-    def _publish(self, name: str, event: Any) -> None:
-        self._events.publish(f"/tasks/{name}", event)

@@ -30,7 +30,7 @@ import structlog
 from google.protobuf import any_pb2
 
 from devices.errors import CallerError, KataError
-from proto import events_pb2, mount_pb2, oci_pb2
+from proto import mount_pb2, oci_pb2
 from shim.container import Container
 from shim.process import Call, Exit, Status
 from shim.protocols import EventSink, RootfsMount, Sandbox
@@ -291,7 +291,7 @@ class ContainerManager:
         """
         container = self._containers.get(container_id)
         if container is not None and container.init.exit is None:
-            self._events.publish("/tasks/oom", events_pb2.TaskOOM(container_id=container_id))
+            container.events.killed_for_memory()
 
     def when_idle(self, container_id: str, action: Callable[[], None]) -> None:
         """Shutdown: call `action` now if no container is left, soon if only undoing goes on, else never.

@@ -15,6 +15,7 @@ from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from google.protobuf import any_pb2
 from hypothesis import settings
@@ -23,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from devices.errors import KataError
 from proto import task_types_pb2
+from shim import container as container_module
 from tests.unit.shim.fakes import VMM_PID, TaskClient
 
 POD = "pod"  # the sandbox's own container
@@ -115,6 +117,9 @@ class Tasks(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
+        # Nothing here is slow but the machine: a busy one must not make a container look stuck.
+        self.patience = mock.patch.multiple(container_module, _EXEC_GRACE=60.0, _KILL_GRACE=60.0)
+        self.patience.start()
         self.runner = asyncio.Runner()
         self.shim = self.runner.run(self._open())
         self.model: dict[str, Modelled] = {}
@@ -132,6 +137,7 @@ class Tasks(RuleBasedStateMachine):
             waiter.cancel()
         self.runner.run(self.shim.close())
         self.runner.close()
+        self.patience.stop()
         shutil.rmtree(self.directory)
 
     # --- talking to the service
@@ -139,7 +145,7 @@ class Tasks(RuleBasedStateMachine):
     def answer(self, call: Awaitable[Any]) -> tuple[str, Any]:
         async def guarded() -> tuple[str, Any]:
             try:
-                return "OK", await asyncio.wait_for(call, 10)
+                return "OK", await asyncio.wait_for(call, 60)
             except KataError as error:
                 return error.code, None
 
@@ -481,4 +487,4 @@ class Tasks(RuleBasedStateMachine):
 
 
 TestTasks = Tasks.TestCase
-TestTasks.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestTasks.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)

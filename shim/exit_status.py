@@ -1,0 +1,47 @@
+"""How a process ended, by the guest's word, or that nobody will ever know.
+
+What: `exit_status` waits for the end of one process in the guest.
+Why apart: it races the agent's answer against the death of the VM, and takes any failure for an answer:
+whatever goes wrong, an exit must be told.
+Invariants: it returns within moments of the VM's death; it raises nothing but for its own cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+
+from shim.process import Process
+from shim.protocols import Sandbox
+
+__all__ = ["exit_status"]
+
+_log = structlog.get_logger("container")
+
+
+async def exit_status(sandbox: Sandbox, process: Process) -> int | None:
+    """0..255; None when the guest died or lost it."""
+    call = asyncio.create_task(_ask(sandbox, process))
+    either: list[asyncio.Future[Any]] = [call, sandbox.died]
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            return None
+        return call.result()
+    except Exception as error:  # noqa: BLE001  (whatever went wrong, the exit must be told)
+        _log.warning("the exit status is lost", process=process.name, error=str(error))
+        return None
+    finally:
+        call.cancel()
+        await asyncio.wait([call])
+
+
+async def _ask(sandbox: Sandbox, process: Process) -> int:
+    if not sandbox.direct_stdio:
+        # A stock agent forgets the process with WaitProcess, and its last output with it. Its
+        # reads end half a second after the exit, so a pipe held open by others holds up nobody.
+        assert process.stdio is not None
+        await process.stdio.until_output_ends()
+    return await sandbox.agent.wait_process(process.container_id, process.exec_id)
