@@ -9,6 +9,7 @@ call; the VM may die at any time, also inside a call; waiters wait from any time
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Awaitable
@@ -25,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from devices.errors import KataError
 from proto import task_types_pb2
 from shim import container as container_module
+from shim import container_manager as manager_module
 from tests.unit.shim.fakes import VMM_PID, TaskClient
 
 POD = "pod"  # the sandbox's own container
@@ -118,8 +120,13 @@ class Tasks(RuleBasedStateMachine):
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
         # Nothing here is slow but the machine: a busy one must not make a container look stuck.
-        self.patience = mock.patch.multiple(container_module, _EXEC_GRACE=60.0, _KILL_GRACE=60.0)
-        self.patience.start()
+        self.patience = contextlib.ExitStack()
+        for module, name in (
+            (container_module, "_EXEC_GRACE"),
+            (container_module, "_KILL_GRACE"),
+            (manager_module, "_KILL_GRACE"),
+        ):
+            self.patience.enter_context(mock.patch.object(module, name, 60.0))
         self.runner = asyncio.Runner()
         self.shim = self.runner.run(self._open())
         self.model: dict[str, Modelled] = {}
@@ -137,7 +144,7 @@ class Tasks(RuleBasedStateMachine):
             waiter.cancel()
         self.runner.run(self.shim.close())
         self.runner.close()
-        self.patience.stop()
+        self.patience.close()
         shutil.rmtree(self.directory)
 
     # --- talking to the service
@@ -183,8 +190,12 @@ class Tasks(RuleBasedStateMachine):
         self.note_the_end()
 
     def note_the_end(self) -> None:
+        """The sandbox's own container takes the others with it."""
         pod = self.model.get(POD)
-        self.over = self.over or (pod is not None and pod.state == "stopped")
+        if pod is not None and pod.state == "stopped":
+            self.over = True
+            for container in self.model.values():
+                container.stop(KILLED)
 
     def settle(self) -> None:
         """What the model knows to have ended has been told to whoever asks."""
