@@ -4,7 +4,7 @@
 # What goes where (all below $DESTDIR):
 #   $PREFIX/venv                                          the shim and what it imports, locked versions
 #   $PREFIX/share/kata-containers/                        the guest: vmlinux, initrd.img, rootfs.img
-#   $PREFIX/share/defaults/kata-containers/               the configuration as shipped
+#   $PREFIX/share/defaults/kata-containers/               the configurations as shipped
 #   $PREFIX/libexec/vhost-device-vsock                    for hosts without /dev/vhost-vsock
 #   /usr/local/bin/{containerd-shim-kata-v2,kata-ctl}     where containerd and people find them
 #   /etc/kata-containers/configuration.toml               for the administrator to change
@@ -22,6 +22,7 @@ ETC=/etc/kata-containers/configuration.toml
 TARGET=$DESTDIR$PREFIX
 GUEST=$TARGET/share/kata-containers
 SHIPPED=$TARGET/share/defaults/kata-containers/configuration.toml
+SHIPPED_FC=${SHIPPED%.toml}-fc.toml
 GUEST_FILES=(vmlinux initrd.img rootfs.img manifest.json)
 
 say() { printf '[install] %s\n' "$*"; }
@@ -89,6 +90,8 @@ install_configuration() {
         sed -i "s|^#vsock_daemon = .*|vsock_daemon = \"$PREFIX/libexec/vhost-device-vsock\"|" "$SHIPPED"
     fi
     chmod 0644 "$SHIPPED"
+    sed -e "s|/opt/kata-shim/share|$PREFIX/share|g" config/configuration-fc.toml >"$SHIPPED_FC"
+    chmod 0644 "$SHIPPED_FC"
     if [[ $replace == yes ]]; then
         install -m 0644 "$SHIPPED" "$DESTDIR$ETC"
     else
@@ -111,7 +114,7 @@ do_install() {
 do_uninstall() {
     local file
     if etc_is_ours; then rm -f "$DESTDIR$ETC"; elif [[ -e $DESTDIR$ETC ]]; then say "kept: $ETC, which was changed"; fi
-    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "$TARGET/libexec/vhost-device-vsock"
+    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "$SHIPPED_FC" "$TARGET/libexec/vhost-device-vsock"
     for file in "${GUEST_FILES[@]}"; do rm -f "$GUEST/$file"; done
     rm -rf "$TARGET/venv"
     for file in "$TARGET/share/defaults/kata-containers" "$TARGET/share/defaults" "$GUEST" "$TARGET/share" \

@@ -6,12 +6,14 @@ import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from devices.errors import BugError
 from hypervisors.config import HypervisorConfig
+from hypervisors.firecracker.config import FirecrackerConfig
+from shim.config import Config
 from shim.config import load as load_module
 from shim.config import rules as rules_module
 from shim.config.fill import Table, fill, kind_of_field, kind_of_value
@@ -26,10 +28,7 @@ from shim.config.schema import (
     toml_value,
 )
 
-if TYPE_CHECKING:
-    from tests.unit.config.conftest import Files
-
-SHIPPED = Path(__file__).parents[3] / "config" / "configuration-qemu.toml"
+CONFIG = Path(__file__).parents[3] / "config"
 
 
 @pytest.mark.parametrize(
@@ -92,9 +91,10 @@ def test_values_are_shown_as_toml() -> None:
 
 
 class ShippedPlugin:
-    """The real schema without the host's facts, so that the test needs no QEMU."""
+    """A real schema without the host's facts, so that the test needs no VMM."""
 
-    section = HypervisorConfig
+    def __init__(self, section: type[Any]) -> None:
+        self.section = section
 
     def adjust_config(self, section: Any) -> Any:
         return section
@@ -103,34 +103,54 @@ class ShippedPlugin:
         pass
 
 
-def test_the_shipped_file_loads_and_nothing_in_it_is_without_effect(
-    files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def load_shipped(monkeypatch: pytest.MonkeyPatch, name: str, section: type[Any]) -> Config:
     monkeypatch.setattr(rules_module, "PATH_KEYS", {})
-    config = load_module.load_config(str(SHIPPED), get_plugin=lambda _: ShippedPlugin())  # type: ignore[arg-type, return-value]
+    return load_module.load_config(str(CONFIG / name), get_plugin=lambda _: ShippedPlugin(section))  # type: ignore[arg-type, return-value]
+
+
+def test_the_shipped_file_loads_and_nothing_in_it_is_without_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_shipped(monkeypatch, "configuration-qemu.toml", HypervisorConfig)
     assert config.inactive == ()
     assert config.agent.boot_deadline == 60.0
     assert (config.agent.home_call, config.runtime.use_passfd_io) == (True, True)
     assert config.hypervisor.default_memory == 256
 
 
-def test_what_the_shipped_file_shows_commented_out_is_the_default() -> None:
-    text = re.sub(r"^#(?=\w+ = )", "", SHIPPED.read_text(), flags=re.MULTILINE)
-    opened = tomllib.loads(text)
-    shipped = tomllib.loads(SHIPPED.read_text())
+def test_the_one_for_firecracker_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_shipped(monkeypatch, "configuration-fc.toml", FirecrackerConfig)
+    assert config.inactive == ()
+    assert config.hypervisor_name == "firecracker"
+    assert config.hypervisor.default_memory == 256
+
+
+BOTH = pytest.mark.parametrize(
+    ("file", "section", "schema"),
+    [
+        ("configuration-qemu.toml", "qemu", HypervisorConfig),
+        ("configuration-fc.toml", "firecracker", FirecrackerConfig),
+    ],
+)
+
+
+@BOTH
+def test_what_a_shipped_file_shows_commented_out_is_the_default(
+    file: str, section: str, schema: type[Any]
+) -> None:
+    shipped = (CONFIG / file).read_text()
+    opened = tomllib.loads(re.sub(r"^#(?=\w+ = )", "", shipped, flags=re.MULTILINE))
     places = {"path", "virtio_fs_daemon", "vsock_daemon"}  # found by looking at the host: "" is the default
     told: set[tuple[str, ...]] = set()
     everything: set[tuple[str, ...]] = set()
-    for name, schema in (
+    for name, keys in (
         (("runtime",), RuntimeConfig),
         (("agent", "kata"), AgentConfig),
-        (("hypervisor", "qemu"), HypervisorConfig),
-        (("hypervisor", "qemu"), AnnotationPolicy),
+        (("hypervisor", section), schema),
+        (("hypervisor", section), AnnotationPolicy),
     ):
-        table, plain = opened, shipped
+        table, plain = opened, tomllib.loads(shipped)
         for part in name:
             table, plain = table[part], plain[part]
-        defaults = {field.name: field.default for field in fields(schema)}
+        defaults = {field.name: field.default for field in fields(keys)}
         told |= {(*name, key) for key in table if key in defaults}
         everything |= {(*name, key) for key in table}
         for key in table.keys() & defaults.keys():
@@ -140,10 +160,14 @@ def test_what_the_shipped_file_shows_commented_out_is_the_default() -> None:
     assert told == everything
 
 
-def test_every_key_that_has_an_effect_is_explained_in_the_shipped_file() -> None:
-    text = SHIPPED.read_text()
-    named_by_section = {"AgentConfig.name"}
-    for schema in (RuntimeConfig, AgentConfig, HypervisorConfig, AnnotationPolicy):
-        for field in fields(schema):
-            if f"{schema.__name__}.{field.name}" not in named_by_section:
+@BOTH
+def test_every_key_that_has_an_effect_is_explained_in_the_shipped_file(
+    file: str, section: str, schema: type[Any]
+) -> None:
+    """What all files have in common is explained in QEMU's."""
+    text = (CONFIG / file).read_text()
+    common = (RuntimeConfig, AgentConfig, AnnotationPolicy) if section == "qemu" else ()
+    for keys in (*common, schema):
+        for field in fields(keys):
+            if (keys, field.name) != (AgentConfig, "name"):  # that is the section's
                 assert re.search(rf"^#?{field.name} = ", text, re.MULTILINE), field.name
