@@ -85,6 +85,7 @@ class VirtContainer:
         self._tasks = tasks
         self._sandbox: VirtSandbox | None = None
         self._config: Config | None = None
+        self._making = asyncio.Lock()
         self.trace = Trace(context.sandbox_id, context.state_dir)
         self.trace.mark("daemon", start_time(os.getpid()) / os.sysconf("SC_CLK_TCK"), time.monotonic())
         self.manager: ContainerManager | None = None
@@ -104,15 +105,16 @@ class VirtContainer:
         options: AnyMessage,
     ) -> VirtSandbox:
         """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
-        if self.pod is not None:
-            sandbox = self.pod.admit(container_id)
-            self._check(spec)
-            return sandbox
-        if self._sandbox is None or self._sandbox.stopped:
-            self._sandbox = await self._make(container_id, spec, options)
-        else:
-            self._check(spec)
-        return self._sandbox
+        async with self._making:  # two first containers, or one and a CreateSandbox, make one sandbox
+            if self.pod is not None:
+                sandbox = self.pod.admit(container_id)
+                self._check(spec)
+                return sandbox
+            if self._sandbox is None or self._sandbox.stopped:
+                self._sandbox = await self._make(container_id, spec, options)
+            else:
+                self._check(spec)
+            return self._sandbox
 
     async def make_pod(
         self, spec: Mapping[str, Any], options: AnyMessage, defaults: PodDefaults
@@ -121,9 +123,12 @@ class VirtContainer:
         from shim.pod_sandbox import PodSandbox
 
         assert self.manager is not None
-        self._sandbox = await self._make(self._context.sandbox_id, spec, options, defaults)
-        self.pod = PodSandbox(self._sandbox, self.manager, self._tasks)
-        return self.pod
+        async with self._making:
+            if self._sandbox is not None and not self._sandbox.stopped:
+                raise CallerError("this shim has containers without a sandbox", code="FAILED_PRECONDITION")
+            self._sandbox = await self._make(self._context.sandbox_id, spec, options, defaults)
+            self.pod = PodSandbox(self._sandbox, self.manager, self._tasks)
+            return self.pod
 
     async def _make(
         self, name: str, spec: Mapping[str, Any], options: AnyMessage, pod: PodDefaults | None = None
