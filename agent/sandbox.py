@@ -12,9 +12,10 @@ alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agent import log
@@ -58,6 +59,7 @@ class Sandbox:
         self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
         self._namespaces: dict[str, str] = {}  # type -> path that the next containers join
         self._held: list[int] = []
+        self._making = asyncio.Lock()
         self._reaper = reaper
         self._listener = listener
         self._crun = Crun(reaper, WORK_DIR)
@@ -133,7 +135,6 @@ class Sandbox:
 
             sysctl.apply(sysctl.take_network(config["linux"]))
         self._place(config, name)
-        self._share_namespaces(config["linux"], request.sandbox_pidns, annotations.get(_PRIVATE, ""))
         container = Container(
             name,
             config,
@@ -142,20 +143,30 @@ class Sandbox:
             reaper=self._reaper,
             listener=self._listener,
         )
+        share_pid = request.sandbox_pidns
+        private = annotations.get(_PRIVATE, "").split(",")
+        known = self._namespaces.keys() >= ({"ipc", "uts", "pid"} if share_pid else {"ipc", "uts"})
         self.containers[name] = container
         try:
-            self._mounted[name] = await self.storages.add(request.storages)
-            if request.devices:
-                from agent.blockdev import resolve_devices
-
-                await resolve_devices(request.devices, config["linux"])
-            async with container.lock:
-                await container.create((request.stdin_port, request.stdout_port, request.stderr_port))
+            # Whoever comes while the namespaces that it is to join are made waits for them.
+            async with contextlib.nullcontext() if known else self._making:
+                self._share_namespaces(config["linux"], share_pid, private)
+                await self._create(container, request)
+                kinds = ["ipc", "uts", *(["pid"] if share_pid or is_own(annotations) else [])]
+                self._hold_namespaces(container, [kind for kind in kinds if kind not in private])
         except BaseException:
             self.containers.pop(name, None)
             await self.storages.release(self._mounted.pop(name, []))
             raise
-        self._hold_namespaces(container, request.sandbox_pidns or is_own(annotations))
+
+    async def _create(self, container: Container, request: agent_pb2.CreateContainerRequest) -> None:
+        self._mounted[container.id] = await self.storages.add(request.storages)
+        if request.devices:
+            from agent.blockdev import resolve_devices
+
+            await resolve_devices(request.devices, container.config["linux"])
+        async with container.lock:
+            await container.create((request.stdin_port, request.stdout_port, request.stderr_port))
 
     def _place(self, config: dict[str, Any], name: str) -> None:
         """Give the container a cgroup of its own, wherever the host wants it."""
@@ -167,28 +178,27 @@ class Sandbox:
                 path = f"/kata/{name}"
         config["linux"]["cgroupsPath"] = path
 
-    def _share_namespaces(self, linux: dict[str, Any], share_pid: bool, private: str) -> None:
-        """Have a container join the pod's namespaces, but for those that it is to have for itself.
+    def _share_namespaces(self, linux: dict[str, Any], share_pid: bool, private: Sequence[str]) -> None:
+        """Have a container join the pod's namespaces, but for the kinds that it is to have for itself.
 
-        `private`: kinds, separated by commas; without it a host that does not tell (Kata's own shim
-        clears all paths) means that they are shared.
+        A host that does not tell (Kata's own shim clears all paths) means that they are shared.
         """
         wanted = {entry["type"]: entry for entry in linux["namespaces"]}
         for kind, path in self._namespaces.items():
             if kind == "pid" and share_pid:
                 wanted.setdefault("pid", {"type": "pid"})["path"] = path
-            elif kind != "pid" and kind in wanted and kind not in private.split(","):
+            elif kind != "pid" and kind in wanted and kind not in private:
                 wanted[kind]["path"] = path
         # The host leaves it out: by sandbox_pidns it is the pod's, else the container's own.
         wanted.setdefault("pid", {"type": "pid"})
         linux["namespaces"] = list(wanted.values())
 
-    def _hold_namespaces(self, container: Container, share_pid: bool) -> None:
-        """Remember the namespaces that the first container is in, for the next ones to join."""
+    def _hold_namespaces(self, container: Container, kinds: Sequence[str]) -> None:
+        """Remember the namespaces that a container is in, for the next ones to join."""
         if container.init is None:
             return
-        for kind in ("ipc", "uts", "pid"):
-            if kind in self._namespaces or (kind == "pid" and not share_pid):
+        for kind in kinds:
+            if kind in self._namespaces:
                 continue
             try:
                 fd = os.open(f"/proc/{container.init.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)

@@ -89,8 +89,8 @@ async def test_containers_of_a_pod_share_namespaces(sandbox: Sandbox) -> None:
     sandbox._namespaces = {"ipc": "/proc/1/fd/8", "uts": "/proc/1/fd/9", "pid": "/proc/1/fd/10"}
     own = {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "mount"}]}
     shared = {"namespaces": [{"type": "ipc"}, {"type": "mount"}]}
-    sandbox._share_namespaces(own, share_pid=False, private="")
-    sandbox._share_namespaces(shared, share_pid=True, private="uts")
+    sandbox._share_namespaces(own, share_pid=False, private=[])
+    sandbox._share_namespaces(shared, share_pid=True, private=["uts"])
 
     assert own["namespaces"] == [{"type": "pid"}, {"type": "ipc", "path": "/proc/1/fd/8"}, {"type": "mount"}]
     assert {"type": "pid", "path": "/proc/1/fd/10"} in shared["namespaces"]
@@ -99,7 +99,7 @@ async def test_containers_of_a_pod_share_namespaces(sandbox: Sandbox) -> None:
 async def test_a_container_may_have_namespaces_of_its_own(sandbox: Sandbox) -> None:
     sandbox._namespaces = {"ipc": "/proc/1/fd/8", "uts": "/proc/1/fd/9"}
     linux = {"namespaces": [{"type": "ipc"}, {"type": "uts"}]}
-    sandbox._share_namespaces(linux, share_pid=False, private="ipc,mount")
+    sandbox._share_namespaces(linux, share_pid=False, private=["ipc", "mount"])
 
     assert linux["namespaces"] == [{"type": "ipc"}, {"type": "uts", "path": "/proc/1/fd/9"}, {"type": "pid"}]
 
