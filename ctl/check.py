@@ -23,6 +23,7 @@ from typing import Any
 from ctl.environment import first_line
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
+from hypervisors.registry import broken_plugins
 from shim.config import Config, load_config
 
 __all__ = ["Finding", "Host", "Level", "findings", "run"]
@@ -253,6 +254,9 @@ def _hypervisor(config: Config | None, get_plugin: Callable[[str], Any]) -> Iter
     except KataError as error:
         yield Finding(Level.FAIL, name, error.cause, error.hint)
         return
+    except Exception as error:  # noqa: BLE001  (somebody else's code)
+        yield Finding(Level.FAIL, name, f"its own check failed: {error!r:.200}", "tell its authors")
+        return
     for result in results:
         if not result.ok:
             yield Finding(Level.FAIL, result.name, result.text, result.hint)
@@ -270,10 +274,16 @@ _NO_KVM = f"QEMU works without, but the guest runs many times slower: {_KVM_HOW}
 
 def _others(config: Config | None, plugins: dict[str, Any]) -> Iterator[Finding]:
     """One line for each hypervisor that is not the chosen one: could it run here?"""
+    for name, problem in sorted(broken_plugins().items()):
+        yield Finding(Level.WARN, f"also {name}", f"installed, but cannot be loaded: {problem}")
     for name, plugin in sorted(plugins.items()):
         if name == (config.hypervisor_name if config else "qemu"):
             continue
-        bad = [result for result in plugin.check() if not result.ok]
+        try:
+            bad = [result for result in plugin.check() if not result.ok]
+        except Exception as error:  # noqa: BLE001  (somebody else's code)
+            yield Finding(Level.WARN, f"also {name}", f"its own check failed: {error!r:.200}")
+            continue
         if bad:
             reasons = "; ".join(result.text for result in bad)
             hints = "; ".join(result.hint for result in bad if result.hint)

@@ -35,6 +35,9 @@ _BUILT_IN = {
 # Names of one VMM in the files of Kata's two runtimes; the first is the plugin's.
 _NAMES = (("firecracker", "fc"), ("clh", "cloud-hypervisor", "ch"))
 
+# What makes an object a plugin; see `HypervisorPlugin`.
+_MEMBERS = ("adjust_config", "capabilities", "check", "create", "name", "section", "validate_config")
+
 _plugins: dict[str, HypervisorPlugin[Any]] = {}
 _offers: dict[str, str] = {}  # "module:attribute" of plugins that are known by name only
 _broken: dict[str, Exception] = {}
@@ -72,7 +75,7 @@ def get_plugin(name: str) -> HypervisorPlugin[Any]:
         return _plugins[name]
     if name in _broken:
         raise ConfigError(
-            f"the hypervisor plugin {name!r} cannot be loaded: {_broken[name]}",
+            f'the hypervisor plugin "{name}" cannot be loaded: {_broken[name]}',
             phase="config",
             hint="install the package that provides it again",
         ) from _broken[name]
@@ -110,6 +113,10 @@ def _load(name: str, value: str) -> None:
         return
     module, _, attribute = value.partition(":")
     try:
-        register_hypervisor_plugin(name, getattr(importlib.import_module(module), attribute))
+        plugin = getattr(importlib.import_module(module), attribute)
+        missing = [member for member in _MEMBERS if not hasattr(plugin, member)]
+        if missing:
+            raise TypeError(f"{value} is no hypervisor plugin: it lacks {', '.join(missing)}")
+        register_hypervisor_plugin(name, plugin)
     except Exception as error:  # noqa: BLE001  (somebody else's code at import time may raise anything)
         _broken[name] = error

@@ -175,6 +175,19 @@ def test_a_line_for_each_other_hypervisor(world: World) -> None:
     assert "also qemu" not in found
 
 
+def test_a_plugin_whose_check_fails_is_one_line(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Plugin):
+        def check(self) -> list[CheckResult]:
+            raise RuntimeError("oops")
+
+    world.plugins = {"acme": Broken([])}
+    monkeypatch.setattr(check, "broken_plugins", lambda: {"worse": "ImportError: no module"})
+    found = world.look()
+    assert found["also acme"].text == "its own check failed: RuntimeError('oops')"
+    assert found["also worse"].text == "installed, but cannot be loaded: ImportError: no module"
+    assert {found["also acme"].level, found["also worse"].level} == {Level.WARN}
+
+
 def test_a_bad_configuration_fails_and_the_rest_is_looked_at_all_the_same(world: World) -> None:
     world.write("kernal = 1\n")
     found = world.look()

@@ -36,7 +36,7 @@ def test_qemu_is_built_in() -> None:
 
 def test_somebody_elses_plugin_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = types.ModuleType("acme_vmm")
-    module.plugin = object()
+    module.plugin = types.SimpleNamespace(**dict.fromkeys(registry._MEMBERS))
     monkeypatch.setitem(sys.modules, "acme_vmm", module)
     offer(monkeypatch, metadata.EntryPoint("acme", "acme_vmm:plugin", registry.GROUP))
 
@@ -48,8 +48,18 @@ def test_a_broken_plugin_is_named_and_hides_nothing(monkeypatch: pytest.MonkeyPa
     offer(monkeypatch, metadata.EntryPoint("bad", "no_such_module_here:plugin", registry.GROUP))
 
     assert sorted(registry.load_plugins()) == ["firecracker", "qemu"]
-    with pytest.raises(ConfigError, match=r"'bad' cannot be loaded.*no_such_module_here"):
+    with pytest.raises(ConfigError, match=r'"bad" cannot be loaded.*no_such_module_here'):
         registry.get_plugin("bad")
+
+
+def test_an_object_that_is_no_plugin_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = types.ModuleType("acme_vmm")
+    module.plugin = types.SimpleNamespace(name="acme", section=None, create=None, check=None)
+    monkeypatch.setitem(sys.modules, "acme_vmm", module)
+    offer(monkeypatch, metadata.EntryPoint("acme", "acme_vmm:plugin", registry.GROUP))
+    with pytest.raises(ConfigError, match="it lacks adjust_config, capabilities, validate_config"):
+        registry.get_plugin("acme")
+    assert "it lacks adjust_config" in registry.broken_plugins()["acme"]
 
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
