@@ -1,7 +1,7 @@
 """Block devices: from the host's name for them to the node in the guest's /dev.
 
-What: `find_device` waits until the kernel has the device and answers its path; `resolve_devices`
-puts guest numbers into a spec that was written with the host's.
+What: `find_device` waits until the kernel has the device and answers its path, `wait_for_link` the same for
+a network card; `resolve_devices` puts guest numbers into a spec that was written with the host's.
 Why by uevent: hot-plug takes some 50 ms and the kernel announces its end; nothing is polled.
 Invariants: the host's text only selects among what sysfs lists, it never becomes a path of ours;
 waiting ends at `HOTPLUG_DEADLINE`.
@@ -21,7 +21,7 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["find_device", "pci_directory", "resolve_devices", "wait_for_size"]
+__all__ = ["find_device", "pci_directory", "resolve_devices", "wait_for_link", "wait_for_size"]
 
 T = TypeVar("T")
 
@@ -62,12 +62,18 @@ def pci_directory(path: str, sysfs: str = SYSFS) -> str | None:
 def _blk(source: str, sysfs: str) -> str | None:
     if source.startswith("/dev/"):
         return _node(source)
+    name = _virtio(source, "block", sysfs)
+    return f"/dev/{name}" if name else None
+
+
+def _virtio(source: str, kind: str, sysfs: str) -> str | None:
+    """The kernel's name of what the virtio device at this PCI path is: "vda", "eth0"."""
     directory = pci_directory(source, sysfs)
     if directory is None:
         return None
     for below in _listdir(directory):
-        for name in _listdir(f"{directory}/{below}/block") if below.startswith("virtio") else []:
-            return f"/dev/{name}"
+        for name in _listdir(f"{directory}/{below}/{kind}") if below.startswith("virtio") else []:
+            return name
     return None
 
 
@@ -115,6 +121,17 @@ async def find_device(
                 Code.NOT_FOUND, f"no {driver} device {source[:80]} appeared within {timeout:g} s"
             ) from None
     return found
+
+
+async def wait_for_link(path: str, *, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE) -> None:
+    """Return when the network card at this PCI path has a link. Raises RpcError(NOT_FOUND)."""
+    if _virtio(path, "net", sysfs) is None:
+        try:
+            await _on_uevent(lambda: _virtio(path, "net", sysfs), timeout)
+        except TimeoutError:
+            raise RpcError(
+                Code.NOT_FOUND, f"no network card {path[:80]} appeared within {timeout:g} s"
+            ) from None
 
 
 async def wait_for_size(

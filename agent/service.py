@@ -357,9 +357,13 @@ class AgentService:
     async def update_interface(
         self, _: CallContext, request: agent_pb2.UpdateInterfaceRequest
     ) -> types_pb2.Interface:
-        """Name, address and raise a link."""
+        """Name, address and raise a link, once it is there."""
         from agent.network import update_interface
 
+        if request.interface.devicePath:
+            from agent.blockdev import wait_for_link
+
+            await wait_for_link(request.interface.devicePath)
         update_interface(request.interface)
         return request.interface
 

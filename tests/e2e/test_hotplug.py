@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import fcntl
 import os
 import re
 import socket
+import struct
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from devices.config import (
     BlockFormat,
     ConsoleConfig,
     DeviceConfig,
+    NetworkConfig,
     RngConfig,
     ShareFsConfig,
     VsockConfig,
@@ -29,6 +32,7 @@ from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.plugin import plugin
 from hypervisors.qemu.vmm import Qemu
 from proto import agent_pb2 as agent
+from proto import types_pb2 as types
 from testing.guest import PROJECT, guest_files
 from tests.e2e.guests import STREAM_PORT, Guest, fill_share, make_spec, read_some, sandbox_request
 from ttrpc import Client
@@ -253,6 +257,34 @@ async def test_disks_come_where_they_are_said_to_be(boot: Boot, tmp_path: Path) 
     assert [name for name in out.decode().split() if name.startswith("vd")] == ["vda"]
     with pytest.raises(HypervisorError, match="QEMU refused blockdev-add"):
         await manager.try_add_device(BlockConfig(id="bad", path=disks[0].path, format=BlockFormat.QCOW2), vm)
+
+
+def open_tap() -> int:
+    """A tap of this host's, which goes with its descriptor."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    flags = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"katatest%d", flags))  # TUNSETIFF
+    return fd
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="no /dev/net/tun")
+async def test_a_network_card_comes_and_goes(boot: Boot) -> None:
+    vm, guest, _ = await boot()
+    tap = open_tap()
+    try:
+        card = NetworkConfig(id="net0", mac="02:00:00:00:00:07", tap_fds=(tap,))
+        path = await vm.add_device(card)
+        interface = types.Interface(name="eth7", hwAddr=card.mac, mtu=1400, devicePath=path)
+        await guest.agent.update_interface(agent.UpdateInterfaceRequest(interface=interface))
+        links = (await guest.agent.list_interfaces(agent.ListInterfacesRequest())).Interfaces
+        assert [(link.hwAddr, link.mtu) for link in links if link.name == "eth7"] == [(card.mac, 1400)]
+
+        await vm.remove_device("net0")
+        links = (await guest.agent.list_interfaces(agent.ListInterfacesRequest())).Interfaces
+        assert card.mac not in [link.hwAddr for link in links]
+        assert await vm.add_device(card) == path
+    finally:
+        os.close(tap)
 
 
 async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent import blockdev
-from agent.blockdev import find_device, pci_directory, resolve_devices, wait_for_size
+from agent.blockdev import find_device, pci_directory, resolve_devices, wait_for_link, wait_for_size
 from agent.mounts import mounts_below, parse_options
 from agent.storage import Storages
 from proto import agent_pb2
@@ -41,6 +41,7 @@ def sysfs(tmp_path: Path) -> Path:
     behind = root / "0000:00:03.0"
     (behind / "pci_bus/0000:07").mkdir(parents=True)
     (behind / "0000:07:0a.1/virtio4/block/vdc").mkdir(parents=True)
+    (root / "0000:00:05.0/virtio6/net/eth0").mkdir(parents=True)
     (tmp_path / "class/scsi_device/2:0:1:5/device/block/sdb").mkdir(parents=True)
     return tmp_path
 
@@ -62,6 +63,12 @@ async def test_devices_that_are_there(sysfs: Path) -> None:
     assert await find_device("blk", "03/0a.1", sysfs=str(sysfs)) == "/dev/vdc"
     assert await find_device("scsi", "1:5", sysfs=str(sysfs)) == "/dev/sdb"
     assert await find_device("mmioblk", "/dev/null") == "/dev/null"
+
+
+async def test_a_network_card_is_waited_for_by_its_path(sysfs: Path) -> None:
+    await wait_for_link("05", sysfs=str(sysfs))
+    with pytest.raises(RpcError, match=r"no network card 02 appeared within 0.05 s"):
+        await wait_for_link("02", sysfs=str(sysfs), timeout=0.05)
 
 
 async def test_a_device_that_never_comes(sysfs: Path) -> None:
