@@ -49,6 +49,7 @@ __all__ = ["Firecracker"]
 _NAME = "firecracker"
 _CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory takes to write
 _SNAPSHOT = 120.0
+_START = 120.0  # InstanceStart loads the kernel; the deadline of `start_vm` comes first
 _CGROUP_DEADLINE = 2.0
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -84,7 +85,9 @@ class Firecracker:
         self._parts = _Parts()
         self._stopping = False
         self._ended: asyncio.Future[VmExit] | None = None
+        self._starting: asyncio.Future[None] | None = None  # from `start_vm` on; done when that is
         self._watcher: asyncio.Task[None] | None = None
+        self._releasing = asyncio.Lock()
 
     # --- the VM's life
 
@@ -108,6 +111,7 @@ class Firecracker:
         if self._parts.den is None or self._ended is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
         self._ended = asyncio.get_running_loop().create_future()
+        self._starting = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
                 await self._spawn(timeout)
@@ -116,21 +120,26 @@ class Firecracker:
                 else:
                     await self._configure()
         except TimeoutError:
-            await self.stop_vm()
+            await self._end()
             raise self._with_evidence(
                 HypervisorError(f"Firecracker did not start within {timeout:g} s", code="DEADLINE_EXCEEDED")
             ) from None
         except KataError as error:
-            await self.stop_vm()
+            stopped = self._stopping
+            await self._end()
+            if stopped:  # what it met is only how the stop looked from here
+                raise HypervisorError("the VM was stopped while it started", code="ABORTED") from error
             raise self._with_evidence(error) from None
         except OSError as error:
-            await self.stop_vm()
+            await self._end()
             raise self._with_evidence(
                 HostError(f"cannot prepare Firecracker's files: {error}", phase="vmm")
             ) from error
         except BaseException:
-            await self.stop_vm()
+            await self._end()
             raise
+        finally:
+            self._starting.set_result(None)
         _log.info("Firecracker runs", pid=self._process().pid, jail=self._parts.den.jailed)
 
     async def wait_vm(self) -> VmExit:
@@ -140,8 +149,14 @@ class Firecracker:
         return await asyncio.shield(self._ended)
 
     async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: Firecracker keeps nothing that would want flushing, so SIGKILL."""
-        self._stopping = True
+        """See `Hypervisor.stop_vm`: Firecracker keeps nothing that would want flushing, so SIGKILL. A start
+        under way fails first."""
+        await self._end()
+        if self._starting is not None:
+            await asyncio.wait({self._starting})
+
+    async def _end(self) -> None:
+        self._stopping = self._ended is not None
         if self._parts.process is not None:
             await self._parts.process.kill()
         if self._watcher is not None:
@@ -276,6 +291,10 @@ class Firecracker:
 
     async def cleanup(self) -> None:
         """See `Hypervisor.cleanup`."""
+        async with self._releasing:
+            await self._release()
+
+    async def _release(self) -> None:
         await self.stop_vm()
         parts = self._parts
         if parts.channel is not None:
@@ -357,6 +376,7 @@ class Firecracker:
         if jail and section.jailer_cgroups:
             for path in _cgroup_paths(section, jail, version):
                 parts.cgroups.append(self._undo.record("cgroup", path=path))
+        self._check_stopping()
         parts.process = await Child.spawn(
             boot.arguments(section, jail=jail, base=JAIL_BASE, netns=self._netns, cgroups=version),
             name=_NAME,
@@ -367,11 +387,16 @@ class Firecracker:
         )
         parts.report.process = parts.process
         self._watcher = asyncio.create_task(self._watch(parts.process), name=f"watch {self._sandbox_id}")
+        self._check_stopping()  # who stopped us saw no process
         sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
         parts.api = FirecrackerApi(sock)
         level = "Debug" if section.enable_debug else "Warn"
         await self._put("/logger", {"log_path": LOG, "level": level, "show_level": True})
         await self._put("/metrics", {"metrics_path": METRICS})
+
+    def _check_stopping(self) -> None:
+        if self._stopping:
+            raise HypervisorError("the VM was stopped before Firecracker ran", code="ABORTED")
 
     def _make_files(self, den: Den) -> None:
         den.make_fifo(LOG)
@@ -403,7 +428,7 @@ class Firecracker:
                     pass
         for call in calls:
             await self._put(call.path, call.body)
-        await self._put("/actions", {"action_type": "InstanceStart"})
+        await self._api().put("/actions", {"action_type": "InstanceStart"}, timeout=_START)
 
     async def _load(self) -> None:
         """The VM of a snapshot instead. Its disks are those it was saved with, by the same names."""
@@ -458,7 +483,10 @@ class Firecracker:
             )
 
     def _with_evidence(self, error: KataError) -> KataError:
-        return error.with_context(phase="boot", details=self.diagnostics())
+        section = self._section
+        files = ", ".join(f"{key} = {getattr(section, key)}" for key in ("kernel", "initrd", "image"))
+        hint = f"see Firecracker's words; check [hypervisor.firecracker]: {files}"
+        return error.with_context(phase="boot", hint=hint, details=self.diagnostics())
 
     def _den(self) -> Den:
         if self._parts.den is None:
@@ -471,9 +499,10 @@ class Firecracker:
         return self._parts.drives
 
     def _process(self) -> Child:
-        if self._parts.process is None:
-            raise HypervisorError("the VM was not started", code="FAILED_PRECONDITION")
-        return self._parts.process
+        process = self._parts.process
+        if process is None or not process.alive:  # its pid may be somebody else's by now
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return process
 
     def _api(self) -> FirecrackerApi:
         if self._parts.api is None:

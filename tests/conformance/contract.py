@@ -54,6 +54,7 @@ def _unsupported(what: str) -> Iterator[None]:
 def _disk(world: World, name: str = "disk") -> BlockConfig:
     path = world.share / f"{name}.img"
     path.write_bytes(b"conformance".ljust(1 << 20, b"\0"))
+    path.chmod(0o666)  # a jailed VMM is another user
     return BlockConfig(id=name, path=str(path))
 
 
