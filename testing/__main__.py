@@ -36,6 +36,7 @@ def main() -> int:
             f"shim:          {containerd.root}/bin/containerd-shim-kata-v2\n"
             f"export PATH={containerd.root}/bin:$PATH CONTAINERD_ADDRESS={containerd.address}\n"
             f"ctr run --rm --runtime {KATA} local/busybox:1 x1 uname -r\n"
+            "(docs/pods.md has the commands for a pod)\n"
             f"Ctrl-C (or kill {os.getpid()}) ends it and removes everything."
         )
         sys.stdout.flush()
