@@ -5,7 +5,8 @@ limits of page sizes and sets of CPUs that do not exist here, and turns what cru
 names only into cgroup v2's.
 Why here: the host cannot know; crun would fail with an errno that names nothing.
 Invariants: a device is never made under a number that no driver here serves; a limit is only dropped
-when nothing could exceed it; a set of CPUs holds as a whole or, if it names the host's, not at all.
+when nothing could exceed it, a device only of a container to which all devices are open; a set of
+CPUs holds as a whole or, if it names the host's, not at all.
 """
 
 from __future__ import annotations
@@ -65,10 +66,13 @@ def merge(target: Json, more: Mapping[str, Any]) -> None:
 async def fit(config: Json, reaper: Reaper) -> None:
     """Change a whole config in place. Raises INVALID_ARGUMENT for a device that is not here."""
     linux = config["linux"]
+    resources = linux.setdefault("resources", {})
+    if any(rule["allow"] and rule.get("type", "a") == "a" for rule in resources.get("devices", [])):
+        _leave_out_devices(linux)
     for device in linux.get("devices", []):
-        if device["type"] in ("c", "u"):
-            await _need_char_device(device, reaper)
-    fit_resources(linux.setdefault("resources", {}))
+        if not _is_here(device):
+            await _load_char_device(device, reaper)
+    fit_resources(resources)
 
 
 def fit_resources(resources: Json, hugepages: str = _HUGEPAGES) -> None:
@@ -118,10 +122,24 @@ def _has_page_size(limit: Json, hugepages: str) -> bool:
     return False
 
 
-async def _need_char_device(device: Json, reaper: Reaper) -> None:
-    number = f"{device['major']}:{device['minor']}"
-    if os.path.exists(f"{_CHAR_DEVICES}/{number}"):
-        return
+def _leave_out_devices(linux: Json) -> None:
+    """Of a privileged container: its list is whatever the host has, and nobody asked for each."""
+    devices = linux.get("devices", [])
+    linux["devices"] = [device for device in devices if _is_here(device)]
+    missing = [device["path"] for device in devices if device not in linux["devices"]]
+    if missing:
+        log.error(f"devices of the host that are not here: {' '.join(missing)}")
+
+
+def _is_here(device: Json) -> bool:
+    """A driver serves this character device; the other kinds are made by crun without one."""
+    if device["type"] not in ("c", "u"):
+        return True
+    return os.path.exists(f"{_CHAR_DEVICES}/{device['major']}:{device['minor']}")
+
+
+async def _load_char_device(device: Json, reaper: Reaper) -> None:
+    """Raises INVALID_ARGUMENT if there is no driver for it."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         # What the kernel itself would ask for at the first open.
@@ -132,7 +150,8 @@ async def _need_char_device(device: Json, reaper: Reaper) -> None:
         log.debug(f"modprobe: {error}")
     finally:
         os.close(null)
-    if not os.path.exists(f"{_CHAR_DEVICES}/{number}"):
+    if not _is_here(device):
+        number = f"{device['major']}:{device['minor']}"
         raise RpcError(
             Code.INVALID_ARGUMENT,
             f"linux.devices: the guest has no character device {number} for {device['path'][:200]}",

@@ -1,12 +1,14 @@
 """Device nodes and device rules of an OCI spec, as far as they can mean the same in the guest.
 
-What: `check_devices` refuses the nodes that cannot be given to a container in a VM; `guest_rules`
-turns the cgroup's rules into those for the guest.
+What: `check_devices` refuses the nodes that cannot be given to a container in a VM; `guest_nodes` and
+`guest_rules` turn nodes and cgroup rules into those for the guest.
 Why: a device's number is the kernel's that gave it out. Numbers that Linux registers (null, fuse, tun)
 are the same in every kernel; the others, and all of block devices, name something else in the guest,
 or nothing.
 Invariants: a node never reaches the guest under a number that may be another device there; a rule
-about a number that is not the guest's is left out, and listed.
+about a number that is not the guest's is left out, and listed. A node that somebody asked for is
+refused; of a privileged container, for which containerd lists whatever the host has, it is left out
+and listed.
 Source: Documentation/admin-guide/devices.txt; drivers/char/misc.c (dynamic minors), fs/char_dev.c
 (dynamic majors).
 """
@@ -18,7 +20,7 @@ from typing import Any
 
 from devices.errors import CallerError
 
-__all__ = ["check_devices", "guest_rules"]
+__all__ = ["check_devices", "guest_nodes", "guest_rules"]
 
 MAX_DEVICES = 1024
 
@@ -48,16 +50,36 @@ def check_devices(spec: Mapping[str, Any]) -> None:
             raise _wrong(f"{place}.type of {path[:200]} must be b, c, u or p, not {str(kind)[:20]!r}")
         if not isinstance(major, int) or not isinstance(minor, int):
             raise _wrong(f"{place} ({path[:200]}) needs whole numbers")
-        if kind == "b" or (kind != "p" and not _registered(major, minor)):
+        if not _meant_for_guest(device) and not _privileged(spec):
             what = "block device" if kind == "b" else "character device"
             raise CallerError(
                 f"config.json: {place}: {path[:200]} is a {what} of the host ({major}:{minor}), "
                 "which the guest does not have",
                 phase="bundle",
-                hint="leave it out; for privileged pods set privileged_without_host_devices = true in "
-                "containerd's configuration of this runtime",
+                hint="leave it out of the container's devices",
                 code="UNIMPLEMENTED",
             )
+
+
+def _meant_for_guest(device: Mapping[str, Any]) -> bool:
+    kind = device["type"]
+    return kind == "p" or (kind != "b" and _registered(device.get("major", 0), device.get("minor", 0)))
+
+
+def _privileged(spec: Mapping[str, Any]) -> bool:
+    """A rule opens all devices: then containerd lists those of the host without being asked for each."""
+    rules = ((spec.get("linux") or {}).get("resources") or {}).get("devices") or []
+    return any(
+        isinstance(rule, Mapping) and rule.get("allow") is True and (rule.get("type") or "a") == "a"
+        for rule in rules
+    )
+
+
+def guest_nodes(devices: list[dict[str, Any]], left_out: list[str]) -> list[dict[str, Any]]:
+    """linux.devices for the guest, after `check_devices`."""
+    kept = [device for device in devices if _meant_for_guest(device)]
+    left_out += [f"linux.devices {device['path']}" for device in devices if device not in kept]
+    return kept
 
 
 def guest_rules(rules: list[dict[str, Any]], left_out: list[str]) -> list[dict[str, Any]]:

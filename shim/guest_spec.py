@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError
-from shim.guest_devices import guest_rules
+from shim.guest_devices import guest_nodes, guest_rules
 
 __all__ = [
     "CONTAINER_TYPE",
@@ -196,6 +196,8 @@ def _guest_linux(
     linux["namespaces"] = spaces
     resources = linux.get("resources") or {}
     resources["devices"] = guest_rules(resources.get("devices") or [], left_out)
+    if linux.get("devices"):
+        linux["devices"] = guest_nodes(linux["devices"], left_out)
     if isinstance(resources.get("cpu"), dict) and not keep_cpuset:
         _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
     linux["resources"] = resources

@@ -44,7 +44,6 @@ from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
 from shim.guest_devices import check_devices
 from shim.guest_spec import MEMBER, OWN
-from shim.hook_process import read_hooks
 from shim.procfs import start_time
 from shim.protocols import Deadlines
 from shim.resources.sizing import sized
@@ -157,7 +156,10 @@ class VirtContainer:
         section = self._config.hypervisor
         oci_fields.check(spec, guest_selinux=not _key(section, "disable_guest_selinux"))
         check_devices(spec)
-        read_hooks(spec)
+        if spec.get("hooks"):
+            from shim.hook_process import read_hooks
+
+            read_hooks(spec)
 
     def new_instance(
         self, config: Config, spec: Mapping[str, Any], pod: PodDefaults | None = None

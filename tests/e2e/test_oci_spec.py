@@ -480,6 +480,22 @@ def test_a_rule_for_all_devices_opens_them(pod: Pod) -> None:
     assert pod.run(change, "sh", "-c", SCRIPT_KMSG).lines == ["opened"]
 
 
+@pytest.mark.kata_only
+def test_a_privileged_container_has_the_guests_devices(pod: Pod) -> None:
+    """Its spec lists whatever this host has; what the guest lacks is left out."""
+
+    def change(spec: Spec) -> None:
+        spec["linux"]["devices"] += [
+            {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0},
+            {"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229},
+            {"path": "/dev/kvm", "type": "c", "major": 10, "minor": 232},
+        ]
+
+    done = pod.run(change, "ls", "/dev", options=("--privileged",))
+    assert {"fuse", "null", "kmsg"} <= set(done.lines)
+    assert not {"sda", "kvm"} & set(done.lines)
+
+
 def test_privileges_are_not_limited_where_nobody_asks(pod: Pod) -> None:
     def change(spec: Spec) -> None:
         spec["process"]["capabilities"] = capable("SYS_ADMIN")

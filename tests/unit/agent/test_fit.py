@@ -66,6 +66,11 @@ async def test_a_device_without_a_driver_is_named(
     here = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}
     await fit.fit({"linux": {"devices": [here, {"path": "/dev/p", "type": "p"}]}}, orphans)
 
+    privileged = {"devices": [{"allow": True, "access": "rwm"}]}
+    linux: dict[str, Any] = {"devices": [here, {**here, "minor": 999}], "resources": privileged}
+    await fit.fit({"linux": linux}, orphans)
+    assert linux["devices"] == [here], "of a privileged container it is left out"
+
     with pytest.raises(RpcError) as caught:
         await fit.fit({"linux": {"devices": [{**here, "path": "/dev/kvm", "minor": 999}]}}, orphans)
 

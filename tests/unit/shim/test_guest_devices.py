@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from devices.errors import CallerError
-from shim.guest_devices import check_devices
+from shim.guest_devices import check_devices, guest_nodes
 
 
 def spec(*devices: Any) -> dict[str, Any]:
@@ -47,6 +47,17 @@ def test_malformed_devices_are_invalid(device: Any) -> None:
         check_devices(spec(device))
 
     assert caught.value.code == "INVALID_ARGUMENT"
+
+
+def test_of_a_privileged_container_they_are_left_out_and_listed() -> None:
+    document = spec({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0})
+    document["linux"]["devices"].append({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229})
+    document["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+    check_devices(document)
+    left_out: list[str] = []
+
+    assert [node["path"] for node in guest_nodes(document["linux"]["devices"], left_out)] == ["/dev/fuse"]
+    assert left_out == ["linux.devices /dev/sda"]
 
 
 def test_too_many_are_invalid() -> None:
