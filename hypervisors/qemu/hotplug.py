@@ -6,7 +6,7 @@ Why one transaction: QEMU has three objects for one disk (slot, node, device), e
 come or to go; whoever plugs again must find neither a half nor a leak.
 Invariants:
 - What `add` did not finish it has undone, also when it was cancelled; the slot and the id are free then.
-- A device is plugged until DEVICE_DELETED: only then its back end goes and its slot is free. A guest
+- A device is plugged until DEVICE_DELETED: only then its back end goes, and then its slot is free. A guest
   that does not let go keeps it, and `remove` can be tried again.
 - `remove` of what is half gone, from an attempt that failed, goes on where that one ended.
 Source: qapi/{block-core,net,qdev}.json of QEMU 7.2.
@@ -32,6 +32,8 @@ from hypervisors.qemu.qmp import QmpClient, QmpError
 __all__ = ["Plugger", "is_block_device"]
 
 _NOT_FOUND = "DeviceNotFound"  # QEMU's error class
+_IN_USE = "is in use"
+_MOMENT = 0.005  # seconds
 _ABSENT = ("not found", "Failed to find node")  # and its words, where it has none
 
 _log = structlog.get_logger("qemu.hotplug")
@@ -152,12 +154,22 @@ class Plugger:
         return front | ({"mq": True, "vectors": 2 * queues + 2} if queues > 1 else {})
 
     async def _forget(self, command: str, arguments: dict[str, Any]) -> None:
-        """Remove it; what never came is fine (a descriptor goes with its netdev, too)."""
-        try:
-            await self._qmp.execute(command, arguments)
-        except QmpError as error:
-            if error.kind != _NOT_FOUND and not any(text in error.cause for text in _ABSENT):
-                raise
+        """Remove it; what never came is fine (a descriptor goes with its netdev, too).
+
+        QEMU frees a device a moment after DEVICE_DELETED, and its node is in use until then.
+        """
+        end = asyncio.get_running_loop().time() + self._deadline
+        while True:
+            try:
+                await self._qmp.execute(command, arguments)
+            except QmpError as error:
+                if error.kind == _NOT_FOUND or any(text in error.cause for text in _ABSENT):
+                    return
+                if _IN_USE not in error.cause or asyncio.get_running_loop().time() > end:
+                    raise
+                await asyncio.sleep(_MOMENT)  # nothing announces it
+            else:
+                return
 
 
 def is_block_device(path: str) -> bool:

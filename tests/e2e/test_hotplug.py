@@ -287,12 +287,27 @@ async def test_a_network_card_comes_and_goes(boot: Boot) -> None:
         os.close(tap)
 
 
+def own_memory(pid: int) -> int:
+    """Bytes that QEMU itself holds: neither the guest's memory nor, under TCG, the code that it made of it.
+
+    Linux patches its own code when devices come and go; what was made of it before stays in the cache,
+    an executable mapping, until its 1 GB is full.
+    """
+    kib, counted = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            counted = "x" not in line.split()[1]
+        elif counted and line.startswith("Anonymous:"):
+            kib += int(line.split()[1])
+    return kib << 10
+
+
 async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> None:
     """The same slot each time, and as many descriptors and as much memory in QEMU as before."""
     vm, guest, _ = await boot()
     disk = make_disk(tmp_path / "a")
     pid = await vm.get_vmm_master_tid()
-    paths, counts, resident = set(), [], []
+    paths, counts, sizes = set(), [], []
     for cycle in range(CYCLES):
         paths.add(await vm.add_device(disk))
         if cycle % 40 == 0:
@@ -300,10 +315,9 @@ async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> Non
             assert (code, int(out)) == (0, 8 << 11)
         await vm.remove_device(disk.id)
         counts.append(len(os.listdir(f"/proc/{pid}/fd")))
-        resident.append((await vm.get_hypervisor_metrics())["resident_bytes"])
+        sizes.append(await asyncio.to_thread(own_memory, pid))
 
     assert len(paths) == 1
     assert max(counts[2:]) <= counts[1]
-    # The guest touches new memory now and then; a leak of one page per cycle is less than this.
-    assert resident[-1] - resident[CYCLES // 2] < 16 << 20
+    assert sizes[-1] - sizes[CYCLES // 2] < 16 << 20, sizes[:: max(1, CYCLES // 20)]
     assert await vm.add_device(disk) in paths

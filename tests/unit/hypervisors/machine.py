@@ -42,6 +42,7 @@ class Machine:
         self.keeps = 0  # bytes that the guest does not give back
         self.ost_status = 0
         self.lazy = False
+        self.late = 0  # how often a node that is free is said to be in use
         self.refuse: set[str] = set()
         self.commands: list[str] = []
         self.asked = asyncio.Condition()
@@ -144,7 +145,8 @@ class Machine:
 
     def _blockdev_del(self, arguments: dict[str, Any]) -> Any:
         node = arguments["node-name"]
-        if any(device.get("drive") == node for device in self.devices.values()):
+        if self.late > 0 or any(device.get("drive") == node for device in self.devices.values()):
+            self.late -= 1
             raise RefusedError(f"Node {node} is in use")
         if node not in self.nodes:
             raise RefusedError(f"Failed to find node with node-name='{node}'")

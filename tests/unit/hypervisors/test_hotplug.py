@@ -131,6 +131,22 @@ async def test_a_removal_goes_on_where_it_ended(vm: Vm) -> None:
     assert vm.nothing_left()
 
 
+async def test_a_device_that_is_freed_late_is_waited_for(vm: Vm) -> None:
+    """QEMU lets go of the node a moment after it told that the device is gone."""
+    await vm.plugger.add(DISK)
+    vm.machine.late = 3
+    await vm.plugger.remove("disk")
+    assert vm.nothing_left()
+
+    await vm.plugger.add(DISK)
+    vm.machine.late = 1000
+    with pytest.raises(HypervisorError, match="Node node-disk is in use"):
+        await vm.plugger.remove("disk")
+    vm.machine.late = 0
+    await vm.plugger.remove("disk")
+    assert vm.nothing_left()
+
+
 async def test_when_all_is_full_the_last_one_is_told(vm: Vm) -> None:
     for number in range(vm.room):
         await vm.plugger.add(BlockConfig(id=f"d{number}", path="/nope"))
