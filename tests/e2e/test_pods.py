@@ -13,9 +13,11 @@ import grpc
 import pytest
 
 from testing import leaks
+from testing.api import Api
 from testing.cri import Cri, Pod
 
 from .conftest import CRI_BUSYBOX as BUSYBOX
+from .test_task_resources import memory, metrics
 
 pytestmark = pytest.mark.kata_only
 
@@ -165,6 +167,16 @@ def test_figures_are_each_containers_own(pod: Pod, pair: tuple[str, str]) -> Non
     used = [stats[container].memory.usage_bytes.value for container in pair]
     assert used[0] > 10 * MIB > used[1]
     assert all(each.cpu.usage_core_nano_seconds.value > 0 for each in stats.values())
+
+
+def test_the_vms_own_cost_is_the_pods_containers(pod: Pod, pair: tuple[str, str], tmp_path: Path) -> None:
+    """What VMM and daemons use, told with the pod's own container, once."""
+    api = Api(pod.cri.containerd.address, "k8s.io", tmp_path)
+    try:
+        used = {name: memory(metrics(api, name))[0] for name in (pod.id, *pair)}
+    finally:
+        api.close()
+    assert used[pod.id] > 40 * MIB > max(used[name] for name in pair)
 
 
 def test_the_pod_outlives_a_container_which_can_be_started_again(pod: Pod, pair: tuple[str, str]) -> None:

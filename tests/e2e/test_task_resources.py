@@ -20,9 +20,9 @@ RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 MIB = 1 << 20
 
 
-def metrics(api: Api, task: Task) -> Any:
-    """The task's figures, of the kind that the host's cgroup version wants."""
-    (metric,) = api.call(TASKS, "Metrics", filters=[f"id=={task.container}"]).metrics
+def metrics(api: Api, container: str) -> Any:
+    """The container's figures, of the kind that the host's cgroup version wants."""
+    (metric,) = api.call(TASKS, "Metrics", filters=[f"id=={container}"]).metrics
     kinds = (metrics_v1_pb2.Metrics, metrics_v2_pb2.Metrics)
     kind = kinds[host_is_unified()]
     assert metric.data.type_url == kind.DESCRIPTOR.full_name
@@ -58,18 +58,18 @@ def output(task: Task, exec_id: str, script: str, *arguments: str) -> list[str]:
 
 def test_limits_are_filled_in_and_can_be_changed(api: Api, create: Create) -> None:
     task = create("sh", "-c", "sleep 1000 & sleep 1000 & echo ready; wait", stdin=False)
-    usage, limit = memory(metrics(api, task))
+    usage, limit = memory(metrics(api, task.container))
     assert limit > 1 << 62, "before it runs, and without a limit"
     task.start()
     task.io.wait_for(b"ready", timeout=60)
     update(api, task, {"memory": {"limit": 64 * MIB, "swap": 64 * MIB}, "pids": {"limit": 50}})
-    figures = metrics(api, task)
+    figures = metrics(api, task.container)
     usage, limit = memory(figures)
     assert 0 < usage < limit == 64 * MIB
     assert (figures.pids.current, figures.pids.limit) == (3, 50)
     before = cpu(figures)
     output(task, "burn", "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done")
-    assert cpu(metrics(api, task)) > before
+    assert cpu(metrics(api, task.container)) > before
 
     entries = api.call(TASKS, "ListPids", container_id=task.container).processes
     assert len(entries) == 3, "the children too, each once"
