@@ -39,6 +39,7 @@ __all__ = ["MODULES", "BenchHost", "Event", "Result", "Settings", "events", "run
 
 MODULES = ("kvm_amd", "vhost_vsock", "vhost_net", "tun", "loop")
 _LOCK = "/tmp/kata-bench-host.lock"  # shared by all clones on this machine
+_PREFIX = "kata-bench-host-"
 _BOOT_LIMIT = 180.0  # seconds from QEMU's start to the job's; 5 s on a quiet machine
 _CONSOLE_LIMIT = 1 << 20
 _OUTPUT_LIMIT = 4 << 20
@@ -161,7 +162,10 @@ class BenchHost:
         lock = os.open(_LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         stack.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kata-bench-host-")))
+        for stale in Path("/tmp").glob(f"{_PREFIX}*/"):  # of one that was killed: the lock is ours
+            _remove(stale)
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
+        stack.callback(_remove, self._directory)
         (self._directory / "initrd").write_bytes(initramfs(self._files, self._job))
         share = self._start_share(stack)
         argv = [*_DIES_WITH_US, *self._argv(share)]
@@ -363,6 +367,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+def _remove(directory: Path) -> None:
+    """The machine's directory, name by name: / is mounted below it, though in no namespace of ours."""
+    for name in ("initrd", "disk", "share.sock", "share.log", "qemu.log"):
+        (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        (directory / "root").rmdir()
+    directory.rmdir()
 
 
 def _mount_point(path: Path) -> str:
