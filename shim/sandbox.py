@@ -52,6 +52,8 @@ __all__ = ["SandboxSettings", "VirtSandbox"]
 
 _log = structlog.get_logger("sandbox")
 
+_DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's words
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxSettings:
@@ -113,6 +115,7 @@ class VirtSandbox:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 
             self._files = BlockFiles(settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent)
+        self._writing: set[str] = set()  # containers with disks of their own
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
@@ -223,6 +226,8 @@ class VirtSandbox:
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
+        if any(storage.driver in _DISK_DRIVERS and "ro" not in storage.options for storage in storages):
+            self._writing.add(container_id)
         await self._run_hooks(container_id, bundle, spec)
         return GuestContainer(
             spec=message, storages=storages, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond
@@ -256,6 +261,7 @@ class VirtSandbox:
             await self._sizing.forget(container_id)
             for error in await self._direct.remove(container_id):
                 _log.error("not unplugged", container=container_id, error=str(error))
+        self._writing.discard(container_id)
         for error in await self._files.remove(container_id):
             _log.error("not released", container=container_id, error=str(error))
         hooks = self._hooks.pop(container_id, None)
@@ -380,6 +386,11 @@ class VirtSandbox:
         if self._boot is not None and not self._boot.done():
             self._boot.cancel()
             await asyncio.wait([self._boot])
+        if self._agent is not None and not self._died.done():
+            # What the guest has written to disks is in its memory still: they are unmounted there.
+            for container_id in self._writing:
+                await self._step("unmount its disks", self._agent.remove_container(container_id))
+        self._writing.clear()
         # The VM first: whoever waits for a container's exit waits for this.
         await self._step("stop the VM", self._hypervisor.stop_vm())
         if self._agent is not None:

@@ -55,6 +55,7 @@ VERSIONS = ("1.6", "1.7", "2")
 """The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
 
 _OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
+_BLOCKFILE = "io.containerd.snapshotter.v1.blockfile"
 _CRI = "io.containerd.grpc.v1.cri"
 _CRI_PARTS = ("io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", _CRI)
 # Snapshotters and services that are neither needed nor present everywhere; `nri` wants a socket at a place
@@ -66,7 +67,7 @@ _DISABLED = (
     "io.containerd.monitor.container.v1.restart",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.aufs",
-    "io.containerd.snapshotter.v1.blockfile",
+    _BLOCKFILE,
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.erofs",
@@ -156,6 +157,19 @@ def _cri_section(root: Path) -> str:
     )
 
 
+def _blockfile_section(root: Path) -> str:
+    return (
+        f'[plugins."{_BLOCKFILE}"]\n  root_path = "{root}/blockfile"\n'
+        f'  scratch_file = "{root}/scratch.ext4"\n  fs_type = "ext4"\n  mount_options = []\n'
+    )
+
+
+def _make_ext4(path: Path) -> None:
+    """An image file of 64 MiB, most of it sparse."""
+    command = ["mkfs.ext4", "-q", "-F", "-O", "^has_journal", str(path), "64M"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+
+
 def _cni_network(root: Path) -> str:
     """A network of the pods that want one: a pair of devices each, addresses counted below `root`."""
     ipam = {"type": "host-local", "subnet": "10.88.0.0/16", "dataDir": f"{root}/ipam"}
@@ -171,7 +185,8 @@ class Containerd:
     containerd, and so the shims, log at debug level; `version` is one of VERSIONS; `cri` enables the CRI
     plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what it likes. Its
     handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API, `kata-streaming`
-    with that and stdio over ttrpc.
+    with that and stdio over ttrpc. `blockfile` (not with 1.6) enables the snapshotter that gives each
+    container an image file of 64 MiB with ext4 in it.
     """
 
     def __init__(
@@ -183,6 +198,7 @@ class Containerd:
         version: str = VERSIONS[0],
         namespace: str = "default",
         cri: bool = False,
+        blockfile: bool = False,
     ) -> None:
         self.version = version
         self.programs = programs(version)
@@ -197,6 +213,7 @@ class Containerd:
         self._numbers = itertools.count(1)
         self._debug = debug
         self._cri = cri
+        self._blockfile = blockfile
         self._env = dict(env or {})
         self._overrides = overrides
         self._process: subprocess.Popen[bytes] | None = None
@@ -226,7 +243,11 @@ class Containerd:
         install_shim(self.root / "bin")
         write_configuration(self.configuration, self._overrides)
         config = self.root / "config.toml"
-        disabled = ", ".join(f'"{name}"' for name in (*_DISABLED, *(() if self._cri else _CRI_PARTS)))
+        names = [*_DISABLED, *(() if self._cri else _CRI_PARTS)]
+        if self._blockfile:
+            names.remove(_BLOCKFILE)
+            _make_ext4(self.root / "scratch.ext4")
+        disabled = ", ".join(f'"{name}"' for name in names)
         config.write_text(
             # 2.x itself moves what 1.x calls the CRI plugin's sections to where it has them.
             f"version = {3 if self.version == '2' and not self._cri else 2}\n"
@@ -235,6 +256,7 @@ class Containerd:
             f'[grpc]\n  address = "{self.address}"\n'
             f'[debug]\n  level = "{"debug" if self._debug else "info"}"\n'
             + (_cri_section(self.root) if self._cri else "")
+            + (_blockfile_section(self.root) if self._blockfile else "")
         )
         if self._cri:
             (self.root / "cni").mkdir()

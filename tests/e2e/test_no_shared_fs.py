@@ -9,6 +9,7 @@ import pytest
 
 from testing import leaks
 from testing.containerd import KATA, Containerd
+from testing.guest import Value
 from testing.images import busybox_image
 
 pytestmark = pytest.mark.kata_only
@@ -47,3 +48,23 @@ def test_a_container_without_a_shared_directory(blocks: Containerd, tmp_path: Pa
     assert root.startswith("overlay / overlay rw,")
     assert leaks.settle(before, snapshot) == {}
     assert not Path("/var/lib/kata-containers/sandboxes", name).exists()
+
+
+def test_a_snapshotters_image_file_is_the_disk(tmp_path: Path) -> None:
+    busybox_image(tmp_path / "busybox.tar", BUSYBOX)
+    overrides: dict[str, dict[str, Value | None]] = {"hypervisor.qemu": {"shared_fs": "none"}}
+    with Containerd(debug=True, version="1.7", blockfile=True, overrides=overrides) as daemon:
+        daemon.ctr("image", "import", "--snapshotter", "blockfile", str(tmp_path / "busybox.tar"))
+        name = daemon.new_id("blockfile")
+        run = ("run", "--runtime", KATA, "--snapshotter", "blockfile", BUSYBOX, name)
+        script = "grep ' / ' /proc/mounts; cat /file; echo kept >/file; exit 5"
+        done = daemon.ctr(*run, "sh", "-c", script, timeout=120, check=False)
+        assert done.code == 5, done.error
+        device, *rest = done.text.split()
+        assert device.startswith("/dev/vd")
+        assert rest[:2] == ["/", "ext4"]
+        assert "kept" not in rest
+        # What it wrote is in its snapshot: the next task of the same container finds it.
+        again = daemon.ctr("task", "start", name, timeout=120, check=False)
+        assert (again.code, again.text.splitlines()[-1]) == (5, "kept"), again.error
+        daemon.remove(name)
