@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,11 +44,12 @@ class Pods:
         self.api.patch_spec(name, patch)
         return self.api.task(name, stdin=False)
 
-    def sandbox(self, **spec: object) -> Task:
-        """A pod's own container, running."""
+    def sandbox(self, *, shm: str = "", **spec: object) -> Task:
+        """A pod's own container, running. `shm`: a directory of the host that is its /dev/shm."""
 
         def change(document: Spec) -> None:
             document.update(spec)
+            bind_shm(document, shm)
             document["process"]["args"] = ["/does/not/exist"]  # the guest's own pause runs instead
 
         task = self._make({KEY + "ContainerType": "sandbox"}, change)
@@ -59,6 +61,7 @@ class Pods:
         pod: Task,
         *command: str,
         paths: tuple[str, ...] = (),
+        shm: str = "",
         sysctl: Spec | None = None,
         **spec: object,
     ) -> Task:
@@ -66,6 +69,7 @@ class Pods:
 
         def change(document: Spec) -> None:
             document.update(spec)
+            bind_shm(document, shm)
             document["process"]["args"] = list(command)
             document["linux"]["sysctl"] = sysctl or {}
             for space in document["linux"]["namespaces"]:
@@ -74,6 +78,25 @@ class Pods:
 
         annotations = {KEY + "ContainerType": "container", KEY + "SandboxID": pod.container}
         return self._make(annotations, change)
+
+
+def bind_shm(spec: Spec, source: str) -> None:
+    """Have /dev/shm bound from a directory of the host, as CRI does, instead of a tmpfs of its own."""
+    if source:
+        others = [mount for mount in spec["mounts"] if mount["destination"] != "/dev/shm"]
+        shm = {"destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind", "ro"]}
+        spec["mounts"] = [*others, shm]
+
+
+@pytest.fixture
+def shm(containerd: Containerd) -> Iterator[str]:
+    """A tmpfs of 8 MiB on the host, like the one that CRI makes for a pod."""
+    directory = containerd.root / "shm"
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "shm", directory], check=True)
+    yield str(directory)
+    subprocess.run(["umount", directory], check=True)
+    directory.rmdir()
 
 
 @pytest.fixture
@@ -102,9 +125,9 @@ def spaces(task: Task) -> dict[str, str]:
     return dict(zip(kinds, answer.split(), strict=True))
 
 
-def test_namespaces_by_path_are_the_pods(pods: Pods, no_leaks: Callable[[], None]) -> None:
-    pod = pods.sandbox(hostname="the-pod")
-    both = [pods.member(pod, *SLEEP, paths=("ipc", "uts", "pid", "network")) for _ in range(2)]
+def test_namespaces_by_path_are_the_pods(pods: Pods, shm: str, no_leaks: Callable[[], None]) -> None:
+    pod = pods.sandbox(hostname="the-pod", shm=shm)
+    both = [pods.member(pod, *SLEEP, paths=("ipc", "uts", "pid", "network"), shm=shm) for _ in range(2)]
     alone = pods.member(pod, *SLEEP, hostname="alone")
     for task in (*both, alone):
         task.start()
@@ -113,6 +136,10 @@ def test_namespaces_by_path_are_the_pods(pods: Pods, no_leaks: Callable[[], None
     assert a == b
     assert {kind: c[kind] == a[kind] for kind in c} == {"ipc": False, "uts": False, "pid": False, "net": True}
     assert [ask(task, "hostname") for task in (*both, alone)] == ["the-pod", "the-pod", "alone"]
+    assert ask(both[0], "echo shared >/dev/shm/note; df -k /dev/shm | tail -1").split()[1] == "8192"
+    assert ask(both[1], "cat /dev/shm/note") == "shared"
+    assert ask(alone, "ls /dev/shm; df -k /dev/shm | tail -1").split()[1] == "65536"
+    assert os.listdir(shm) == [], "the pod's is in the guest's memory"
     assert ask(both[0], "ps -o pid,args | sed -n 2p").split() == ["1", "/pause"]
     assert ask(alone, "cat /proc/1/cmdline | tr '\\0' ' '").startswith("sh -c trap")
 
