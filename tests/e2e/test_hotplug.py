@@ -155,11 +155,11 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
     assert await cpus(guest) == 2
     assert abs(await memory_total(guest) - before - 896) < 20
     # More than it had: the pages of /tmp and of the file's cache lie in what came.
-    fill = "dd if=/dev/zero of=/tmp/x bs=1M count=300 2>/dev/null; stat -c %s /tmp/x; cat /data/big | wc -c"
+    fill = "dd if=/dev/zero of=/tmp/x bs=1M count=250 2>/dev/null; stat -c %s /tmp/x; cat /data/big | wc -c"
     spec = make_spec("sh", "-c", fill)
     spec.Mounts.add(destination="/tmp", type="tmpfs", source="tmpfs", options=["size=900m"])
     code, out, _ = await guest.run(spec=spec)
-    assert (code, out.split()) == (0, [b"%d" % (300 << 20), b"%d" % FILE])
+    assert (code, out.split()) == (0, [b"%d" % (250 << 20), b"%d" % FILE])
     with pytest.raises(HypervisorError, match="this VM can have 4096"):
         await vm.resize_memory(8192)
     with pytest.raises(HypervisorError, match="this VM can have 2"):
@@ -177,7 +177,7 @@ async def test_virtio_mem_comes_and_goes_with_a_shared_directory(boot: Boot, tmp
     assert await vm.resize_memory(1000) == 1000
     assert abs(await memory_total(guest) - before - 744) < 20
     # dd's buffer is more than the VM had, and the shared file is read into what is left.
-    fill = "dd if=/dev/zero of=/dev/null bs=300M count=1 2>/dev/null && cat /data/big | wc -c"
+    fill = "dd if=/dev/zero of=/dev/null bs=250M count=1 2>/dev/null && cat /data/big | wc -c"
     code, out, _ = await guest.run("sh", "-c", fill)
     assert (code, int(out)) == (0, FILE)
     left = await vm.resize_memory(256)
