@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import os
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import structlog
 
@@ -25,20 +25,17 @@ from devices.config import (
     ConsoleConfig,
     DeviceConfig,
     NetworkConfig,
-    ShareFsConfig,
-    VsockConfig,
 )
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
-from devices.share_fs import Virtiofsd, is_noise
 from devices.undo import UndoLog
-from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
-from devices.vsock_daemon import VsockDaemon
+from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.cmdline import MICROVM, Placed, Plan
+from hypervisors.qemu.cold import VHOST_VSOCK, add_cold, log_console, log_output
 from hypervisors.qemu.death import Death
-from hypervisors.qemu.hotplug import Plugger, is_block_device
+from hypervisors.qemu.hotplug import Plugger
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
@@ -48,7 +45,6 @@ from hypervisors.qemu.sizing import Sizer
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
 
-VHOST_VSOCK = "/dev/vhost-vsock"
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
 _MMIO = range(1, 24)  # a microvm's transports; the interrupt of number 0 never arrives (QEMU 7.2)
@@ -179,21 +175,12 @@ class Qemu:
                 raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
             return await self._running(self._plugger).add(device)
         if isinstance(device, ConsoleConfig):
-            self._parts.console = Console(self._log_console if self._section.enable_debug else None)
+            self._parts.console = Console(log_console if self._section.enable_debug else None)
             self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
             return ""
         slot, guest_path = self._allocate(device.id)
         try:
-            match device:
-                case ShareFsConfig():
-                    await self._add_share_fs(device, slot)
-                case VsockConfig():
-                    await self._add_vsock(device, slot)
-                case BlockConfig():
-                    host_device = await asyncio.to_thread(is_block_device, device.path)
-                    self._parts.placed.append(Placed(device=device, slot=slot, host_device=host_device))
-                case _:
-                    self._parts.placed.append(Placed(device=device, slot=slot))
+            await add_cold(self._parts, device, slot, state_dir=self._state_dir, undo=self._undo)
         except BaseException:
             self._release(device.id)
             raise
@@ -339,29 +326,6 @@ class Qemu:
         self._mmio.release(device_id)
         self._topology.release(device_id)
 
-    async def _add_share_fs(self, device: ShareFsConfig, slot: int) -> None:
-        daemon = await Virtiofsd.start(device, self._state_dir, self._undo, self._log_output("virtiofsd"))
-        self._parts.share_fs = daemon
-        self._parts.daemons.append(daemon.child)
-        self._parts.placed.append(Placed(device=device, slot=slot, fd=daemon.connection.fileno()))
-
-    async def _add_vsock(self, device: VsockConfig, slot: int) -> None:
-        parts = self._parts
-        if os.path.exists(VHOST_VSOCK):
-            parts.vhost_fd, cid = reserve_cid(VHOST_VSOCK)
-            parts.channel = KernelVsock(cid, home_call=device.home_call, diagnostics=self.diagnostics)
-            parts.placed.append(Placed(device=device, slot=slot, fd=parts.vhost_fd, cid=cid))
-            return
-        _log.info("no kernel vsock", device=VHOST_VSOCK, instead="vhost-device-vsock")
-        parts.vsock = await VsockDaemon.start(
-            device, self._state_dir, self._undo, self._log_output("vhost-device-vsock")
-        )
-        parts.daemons.append(parts.vsock.child)
-        parts.channel = HybridVsock(
-            parts.vsock.path, home_call=device.home_call, diagnostics=self.diagnostics
-        )
-        parts.placed.append(Placed(device=device, slot=slot))  # its descriptor comes in `_spawn`
-
     async def _launch(self, timeout: float) -> None:
         assert self._plan is not None
         assert self._death is not None
@@ -375,7 +339,7 @@ class Qemu:
             qmp_path=f"{self._state_dir}/qmp.sock",
             timeout=timeout,
             on_event=self._on_event,
-            on_output=self._log_output(_NAME),
+            on_output=log_output(_NAME),
         )
         assert self._parts.qmp is not None
         self._sizer = Sizer(plan, self._parts.qmp)
@@ -388,20 +352,6 @@ class Qemu:
 
     def _with_evidence(self, error: KataError) -> KataError:
         return error.with_context(phase="boot", details=self.diagnostics())
-
-    def _log_output(self, name: str) -> Any:
-        def log(data: bytes) -> None:
-            for line in data.decode("utf-8", "replace").splitlines():
-                if line.strip():
-                    level = _log.debug if is_noise(line) else _log.warning
-                    level("stderr", source=name, line=line[:500])
-
-        return log
-
-    def _log_console(self, data: bytes) -> None:
-        for line in data.decode("utf-8", "replace").splitlines():
-            if line.strip():
-                _log.debug("console", line=line[:500])
 
     def _process(self) -> Child:
         process = self._parts.process
