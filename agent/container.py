@@ -38,6 +38,7 @@ __all__ = ["Container"]
 
 FINISHED_MAX = 256
 CONSOLE_DEADLINE = 30.0  # seconds that crun may take to hand over the pty
+_SIGNAL_FREEZE = 2.0  # seconds that a signal to everybody waits for the freezer
 EMPTY_DEADLINE = 10.0  # seconds that a killed cgroup may take to become empty
 _CGROUPS = "/sys/fs/cgroup"
 
@@ -189,7 +190,8 @@ class Container:
             frozen = "1" in _read(f"{self.cgroup}/cgroup.freeze")
         except OSError:  # it has ended, and its cgroup is gone
             return
-        await self.freeze(True)
+        with contextlib.suppress(RpcError):  # one hangs in the kernel: the others are to hear of it
+            await self.freeze(True, _SIGNAL_FREEZE)
         try:
             for pid in self.pids():
                 if pid != but.pid:
@@ -214,18 +216,18 @@ class Container:
         except OSError as error:
             log.debug(f"cgroup.kill of {self.id}: {error}")
 
-    async def freeze(self, frozen: bool) -> None:
-        """Pause or resume everything in the cgroup."""
+    async def freeze(self, frozen: bool, deadline: float = EMPTY_DEADLINE) -> None:
+        """Pause or resume everything in the cgroup. Raises DEADLINE_EXCEEDED, with nothing frozen."""
         try:
             _write(f"{self.cgroup}/cgroup.freeze", "1" if frozen else "0")
         except OSError as error:
             raise RpcError(Code.INTERNAL, f"freezing {self.id}: {error.strerror}") from None
-        if not await self._until_event("frozen", int(frozen)):
+        if not await self._until_event("frozen", int(frozen), deadline):
             with contextlib.suppress(OSError):  # half of it frozen helps nobody
                 _write(f"{self.cgroup}/cgroup.freeze", "0")
             raise RpcError(
                 Code.DEADLINE_EXCEEDED,
-                f"{'freezing' if frozen else 'thawing'} {self.id} took longer than {EMPTY_DEADLINE:g} s",
+                f"{'freezing' if frozen else 'thawing'} {self.id} took longer than {deadline:g} s",
             )
 
     async def _until_event(self, key: str, value: int, deadline: float = EMPTY_DEADLINE) -> bool:

@@ -188,7 +188,8 @@ class Hypervisor(Protocol):
     async def capabilities(self) -> Capabilities: ...
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
-        """Numbers by name (Prometheus style) of the VMM's processes."""
+        """Numbers by name (Prometheus style) of the VMM's processes: `cpu_seconds_total`,
+        `resident_bytes` (the guest's memory once, however many of them map it), and what else there is."""
         ...
 
     def diagnostics(self) -> dict[str, str]:

@@ -280,7 +280,8 @@ class VirtSandbox:
     async def host_usage(self) -> HostUsage:
         """Of the VMM and its daemons, by the hypervisor's own account."""
         metrics = await self._hypervisor.get_hypervisor_metrics()
-        return HostUsage(int(metrics["cpu_seconds_total"] * 1e9), int(metrics["resident_bytes"]))
+        cpu, memory = metrics.get("cpu_seconds_total", 0.0), metrics.get("resident_bytes", 0.0)
+        return HostUsage(int(cpu * 1e9), int(memory))
 
     async def open_stream(self) -> tuple[socket.socket, int]:
         """A connection for one stdio stream, and the number that names it to the agent."""

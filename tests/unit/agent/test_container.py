@@ -297,6 +297,25 @@ async def test_freezing_waits_for_the_kernels_word(box: Box, tmp_path: Path) -> 
     await asyncio.wait_for(freezing, 10)
 
 
+async def test_a_freezer_that_hangs_is_given_up(
+    box: Box, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that hangs in the kernel cannot be frozen: Pause fails, a signal goes out all the same."""
+    monkeypatch.setattr("agent.container._SIGNAL_FREEZE", 0.05)
+    container = box.container("sleep", "100")
+    await container.create((0, 0, 0))
+    await container.start()
+    await container.exec("x", oci_pb2.Process(Args=["sleep", "100"]), (0, 0, 0))
+    container.cgroup = _cgroup(tmp_path, _init(container).pid, container.process("x").pid)
+    (tmp_path / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+    with pytest.raises(RpcError) as late:
+        await container.freeze(True, 0.05)
+    assert late.value.code == Code.DEADLINE_EXCEEDED
+    assert (tmp_path / "cgroup.freeze").read_text() == "0"
+    await container.signal("", signal.SIGTERM)
+    assert await _ended(container.process("x")) == 128 + signal.SIGTERM
+
+
 async def test_update_writes_limits_into_the_cgroup(box: Box, tmp_path: Path) -> None:
     container = box.container("sleep", "100")
     await container.create((0, 0, 0))
