@@ -6,13 +6,14 @@ import base64
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from testing.containerd import Containerd
-from testing.guest import write_configuration
+from testing.containerd import KATA, Containerd
+from testing.guest import Value, write_configuration
+from testing.images import busybox_image
 
 pytestmark = pytest.mark.kata_only
 
@@ -55,16 +56,46 @@ def test_a_directly_assigned_volume_is_mounted_by_the_guest(
     assert done.stdout == b"kept\n"
 
 
-def test_a_container_without_a_shared_file_system(containerd: Containerd, tmp_path: Path) -> None:
-    """Its root is a disk that is plugged into the running VM."""
+def test_a_container_without_a_shared_file_system(
+    containerd: Containerd, tmp_path: Path, no_leaks: Callable[[], None]
+) -> None:
+    """Its root is disks that are plugged into the running VM, its volumes are copies."""
     configuration = write_configuration(
         tmp_path / "configuration.toml", {"hypervisor.qemu": {"shared_fs": "none"}}
     )
-    options = ("--runtime-config-path", str(configuration))
-    result = containerd.run(
-        IMAGE, "sh", "-c", "echo new > /file; cat /file; mount", options=options, timeout=120
-    )
+    volume = tmp_path / "volume" / "below"
+    volume.mkdir(parents=True)
+    (volume / "file").write_text("from the host\n")
+    name = containerd.new_id("disks")
+    mount = ("--mount", f"type=bind,src={volume.parent},dst=/vol,options=rbind:ro")
+    options = ("--runtime-config-path", str(configuration), *mount)
+    writes = "head -c 3000000 /dev/zero >/big; wc -c </big"
+    script = f"cat /vol/below/file; {writes}; grep ' / ' /proc/mounts; ! grep virtiofs /proc/mounts; exit 9"
+    result = containerd.run(IMAGE, "sh", "-c", script, options=options, timeout=120, name=name, check=False)
 
-    new, root, *others = result.out.decode().splitlines()
-    assert (new, root.split()[0]) == ("new", "overlay")
-    assert not any("virtiofs" in line for line in others)
+    assert result.code == 9, result.error
+    first, size, root = result.text.splitlines()
+    assert (first, size) == ("from the host", "3000000")
+    assert root.startswith("overlay / overlay rw,")
+    assert not Path("/var/lib/kata-containers/sandboxes", name).exists()
+
+
+def test_a_snapshotters_image_file_is_the_disk(tmp_path: Path) -> None:
+    """containerd's blockfile snapshotter; what a container writes is in its snapshot afterwards."""
+    busybox_image(tmp_path / "busybox.tar", IMAGE)
+    overrides: dict[str, dict[str, Value | None]] = {"hypervisor.qemu": {"shared_fs": "none"}}
+    with Containerd(debug=True, version="1.7", blockfile=True, overrides=overrides) as daemon:
+        daemon.ctr("image", "import", "--snapshotter", "blockfile", str(tmp_path / "busybox.tar"))
+        name = daemon.new_id("blockfile")
+        run = ("run", "--runtime", KATA, "--snapshotter", "blockfile", IMAGE, name)
+        script = "grep ' / ' /proc/mounts; cat /file; echo kept >/file; exit 5"
+        done = daemon.ctr(*run, "sh", "-c", script, timeout=120, check=False)
+        assert done.code == 5, done.error
+        device, *rest = done.text.split()
+        assert device.startswith("/dev/vd")
+        assert rest[:2] == ["/", "ext4"]
+        assert "kept" not in rest
+        # What it wrote is in its snapshot: the next task of the same container finds it.
+        again = daemon.ctr("task", "start", name, timeout=120, check=False)
+        assert (again.code, again.text.splitlines()[-1]) == (5, "kept"), again.error
+        daemon.remove(name)
