@@ -44,7 +44,7 @@ storm: setup ## 200 short containers, eight at a time, in pods and alone; STORM_
 	@$(PY) -m tests.stress $(STORM_ARGS)
 
 test-hotplug: setup ## a disk plugged and unplugged 1,000 times in one VM: nothing leaks
-	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles $(PYTEST_ARGS)
+	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles --timeout=1200 $(PYTEST_ARGS)
 
 lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv
