@@ -351,7 +351,7 @@ def test_the_cgroup_is_its_own_root(facts: dict[str, str]) -> None:
 CGROUP_FACTS = """
 cd /sys/fs/cgroup
 for file in memory.max memory.low memory.swap.max memory.high cpu.max cpu.max.burst cpu.weight pids.max \
-    hugetlb.2MB.max cgroup.max.depth io.max; do echo "$file=$(cat $file)"; done
+    cpuset.cpus cpuset.mems hugetlb.2MB.max cgroup.max.depth io.max; do echo "$file=$(cat $file)"; done
 """
 
 
@@ -360,7 +360,7 @@ def written(pod: Pod) -> dict[str, str]:
     """The files of a cgroup with a limit of every kind."""
     change = limited(
         memory={"limit": 64 * MIB, "reservation": 32 * MIB, "swap": 96 * MIB},
-        cpu={"shares": 512, "quota": 20000, "period": 50000, "burst": 5000},
+        cpu={"shares": 512, "quota": 20000, "period": 50000, "burst": 5000, "cpus": "0", "mems": "0"},
         pids={"limit": 50},
         hugepageLimits=[{"pageSize": "2MB", "limit": 4 * MIB}, {"pageSize": "64GB", "limit": 0}],
         unified={"memory.high": str(60 * MIB), "cgroup.max.depth": "3", "io.max": "254:0 rbps=1048576"},
@@ -380,6 +380,8 @@ def written(pod: Pod) -> dict[str, str]:
         ("cpu.max", "20000 50000"),
         ("cpu.max.burst", "5000"),
         ("cpu.weight", "20"),
+        ("cpuset.cpus", "0"),
+        ("cpuset.mems", "0"),
         ("pids.max", "50"),
         ("hugetlb.2MB.max", str(4 * MIB)),
         ("cgroup.max.depth", "3"),
