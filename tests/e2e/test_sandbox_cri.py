@@ -78,7 +78,7 @@ def run_pod(cri: Cri, handler: str = "kata-shim", pid: str = "CONTAINER") -> Pod
         namespaces={"network": "POD", "pid": pid},
         hostname="mypod",
         dns={"servers": ["192.0.2.53"], "searches": ["pods.example"], "options": ["ndots:5"]},
-        sysctls={"kernel.shm_rmid_forced": "1"},
+        sysctls={"kernel.shm_rmid_forced": "1", "net.ipv4.ip_local_port_range": "20000 20099"},
     )
 
 
@@ -100,15 +100,21 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
         "no pause container"
     )
     script = "hostname; cat /etc/hostname /etc/resolv.conf /proc/sys/kernel/shm_rmid_forced"
-    script += "; readlink /proc/self/ns/ipc"
+    script += "; cat /proc/sys/net/ipv4/ip_local_port_range; readlink /proc/self/ns/ipc"
     first, second = (pod.sh(container, script) for container in pair)
     assert first == second
     assert first.splitlines()[:-1] == [
         "mypod", "mypod", "nameserver 192.0.2.53", "search pods.example", "options ndots:5", "1",
+        "20000\t20099",
     ]  # fmt: skip
     assert pod.sh(pair[0], "grep -c localhost /etc/hosts")
     for container in pair:
         assert pod.wait_output(container, "ready") == "ready\n"
+
+    stats = cri.call("ListContainerStats", filter={"pod_sandbox_id": pod.id}).stats
+    assert {
+        entry.attributes.id: entry.memory.working_set_bytes.value > 0 for entry in stats
+    } == dict.fromkeys(pair, True)
 
     seen = pod.sh(pair[1], "ps").count("sleep 100000 & wait")
     assert seen == (2 if pid == "POD" else 1), "each other's processes"
