@@ -7,12 +7,16 @@ issue 12983).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import grpc
 import pytest
 
 import ttrpc
@@ -65,11 +69,13 @@ def nothing_left(cri: Cri) -> Iterator[None]:
     assert (left, left_bundles) == ({}, []), daemon.log_tail(60)
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
+    """The condition's value as soon as it is true."""
     until = time.monotonic() + timeout
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < until, what
         time.sleep(0.05)
+    return value
 
 
 def run_pod(cri: Cri, handler: str = "kata-shim", pid: str = "CONTAINER") -> Pod:
@@ -140,8 +146,6 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
 
 
 def _answers(pod: Pod) -> bool:
-    import grpc
-
     try:
         return pod.state() == "SANDBOX_READY"
     except grpc.RpcError:
@@ -166,6 +170,41 @@ def test_stdio_by_streams_until_the_vm_dies(cri: Cri) -> None:
     os.kill(int(pod.info()["vmm.pid"]), signal.SIGKILL)
     wait_for(lambda: pod.state() == "SANDBOX_NOTREADY", "CRI takes a dead sandbox for ready")
     assert pod.wait_exit(container).exit_code in {137, 255}
+
+
+@pytest.mark.parametrize("cri", ["2"], indirect=True)
+def test_containerd_killed_while_a_pod_boots(cri: Cri) -> None:
+    """Its next one finds a sandbox that is not ready, and can remove it in the middle of its boot."""
+    daemon = cri.containerd
+
+    def run() -> None:
+        with contextlib.suppress(grpc.RpcError):  # it is cut off
+            run_pod(cri)
+
+    running = threading.Thread(target=run)
+    running.start()
+    wait_for(lambda: "qemu-system-x86_64" in _programs(daemon), "no VMM came up")
+    daemon.halt(signal.SIGKILL)
+    running.join(60)
+    daemon.boot()
+    pods = wait_for(lambda: _pods(cri), "the pod is forgotten")
+    assert [pod.state for pod in pods] == [1], "SANDBOX_NOTREADY"
+    daemon.ids.append(pods[0].id)
+    for call in ("StopPodSandbox", "RemovePodSandbox"):
+        cri.call(call, pod_sandbox_id=pods[0].id)
+
+
+def _programs(daemon: Containerd) -> list[str]:
+    return [
+        os.path.basename(process.argv[0]) for process in leaks.own_processes(daemon.tag, str(daemon.root))
+    ]
+
+
+def _pods(cri: Cri) -> list[Any]:
+    try:
+        return list(cri.call("ListPodSandbox").items)
+    except grpc.RpcError:  # the plugin is not up yet
+        return []
 
 
 async def _state(containerd: Containerd, container: str) -> task_v2_pb2.StateResponse:
