@@ -54,7 +54,17 @@ class Cri:
         stub = self._channel.unary_unary(
             path, request_serializer=request.SerializeToString, response_deserializer=response.FromString
         )
-        return stub(request(**fields), timeout=deadline)
+        return stub(request(**fields), timeout=deadline, wait_for_ready=True)
+
+    def wait_until_up(self, timeout: float = 60) -> None:
+        """Until the plugin serves, after containerd has come back. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with contextlib.suppress(grpc.RpcError):
+                self.call("ListPodSandbox", deadline=5)
+                return
+            time.sleep(0.05)
+        raise TimeoutError("CRI does not serve")
 
     def wait_for_image(self, name: str, timeout: float = 30) -> None:
         """Until the plugin has heard of an image that `ctr` imported. Raises TimeoutError."""

@@ -6,6 +6,7 @@ The pods use the node's network, which needs no CNI plugin here; in the VM that 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -198,6 +199,20 @@ def test_the_pod_outlives_a_container_which_can_be_started_again(pod: Pod, pair:
         pod.remove_container(container)
         pod.remove_container(container)  # again, as kubelet does
     assert pod.sh(pair[0], "echo alive") == "alive"
+
+
+def test_a_pod_outlives_containerd(pod: Pod, pair: tuple[str, str]) -> None:
+    boot = boot_id(pod, pair[0])
+    containerd = pod.cri.containerd
+    containerd.halt(signal.SIGKILL)
+    containerd.boot()
+    pod.cri.wait_until_up()
+    assert pod.state() == "SANDBOX_READY"
+    assert [boot_id(pod, container) for container in pair] == [boot, boot]
+    late = pod.run("sh", "-c", "echo late; exit 4", image=BUSYBOX)
+    assert pod.wait_exit(late).exit_code == 4
+    assert pod.output(late) == "late\n"
+    pod.remove_container(late)
 
 
 def test_shared_pids(cri: Cri) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -107,10 +108,12 @@ def pods(containerd: Containerd, api: Api) -> Iterator[Pods]:
         containerd.remove(name)
 
 
-def ask(task: Task, script: str, _count: list[int] = [0]) -> str:  # noqa: B006  (numbers the execs)
+_execs = itertools.count(1)
+
+
+def ask(task: Task, script: str) -> str:
     """What a script in the container says."""
-    _count[0] += 1
-    process = task.exec("sh", "-c", script, exec_id=f"ask{_count[0]}", stdin=False)
+    process = task.exec("sh", "-c", script, exec_id=f"ask{next(_execs)}", stdin=False)
     process.start()
     assert process.wait() == 0
     out, _ = process.io.finish()
