@@ -152,7 +152,7 @@ class Tasks(RuleBasedStateMachine):
     def answer(self, call: Awaitable[Any]) -> tuple[str, Any]:
         async def guarded() -> tuple[str, Any]:
             try:
-                return "OK", await asyncio.wait_for(call, 60)
+                return "OK", await asyncio.wait_for(call, 20)
             except KataError as error:
                 return error.code, None
 
@@ -217,6 +217,7 @@ class Tasks(RuleBasedStateMachine):
             self.start(name, "")
         self.exec("a", "x", cannot_start=False)
         self.start("a", "x")
+        self.exec("a", "y", cannot_start=True)
 
     @precondition(lambda self: self.vm_gone or self.over or not self.model)
     @rule()
