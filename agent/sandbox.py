@@ -156,6 +156,9 @@ class Sandbox:
                 self._hold_namespaces(container, [kind for kind in kinds if kind not in private])
         except BaseException:
             self.containers.pop(name, None)
+            if self._listener is not None:
+                for stream in (request.stdin_port, request.stdout_port, request.stderr_port):
+                    self._listener.forget(stream)
             await self.storages.release(self._mounted.pop(name, []))
             raise
 

@@ -105,6 +105,13 @@ class StreamListener:
         finally:
             self._wanted.pop(stream, None)
 
+    def forget(self, stream: int) -> None:
+        """Close it if it waits: whoever would have asked for it cannot be made. 0 is none."""
+        arrived = self._arrived.pop(stream, None)
+        if arrived is not None:
+            arrived[1].cancel()
+            arrived[0].close()
+
     def close(self) -> None:
         """Stop accepting and drop what nobody asked for."""
         self._loop.remove_reader(self._listener)

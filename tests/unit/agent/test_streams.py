@@ -68,6 +68,16 @@ async def test_nobody_asks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await asyncio.wait_for(loop.sock_recv(silent, 1), 5) == b""
 
 
+async def test_who_would_have_asked_cannot_be_made(host: Host) -> None:
+    ours = host.open(4)
+    await asyncio.sleep(0.01)
+    host.listener.forget(4)
+    host.listener.forget(4)
+    host.listener.forget(0)
+
+    assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(ours, 1), 5) == b""
+
+
 async def test_too_many_wait(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "WAITING_MAX", 2)
     first = [host.connect(), host.connect()]
