@@ -278,7 +278,7 @@ class Containerd:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        while self.ctr("version", check=False, timeout=10).code:
+        while self.ctr("version", check=False, timeout=60).code:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"containerd did not come up:\n{self.log_tail()}")
             time.sleep(0.05)

@@ -33,5 +33,5 @@ def containerd(
     merged.setdefault("hypervisor.qemu", {}).setdefault("kernel_params", KERNEL_PARAMS)
     merged.setdefault("agent.kata", {}).setdefault("reconnect_timeout_ms", int(PATIENCE * 1000))
     with Containerd(debug=True, overrides=merged) as daemon:
-        daemon.ctr("image", "import", str(archive), timeout=60)
+        daemon.ctr("image", "import", str(archive), timeout=PATIENCE)
         yield daemon
