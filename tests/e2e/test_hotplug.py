@@ -288,10 +288,8 @@ async def test_a_network_card_comes_and_goes(boot: Boot) -> None:
 
 
 def own_memory(pid: int) -> int:
-    """Bytes that QEMU itself holds: neither the guest's memory nor, under TCG, the code that it made of it.
-
-    Linux patches its own code when devices come and go; what was made of it before stays in the cache,
-    an executable mapping, until its 1 GB is full.
+    """Bytes that QEMU itself holds: neither the guest's memory nor, under TCG, the code that it made of it,
+    which is an executable mapping and grows with each new process in the guest.
     """
     kib, counted = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
@@ -308,18 +306,24 @@ async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> Non
     disk = make_disk(tmp_path / "a")
     pid = await vm.get_vmm_master_tid()
     paths, counts, sizes = set(), [], []
+
+    async def seen() -> None:
+        code, out, _ = await guest.run("cat", "/sys/block/vdb/size")
+        assert (code, int(out)) == (0, 8 << 11)
+
     for cycle in range(CYCLES):
         paths.add(await vm.add_device(disk))
-        if cycle % 40 == 0:
-            code, out, _ = await guest.run("cat", "/sys/block/vdb/size")
-            assert (code, int(out)) == (0, 8 << 11)
+        if cycle == 0:
+            await seen()
         await vm.remove_device(disk.id)
         counts.append(len(os.listdir(f"/proc/{pid}/fd")))
         if cycle % 5 == 0:
             sizes.append(await asyncio.to_thread(own_memory, pid))
+    paths.add(await vm.add_device(disk))
+    await seen()
 
     print("own memory of QEMU:", sizes[:: max(1, len(sizes) // 20)])
     assert len(paths) == 1
     assert max(counts[2:]) <= counts[1]
-    assert sizes[-1] - sizes[len(sizes) // 2] < 16 << 20, sizes
-    assert await vm.add_device(disk) in paths
+    # What a plug takes at its height comes and goes; a leak of 10 kB per plug would be more in 1,000.
+    assert sizes[-1] - sizes[len(sizes) // 4] < 8 << 20, sizes
