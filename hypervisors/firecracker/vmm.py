@@ -17,7 +17,6 @@ import contextlib
 import os
 import re
 import stat
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +40,7 @@ from hypervisors.firecracker import boot
 from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
+from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threads
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
 from hypervisors.firecracker.report import LOG, METRICS, Report
 
@@ -50,7 +50,6 @@ _NAME = "firecracker"
 _CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory takes to write
 _SNAPSHOT = 120.0
 _START = 120.0  # InstanceStart loads the kernel; the deadline of `start_vm` comes first
-_CGROUP_DEADLINE = 2.0
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -274,7 +273,7 @@ class Firecracker:
 
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`: Firecracker names its threads `fc_vcpu N`."""
-        return VcpuThreadIds(await asyncio.to_thread(_vcpu_threads, self._process().pid))
+        return VcpuThreadIds(await asyncio.to_thread(vcpu_threads, self._process().pid))
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -304,7 +303,7 @@ class Firecracker:
         parts.report.close()
         while parts.cgroups:
             entry = parts.cgroups.pop()
-            await asyncio.to_thread(_remove_cgroup, str(entry.facts["path"]))
+            await asyncio.to_thread(remove_cgroup, str(entry.facts["path"]))
             self._undo.forget(entry)
         if parts.den is not None:
             await asyncio.to_thread(_remove_files, parts.den)
@@ -374,7 +373,7 @@ class Firecracker:
         jail = jail_id(self._sandbox_id) if den.jailed else ""
         version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
         if jail and section.jailer_cgroups:
-            for path in _cgroup_paths(section, jail, version):
+            for path in cgroup_paths(section, jail, version):
                 parts.cgroups.append(self._undo.record("cgroup", path=path))
         self._check_stopping()
         parts.process = await Child.spawn(
@@ -508,40 +507,6 @@ class Firecracker:
         if self._parts.api is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._parts.api
-
-
-def _vcpu_threads(pid: int) -> dict[int, int]:
-    found = {}
-    for tid in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/task/{tid}/comm", encoding="utf-8") as file:
-                match = re.fullmatch(r"fc_vcpu (\d+)\n?", file.read())
-            if match:
-                found[int(match[1])] = int(tid)
-    return found
-
-
-def _cgroup_paths(section: FirecrackerConfig, jail: str, version: int) -> list[str]:
-    """Where the jailer makes the VM's cgroups: below one named after the program."""
-    program = os.path.basename(section.path)
-    if version == 2:
-        return [f"/sys/fs/cgroup/{program}/{jail}"]
-    controllers = sorted({setting.partition(".")[0] for setting in section.jailer_cgroups})
-    return [f"/sys/fs/cgroup/{name}/{program}/{jail}" for name in controllers]
-
-
-def _remove_cgroup(path: str) -> None:
-    """Remove the cgroup of a dead process, and the one above it if that was the last one in it."""
-    until = time.monotonic() + _CGROUP_DEADLINE
-    while os.path.isdir(path):
-        try:
-            os.rmdir(path)
-        except OSError:  # the kernel lets go of the dead a moment later, and tells nobody
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.01)
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(path))
 
 
 def _remove_files(den: Den) -> None:
