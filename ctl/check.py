@@ -231,7 +231,7 @@ def _memory(host: Host, config: Config | None) -> Finding:
             f"{free} MiB available, and a VM may take {needed}",
             "free some, or set a smaller default_memory",
         )
-    return _ok("memory", f"{free} MiB available" + (f", a VM takes {needed} at most" if needed else ""))
+    return _ok("memory", f"{free} MiB available" + (f", a VM starts with {needed}" if needed else ""))
 
 
 def _shim(host: Host) -> Finding:

@@ -38,6 +38,7 @@ def show(containerd: Containerd, result: Result) -> None:
         for word in result.argv
         if word not in {"--address", containerd.address, "--namespace", "default"}
     ]
+    words[0] = os.path.basename(words[0])
     say(f"{BOLD}$ {shlex.join(words)}{PLAIN}")
     for line in (result.text + "\n" + result.error).splitlines():
         if line:
