@@ -29,6 +29,7 @@ from agent.spec import process_json, resources_json
 from agent.stdio import Ports, Stdio
 from agent.storage import in_thread
 from agent.streams import StreamListener
+from agent.submounts import drop, hold
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Container:
         self.init: Process | None = None
         self.execs: dict[str, Process] = {}
         self._crun = crun
+        self._held: list[str] = []
         self._reaper = reaper
         self._listener = listener
 
@@ -73,6 +75,8 @@ class Container:
     async def create(self, ports: Ports) -> None:
         """`crun create`: the init process exists afterwards and waits for `start`."""
         os.makedirs(self.bundle, mode=0o700)
+        self._held = await asyncio.to_thread(hold, self.config)
+        log.debug(f"container {self.id} uses {self._held}")
         try:
             _write_json(f"{self.bundle}/config.json", self.config)
             arguments = ["create", "--bundle", self.bundle]
@@ -128,6 +132,7 @@ class Container:
         except RpcError as error:
             log.debug(error.message)
         await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
+        await asyncio.to_thread(drop, self._held)
 
     async def start(self) -> None:
         """Let the created init go on into the container's program."""
@@ -276,6 +281,7 @@ class Container:
         for process in self.execs.values():
             process.stdio.release()
         await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
+        await asyncio.to_thread(drop, self._held)
         with contextlib.suppress(OSError):  # crun removed it already, as it should
             os.rmdir(self.cgroup)
 
