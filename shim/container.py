@@ -239,6 +239,8 @@ class Container:
             if error.code == "NOT_FOUND" or process.ended is not None or self.sandbox.died.done():
                 raise CallerError("process already finished: not found", code="NOT_FOUND") from error
             raise
+        if signal == _SIGKILL:
+            process.killed.set()
 
     async def pause(self) -> None:
         """Freeze all its processes."""

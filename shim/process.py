@@ -115,6 +115,8 @@ class Process:
         #: Rows and columns that were asked for before the process had a terminal.
         self.window: tuple[int, int] | None = None
         self.ever_started = False
+        #: Set when the guest has taken SIGKILL for it: from then on its end must come soon.
+        self.killed = asyncio.Event()
         self._not_starting = asyncio.Event()
         self._not_starting.set()
 

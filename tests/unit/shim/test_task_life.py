@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from devices.errors import CallerError, GuestError, HostError, KataError
 from proto import task_types_pb2, task_v2_pb2, task_v3_pb2
+from shim import exit_status
 from tests.unit.shim.fakes import VMM_PID, TaskClient, open_descriptors
 
 
@@ -322,3 +323,22 @@ async def test_a_failing_create_does_not_hurt_the_pod(tmp_path: Path) -> None:
     assert shim.sandbox.prepared == {"pod"}
     assert (await shim.state("pod")).status == task_types_pb2.CREATED
     await shim.close()
+
+
+async def test_a_guest_that_cannot_end_what_is_killed(
+    shim: TaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM may be ignored for ever; after SIGKILL the exit comes, if not by the guest then without it."""
+    monkeypatch.setattr(exit_status, "KILL_LIMIT", 0.05)
+    await shim.create()
+    await shim.start()
+    shim.guest().ignores |= {9, 15}
+    waiting = asyncio.create_task(shim.wait())
+    await shim.kill(signal=15)
+    done, _ = await asyncio.wait([waiting], timeout=0.2)
+    assert not done
+    await shim.kill(signal=9)
+    async with asyncio.timeout(10):
+        assert (await waiting).exit_status == 137
+    await shim.delete()
+    assert shim.events.topics.count("exit") == 1
