@@ -19,7 +19,7 @@ setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the
 demo: setup ## run containers in VMs under a containerd of its own, with the time of each phase
 	@$(PY) -m scripts.demo
 
-test: setup ## all tests: unit, end-to-end, fault, security
+test: setup ## unit, end-to-end, fault and security tests, and a part of test-kvm
 	@$(PY) -m pytest $(PYTEST_ARGS)
 
 test-unit: setup ## the tests that need no containerd and no VM
