@@ -104,7 +104,9 @@ async def test_a_jailed_vm_in_a_namespace(section: FirecrackerConfig, tap: str, 
 
         metrics = await vm.get_hypervisor_metrics()
         assert metrics["resident_bytes"] > 1 << 20
-        assert metrics["block_rate_limiter_throttled_events"] > 0
+        api = vm._api()
+        drive = (await api.get("/vm/config", timeout=30))["drives"][0]
+        assert drive["rate_limiter"]["bandwidth"]["size"] == 2_000_000  # bytes: an eighth of the bits
 
         await vm.pause_vm()
         await vm.check()
