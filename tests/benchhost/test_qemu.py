@@ -74,7 +74,7 @@ def test_a_container_lives_under_kvm(containerd: Containerd, machine: str) -> No
 
     # this host has cgroup v2 alone, so containerd wants v2's statistics
     metrics = json.loads(containerd.ctr("task", "metrics", "--format", "json", name).text)
-    assert metrics["pids"]["current"] >= 2
+    assert metrics["pids"]["current"] >= 1  # between two sleeps the shell is alone
     assert metrics["memory"]["usage"] > 100_000
     assert metrics["cpu"]["usage_usec"] > 0
 
