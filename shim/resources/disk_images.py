@@ -73,7 +73,7 @@ class ImageStore:
 
     async def image(self, tree: str, digest: str) -> tuple[str, int]:
         """An erofs image of the directory `tree`: its path, and a descriptor that keeps it from removal until
-        closed. `digest`: see `rootfs_digest`; "" makes one that goes when the descriptor is closed."""
+        closed. `digest`: see `rootfs_digest`; "" makes one of the caller's own, who removes it."""
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         name = digest or f"private-{os.getpid()}-{hashlib.sha256(tree.encode()).hexdigest()[:16]}"
         path = f"{self._directory}/{name}.erofs"
