@@ -1,44 +1,48 @@
 """`kata-ctl hypervisors`: which there are, and what each can do at most; made from the plugins themselves.
 
-The same table stands in docs/hypervisors.md (`--markdown`), where a test compares it.
+What: one table for all, with a word for each operation that can be done; `--markdown`: one table for each,
+with the reason for what cannot. The latter stand in docs/hypervisors.md, where a test compares them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
+from devices.kinds import OPERATIONS, Kind, Op
 from hypervisors.base import Capabilities
 from hypervisors.registry import broken_plugins, load_plugins
 
-__all__ = ["run", "table"]
+__all__ = ["device_table", "markdown", "run", "table"]
 
+_WORDS = {Op.COLD: "start", Op.HOT: "plug", Op.UNPLUG: "unplug", Op.RESIZE: "resize"}
 MEANING = {
-    "block_device": "disks before the start",
-    "block_hotplug": "disks while it runs",
-    "block_hot_unplug": "take disks away again",
-    "network_device": "network cards",
-    "network_hotplug": "network cards while it runs",
-    "fs_sharing": "virtio-fs: files of the host",
     "hybrid_vsock": "vsock without the host's kernel",
-    "vcpu_hotplug": "more CPUs while it runs",
-    "vcpu_hot_unplug": "fewer again",
-    "memory_hotplug": "more memory while it runs",
-    "memory_hot_unplug": "less again",
     "pause": "pause and resume",
     "snapshot": "save and restore a VM",
 }
-"""What each capability means to a user, by its field."""
+"""What each of the other capabilities means to a user, by its field."""
 
 
 def table(plugins: Mapping[str, Any]) -> list[list[str]]:
     """Rows of texts, the first one with the names."""
     rows = [["", *plugins]]
-    for field in fields(Capabilities):
-        can = ["yes" if getattr(plugin.capabilities, field.name) else "-" for plugin in plugins.values()]
-        rows.append([MEANING[field.name], *can])
+    able: list[Capabilities] = [plugin.capabilities for plugin in plugins.values()]
+    for kind in Kind:
+        cells = (" ".join(_WORDS[op] for op in OPERATIONS[kind] if one.can(kind, op)) for one in able)
+        rows.append([kind.value, *(cell or "-" for cell in cells)])
+    for name, meaning in MEANING.items():
+        rows.append([meaning, *("yes" if getattr(one, name) else "-" for one in able)])
+    return rows
+
+
+def device_table(able: Capabilities) -> list[list[str]]:
+    """Of one VMM or VM: a row a kind, a column an operation; "yes", or the reason why not."""
+    rows = [["kind", *(op.value for op in Op)]]
+    for kind in Kind:
+        cells = [(able.why_not(kind, op) or "yes") if op in OPERATIONS[kind] else "" for op in Op]
+        rows.append([kind.value, *cells])
     return rows
 
 
@@ -48,18 +52,24 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _as_data(able: Capabilities) -> dict[str, Any]:
+    """For JSON: true, or the reason."""
+    devices = {
+        kind.value: {op.value: able.why_not(kind, op) or True for op in OPERATIONS[kind]} for kind in Kind
+    }
+    return {"devices": devices, **{name: getattr(able, name) for name in MEANING}}
+
+
 def run(*, as_json: bool = False, as_markdown: bool = False) -> int:
     """The command; returns its exit code: 1 if a plugin that is installed cannot be loaded."""
     plugins = dict(sorted(load_plugins().items()))
     broken = broken_plugins()
     if as_json:
-        able = {
-            name: {field.name: getattr(plugin.capabilities, field.name) for field in fields(Capabilities)}
-            for name, plugin in plugins.items()
-        }
+        able = {name: _as_data(plugin.capabilities) for name, plugin in plugins.items()}
         print(json.dumps({"hypervisors": able, "broken": broken}, indent=2))
     elif as_markdown:
-        print(markdown(table(plugins)))
+        for name, plugin in plugins.items():
+            print(f"### {name}\n\n{markdown(device_table(plugin.capabilities))}\n")
     else:
         rows = table(plugins)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -39,6 +39,11 @@ class Place:
         """Kata's PCI path, "02/00"."""
         return "/".join(f"{slot:02x}" for slot in (*self.above, self.slot))
 
+    @property
+    def properties(self) -> dict[str, str]:
+        """What QEMU's devices are told of it. Its slots are hexadecimal, whatever they look like."""
+        return {"bus": self.bus, "addr": f"{self.slot:#x}"}
+
 
 @dataclass(frozen=True, slots=True)
 class Port:

@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from devices.errors import BugError
+from devices.kinds import Kind
 
 __all__ = [
     "BalloonConfig",
@@ -68,6 +70,7 @@ class _Device:
 class BlockConfig(_Device):
     """A disk from an image file or a block device of the host."""
 
+    kind: ClassVar[Kind] = Kind.BLK
     path: str
     read_only: bool = False
     format: BlockFormat = BlockFormat.RAW
@@ -82,6 +85,7 @@ class BlockConfig(_Device):
 class ShareFsConfig(_Device):
     """A host directory shared by virtio-fs; mounts made below it later appear in the guest."""
 
+    kind: ClassVar[Kind] = Kind.SHARE_FS
     id: str = "share-fs"
     source: str  # an existing directory
     tag: str = "kataShared"  # what the guest mounts; at most 36 bytes
@@ -100,6 +104,7 @@ class ShareFsConfig(_Device):
 class VsockConfig(_Device):
     """The agent's channel. `home_call`: the guest says when its agent listens (Kata's agent does not)."""
 
+    kind: ClassVar[Kind] = Kind.VSOCK
     id: str = "vsock"
     home_call: bool = True
     daemon: str = ""  # path of vhost-device-vsock, used where there is no /dev/vhost-vsock; "" looks on PATH
@@ -109,6 +114,7 @@ class VsockConfig(_Device):
 class RngConfig(_Device):
     """Entropy from a host device."""
 
+    kind: ClassVar[Kind] = Kind.RNG
     id: str = "rng"
     source: str = "/dev/urandom"
 
@@ -117,6 +123,7 @@ class RngConfig(_Device):
 class BalloonConfig(_Device):
     """A memory balloon that reports free pages back to the host."""
 
+    kind: ClassVar[Kind] = Kind.BALLOON
     id: str = "balloon"
 
 
@@ -124,6 +131,7 @@ class BalloonConfig(_Device):
 class ConsoleConfig(_Device):
     """The guest's first serial port; its last 64 KiB are kept for error messages."""
 
+    kind: ClassVar[Kind] = Kind.CONSOLE
     id: str = "console"
 
 
@@ -134,6 +142,7 @@ class NetworkConfig(_Device):
     A VMM takes it as descriptors (one for each queue) or by its name, as its kind has it.
     """
 
+    kind: ClassVar[Kind] = Kind.NET
     mac: str
     tap: str = ""
     tap_fds: tuple[int, ...] = field(default=())

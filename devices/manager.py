@@ -20,21 +20,23 @@ from dataclasses import asdict, dataclass
 from devices.config import BlockConfig, DeviceConfig
 from devices.device import DeviceHost, PluggedDevice
 from devices.errors import BugError, CallerError, HostError
+from devices.kinds import Kind
 
 __all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
-_BLOCK_DRIVER = "virtio-blk-pci"
+# How the agent calls what has a place of its own in the guest; a disk without PCI is "mmioblk".
+_AGENT_TYPES = {Kind.BLK: "blk"}
 
 Source = tuple[object, ...]  # what makes two requests mean the same device
 
 
 @dataclass(frozen=True, slots=True)
 class AgentDevice:
-    """What the agent is told of a disk: its `Device` message without protobuf."""
+    """What the agent is told of a device: its `Device` message without protobuf."""
 
     id: str  # PCI slots from the root, "02/00", or the node of a virtio-mmio disk: how the agent finds it
     type: str  # "blk" or "mmioblk"
-    vm_path: str  # "/dev/vda"
+    vm_path: str  # "/dev/vda"; "" for what is no disk
 
 
 def disk_name(index: int) -> str:
@@ -103,13 +105,19 @@ class DeviceManager:
             return freed
 
     async def generate_agent_device(self, device_id: str) -> AgentDevice:
-        """How the agent finds a disk. Raises CallerError for an unknown id and for what is no disk."""
+        """How the agent finds it. Raises CallerError for an unknown id, and for what the agent is told of
+        otherwise, such as a network card."""
         device = self._known(device_id)
-        if device.index is None:
-            raise CallerError(f"device {device_id} is no disk", code="INVALID_ARGUMENT")
+        config = await device.get_device_info()
+        kind = _AGENT_TYPES.get(config.kind)
+        if kind is None:
+            raise CallerError(
+                f"device {device_id} ({config.kind.value}) is none of the agent's", code="INVALID_ARGUMENT"
+            )
         if device.guest_path.startswith("/dev/"):  # no PCI: the VMM says the node's name itself
             return AgentDevice(device.guest_path, "mmioblk", device.guest_path)
-        return AgentDevice(device.guest_path, "blk", f"/dev/{disk_name(device.index)}")
+        path = "" if device.index is None else f"/dev/{disk_name(device.index)}"
+        return AgentDevice(device.guest_path, kind, path)
 
     async def get_device_guest_path(self, id: str) -> str | None:  # noqa: A002  (the mission's name)
         """A disk's name in the guest, "/dev/vda"; None for an unknown id and for other kinds."""
@@ -117,8 +125,8 @@ class DeviceManager:
         return f"/dev/{disk_name(device.index)}" if device is not None and device.index is not None else None
 
     async def get_driver_options(self) -> str:
-        """The driver of its disks, in the agent's words."""
-        return _BLOCK_DRIVER
+        """The driver of its disks, in Kata's words."""
+        return f"{Kind.BLK.value}-pci"
 
     def _lock(self, source: Source) -> asyncio.Lock:
         """One per source, as long as somebody holds or awaits it."""

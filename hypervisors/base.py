@@ -6,7 +6,7 @@ Why: the sandbox speaks to these, so a VMM can be added by a package of its own 
 Invariants:
 - Life: `prepare_vm` -> `add_device` ... -> `start_vm` -> ... -> `stop_vm` -> `cleanup`. `stop_vm` and
   `cleanup` are idempotent and work at any point, after a failed `prepare_vm` or `start_vm` too.
-- What a VMM cannot do is False in its `capabilities` and raises UnsupportedByHypervisor.
+- What a VMM cannot do its `capabilities` refuse, with a reason, and it raises UnsupportedByHypervisor.
 - Every call ends: each has a deadline, and ends early when the VMM dies.
 - As in the mission's trait all methods are coroutines, except `diagnostics`, which error paths use.
 """
@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from devices.config import DeviceConfig
+from devices.errors import UnsupportedByHypervisor
+from devices.kinds import YES, Kind, Op, Support
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 
@@ -34,21 +36,35 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What this VMM can do, as this VM is configured."""
+    """What this VMM can do, as this VM is configured. `devices`: by kind; one that is missing is refused."""
 
-    block_device: bool = False
-    block_hotplug: bool = False
-    block_hot_unplug: bool = False
-    network_device: bool = False
-    network_hotplug: bool = False
-    fs_sharing: bool = False
+    devices: Mapping[Kind, Support] = field(default_factory=dict)
     hybrid_vsock: bool = False
-    vcpu_hotplug: bool = False
-    vcpu_hot_unplug: bool = False
-    memory_hotplug: bool = False
-    memory_hot_unplug: bool = False
     pause: bool = False
     snapshot: bool = False
+
+    def why_not(self, kind: Kind, op: Op) -> str:
+        """The reason why it cannot be done, "" if it can."""
+        return self.devices.get(kind, Support()).reason(op)
+
+    def can(self, kind: Kind, op: Op) -> bool:
+        """Whether it can be done."""
+        return self.why_not(kind, op) == YES
+
+    def require(self, hypervisor: str, kind: Kind, op: Op) -> None:
+        """Raise UnsupportedByHypervisor, with the reason, unless it can be done."""
+        if reason := self.why_not(kind, op):
+            raise UnsupportedByHypervisor(hypervisor, f"{op.value} of {kind.value}: {reason}")
+
+    @property
+    def more_memory(self) -> bool:
+        """Whether memory can be plugged, in whichever way."""
+        return self.can(Kind.DIMM, Op.HOT) or self.can(Kind.VIRTIO_MEM, Op.HOT)
+
+    @property
+    def less_memory(self) -> bool:
+        """Whether memory can be given back, in whichever way."""
+        return self.can(Kind.DIMM, Op.UNPLUG) or self.can(Kind.VIRTIO_MEM, Op.UNPLUG)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ import structlog
 import ttrpc
 from devices.config import DeviceConfig, ShareFsConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.holdings import Holdings
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
@@ -104,7 +105,8 @@ class VirtSandbox:
         self._on_oom = on_oom
         self._undo = undo
         self._hooks: dict[str, HostHooks] = {}
-        self._direct = DirectVolumes(self._devices, hypervisor)
+        self._holdings = Holdings(self._devices, hypervisor)
+        self._direct = DirectVolumes(self._devices, self._holdings)
         self._sizing = Sizing(
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
         )
@@ -259,7 +261,7 @@ class VirtSandbox:
         """Unmount what `prepare_container` mounted, let the VM shrink, run the poststop hooks. Idempotent."""
         if not self._stopped and not self._died.done():
             await self._sizing.forget(container_id)
-            for error in await self._direct.remove(container_id):
+            for error in await self._holdings.release(container_id):
                 _log.error("not unplugged", container=container_id, error=str(error))
         self._writing.discard(container_id)
         for error in await self._files.remove(container_id):

@@ -14,6 +14,7 @@ import shutil
 from devices.errors import ConfigError
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, CheckResult
+from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.vmm import Firecracker
 from hypervisors.rules import adjust_sandbox_section, wrong
@@ -31,15 +32,7 @@ class FirecrackerPlugin:
 
     name = "firecracker"
     section = FirecrackerConfig
-    capabilities = Capabilities(
-        block_device=True,
-        block_hotplug=True,
-        block_hot_unplug=True,
-        network_device=True,
-        hybrid_vsock=True,
-        pause=True,
-        snapshot=True,
-    )
+    capabilities = Capabilities(devices=abilities(_MAX_SLOTS), hybrid_vsock=True, pause=True, snapshot=True)
 
     def adjust_config(self, section: FirecrackerConfig) -> FirecrackerConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""

@@ -32,11 +32,13 @@ from devices.config import (
     VsockConfig,
 )
 from devices.errors import BugError, HostError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.kinds import Op
 from devices.rendezvous import connect_when_listening
 from devices.undo import Entry, UndoLog
 from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.firecracker import boot
+from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
@@ -212,13 +214,12 @@ class Firecracker:
     async def add_device(self, device: DeviceConfig) -> str:
         """See `Hypervisor.add_device`. A disk's address is its name in the guest, "/dev/vdb". Before
         `start_vm` every kind that Firecracker has, later disks only."""
-        if not isinstance(device, BlockConfig | ConsoleConfig | NetworkConfig | RngConfig | VsockConfig):
-            raise UnsupportedByHypervisor(_NAME, f"a {type(device).__name__}")
+        hot = self._ended is not None
+        (await self.capabilities()).require(_NAME, device.kind, Op.HOT if hot else Op.COLD)
         if any(one.id == device.id for one in self._parts.cold) or self._has(device.id):
             raise BugError(f"there is a device {device.id} already")
-        if self._ended is not None:
-            if not isinstance(device, BlockConfig):
-                raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
+        if hot:
+            assert isinstance(device, BlockConfig)  # by its capabilities
             return await self._drives().fill(device, self._api())
         if isinstance(device, NetworkConfig) and not device.tap:
             raise UnsupportedByHypervisor(_NAME, "a network card without the name of its tap device")
@@ -336,15 +337,8 @@ class Firecracker:
 
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
-        slots = self._section.block_device_slots > 0
         return Capabilities(
-            block_device=True,
-            block_hotplug=slots,
-            block_hot_unplug=slots,
-            network_device=True,
-            hybrid_vsock=True,
-            pause=True,
-            snapshot=True,
+            devices=abilities(self._section.block_device_slots), hybrid_vsock=True, pause=True, snapshot=True
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:

@@ -4,32 +4,22 @@ What: `arguments` gives argv (without the program), `kernel_command_line` the gu
 Why apart: golden tests hold every argument, and the bench boots a bare QEMU with the very same.
 Invariants: nothing that came from outside is ever put into a comma-separated option: paths go as
 JSON or as arguments of their own; ids are ours. Each PCI device and port has a fixed slot, so its guest
-path is known before the start; on a microvm each device has a virtio-mmio transport of its own.
+path is known before the start; on a microvm each device has a virtio-mmio transport of its own. What a
+device is to QEMU: `hypervisors.qemu.recipes`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from devices.addresses import Place, Port
-from devices.config import (
-    BalloonConfig,
-    BlockConfig,
-    BlockFormat,
-    ConsoleConfig,
-    DeviceConfig,
-    NetworkConfig,
-    RngConfig,
-    ShareFsConfig,
-    VsockConfig,
-)
+from devices.config import ConsoleConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.recipes import Placed, argv, recipe
 
-__all__ = ["MICROVM", "VIRTIO_MEM", "Placed", "Plan", "arguments", "block_node", "kernel_command_line"]
+__all__ = ["MICROVM", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 VIRTIO_MEM = "virtio-mem0"
@@ -37,22 +27,6 @@ VIRTIO_MEM = "virtio-mem0"
 MICROVM = "microvm"
 """The machine type without PCI: devices on virtio-mmio, no hot-plug, less to probe at boot."""
 _MEMORY_ID = "mem0"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """A device and what was prepared for it.
-
-    `slot`: on pcie.0, 1-30, or of virtio-mmio, 1-23; 0 for what is neither. `fd`: the connected socket of
-    its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only, else 0.
-    `host_device`: a disk that is a block device of the host.
-    """
-
-    device: DeviceConfig
-    slot: int = 0
-    fd: int = -1
-    cid: int = 0
-    host_device: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,47 +90,33 @@ def kernel_command_line(plan: Plan) -> str:
 def arguments(plan: Plan) -> list[str]:
     """argv[1:] of QEMU."""
     section = plan.section
-    argv = ["-name", f"sandbox-{plan.sandbox_id},debug-threads=on"]
-    argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    words = ["-name", f"sandbox-{plan.sandbox_id},debug-threads=on"]
+    words += ["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
     if not section.disable_seccomp:
-        argv += ["-sandbox", section.seccomp_sandbox or SANDBOX]
-    argv += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
-    argv += ["-smp", _smp(plan), "-m", _memory(plan)]
+        words += ["-sandbox", section.seccomp_sandbox or SANDBOX]
+    words += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
+    words += ["-smp", _smp(plan), "-m", _memory(plan)]
     # Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small.
-    argv += [
+    words += [
         "-object",
         f"memory-backend-memfd,id={_MEMORY_ID},size={section.default_memory}M,share=on",
     ]
-    argv += ["-kernel", section.kernel]
+    words += ["-kernel", section.kernel]
     if section.initrd:
-        argv += ["-initrd", section.initrd]
-    argv += ["-append", kernel_command_line(plan)]
-    argv += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
-    argv += ["-mon", "chardev=qmp,mode=control"]
-    argv += ["-rtc", "base=utc,clock=host"]
+        words += ["-initrd", section.initrd]
+    words += ["-append", kernel_command_line(plan)]
+    words += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
+    words += ["-mon", "chardev=qmp,mode=control"]
+    words += ["-rtc", "base=utc,clock=host"]
     if plan.microvm:
-        argv += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0
+        words += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0
     for placed in plan.devices:
-        argv += _device(placed, plan.microvm)
+        words += _device(placed, plan.microvm)
     for chassis, port in enumerate(plan.ports, 1):
-        argv += ["-device", _port(port, chassis)]
+        words += ["-device", _port(port, chassis)]
     if plan.virtio_mem is not None:
-        argv += _virtio_mem(plan, plan.virtio_mem)
-    return argv
-
-
-def block_node(device: BlockConfig, *, host_device: bool = False) -> dict[str, Any]:
-    """What -blockdev and blockdev-add take. `host_device`: the path is a block device's."""
-    driver = "host_device" if host_device else "file"
-    node: dict[str, Any] = {
-        "driver": device.format.value,
-        "node-name": f"node-{device.id}",
-        "read-only": device.read_only,
-        "file": {"driver": driver, "filename": device.path, "read-only": device.read_only},
-    }
-    if device.format is BlockFormat.QCOW2:
-        node["backing"] = None
-    return node
+        words += _virtio_mem(plan, plan.virtio_mem)
+    return words
 
 
 def _smp(plan: Plan) -> str:
@@ -214,59 +174,7 @@ def _cpu(plan: Plan) -> str:
 
 
 def _device(placed: Placed, microvm: bool) -> list[str]:
-    device, fd = placed.device, placed.fd
-    kind = "device" if microvm else "pci"
-    at = f"bus=virtio-mmio-bus.{placed.slot}" if microvm else f"bus=pcie.0,addr={placed.slot:#x}"
-    match device:
-        case BlockConfig():
-            serial = f",serial={device.serial}" if device.serial else ""
-            return [
-                "-blockdev",
-                json.dumps(block_node(device, host_device=placed.host_device)),
-                "-device",
-                f"virtio-blk-{kind},id={device.id},drive=node-{device.id},{at}{serial}",
-            ]
-        case ShareFsConfig():
-            front = f"vhost-user-fs-{kind},id={device.id},chardev=char-{device.id},tag={device.tag}"
-            return [
-                "-chardev",
-                f"socket,id=char-{device.id},fd={fd}",
-                "-device",
-                f"{front},queue-size={device.queue_size},{at}",
-            ]
-        case VsockConfig() if placed.cid:
-            return [
-                "-device",
-                f"vhost-vsock-{kind},id={device.id},vhostfd={fd},guest-cid={placed.cid},{at}",
-            ]
-        case VsockConfig():
-            return [
-                "-chardev",
-                f"socket,id=char-{device.id},fd={fd}",
-                "-device",
-                f"vhost-user-vsock-{kind},id={device.id},chardev=char-{device.id},{at}",
-            ]
-        case RngConfig():
-            return [
-                "-object",
-                json.dumps({"qom-type": "rng-random", "id": f"src-{device.id}", "filename": device.source}),
-                "-device",
-                f"virtio-rng-{kind},id={device.id},rng=src-{device.id},{at}",
-            ]
-        case BalloonConfig():
-            return ["-device", f"virtio-balloon-{kind},id={device.id},free-page-reporting=on,{at}"]
-        case ConsoleConfig():
-            return ["-chardev", f"socket,id={device.id},fd={fd}", "-serial", f"chardev:{device.id}"]
-        case NetworkConfig():
-            return _network(device, kind, at)
-
-
-def _network(device: NetworkConfig, kind: str, at: str) -> list[str]:
-    queues = len(device.tap_fds)
-    netdev = f"tap,id=net-{device.id},fds={':'.join(map(str, device.tap_fds))}"
-    if device.vhost_fds:
-        netdev += f",vhost=on,vhostfds={':'.join(map(str, device.vhost_fds))}"
-    card = f"virtio-net-{kind},id={device.id},netdev=net-{device.id},mac={device.mac},{at}"
-    if queues > 1:
-        card += ",mq=on" if kind == "device" else f",mq=on,vectors={2 * queues + 2}"
-    return ["-netdev", netdev, "-device", card]
+    device = placed.device
+    if isinstance(device, ConsoleConfig):
+        return ["-chardev", f"socket,id={device.id},fd={placed.fd}", "-serial", f"chardev:{device.id}"]
+    return argv(recipe(placed, "device" if microvm else "pci"))

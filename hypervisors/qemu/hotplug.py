@@ -1,12 +1,12 @@
-"""Disks and network cards that come and go while the VM runs under QEMU.
+"""Devices that come and go while the VM runs under QEMU.
 
-What: `Plugger.add` and `remove`: back end (blockdev-add, netdev_add), front end (device_add behind a
+What: `Plugger.add` and `remove`: back ends (blockdev-add, netdev_add, ...), front end (device_add behind a
 port or bridge), and both away again.
-Why one transaction: QEMU has three objects for one disk (slot, node, device), each of which can fail to
+Why one transaction: QEMU has several objects for one device (slot, node, device), each of which can fail to
 come or to go; whoever plugs again must find neither a half nor a leak.
 Invariants:
 - What `add` did not finish it has undone, also when it was cancelled; the slot and the id are free then.
-- A device is plugged until DEVICE_DELETED: only then its back end goes, and then its slot is free. A guest
+- A device is plugged until DEVICE_DELETED: only then its back ends go, and then its slot is free. A guest
   that does not let go keeps it, and `remove` can be tried again.
 - `remove` of what is half gone, from an attempt that failed, goes on where that one ended.
 Source: qapi/{block-core,net,qdev}.json of QEMU 7.2.
@@ -15,21 +15,27 @@ Source: qapi/{block-core,net,qdev}.json of QEMU 7.2.
 from __future__ import annotations
 
 import asyncio
-import os
-import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
 
 from devices.addresses import PciTopology, Place
-from devices.config import BlockConfig, NetworkConfig
-from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
-from hypervisors.qemu.cmdline import block_node
+from devices.errors import BugError, CallerError, HypervisorError, KataError
 from hypervisors.qemu.events import deleted
 from hypervisors.qemu.qmp import QmpClient, QmpError
+from hypervisors.qemu.recipes import BackEnd, Placed, recipe
 
-__all__ = ["Plugger", "is_block_device"]
+__all__ = ["Plugger"]
+
+# By the option that does the same on the command line: the commands that make it and remove it, and the key
+# of its name.
+_COMMANDS = {
+    "blockdev": ("blockdev-add", "blockdev-del", "node-name"),
+    "chardev": ("chardev-add", "chardev-remove", "id"),
+    "netdev": ("netdev_add", "netdev_del", "id"),
+    "object": ("object-add", "object-del", "id"),
+}
 
 _NOT_FOUND = "DeviceNotFound"  # QEMU's error class
 _IN_USE = "is in use"
@@ -62,31 +68,34 @@ class Plugger:
     def __contains__(self, device_id: str) -> bool:
         return device_id in self._plugged
 
-    async def add(self, device: BlockConfig | NetworkConfig) -> str:
-        """Plug it; its guest path. QEMU has realised it then, the guest's driver may still be at it.
+    async def add(self, placed: Placed) -> str:
+        """Plug it, wherever there is room; its guest path. QEMU has realised it then, the guest's driver may
+        still be at it.
 
         Raises HypervisorError when QEMU refuses or no slot is free; nothing is left then.
         """
-        if (there := self._plugged.get(device.id)) is not None:
+        name = placed.device.id
+        if (there := self._plugged.get(name)) is not None:
             if there.whole:
-                raise BugError(f"there is a device {device.id} already")
-            await self.remove(device.id)  # what an earlier attempt could not undo
-        plugged = _Plugged(self._topology.allocate(device.id, hotplug=True))
-        self._plugged[device.id] = plugged
+                raise BugError(f"there is a device {name} already")
+            await self.remove(name)  # what an earlier attempt could not undo
+        plugged = _Plugged(self._topology.allocate(name, hotplug=True))
+        self._plugged[name] = plugged
         try:
-            if isinstance(device, BlockConfig):
-                front = await self._block(device, plugged)
-            else:
-                front = await self._network(device, plugged)
-            front |= {"id": device.id, "bus": plugged.place.bus, "addr": f"{plugged.place.slot:#x}"}
+            made = recipe(replace(placed, at=plugged.place.properties))
+            for back_end in made.back_ends:
+                await self._make(back_end, plugged)
+            front = dict(made.front)
             # Legacy virtio needs I/O ports, of which a bridge has few.
-            await self._qmp.execute("device_add", {**front, "disable-legacy": "on"})
+            if front["driver"].startswith(("virtio-", "vhost-")):
+                front["disable-legacy"] = "on"
+            await self._qmp.execute("device_add", front)
             plugged.whole = True
         except BaseException:
             try:
-                await self.remove(device.id)
+                await self.remove(name)
             except KataError as error:
-                _log.error("what was plugged half did not go", device=device.id, error=str(error))
+                _log.error("what was plugged half did not go", device=name, error=str(error))
             raise
         return plugged.place.guest_path
 
@@ -125,33 +134,22 @@ class Plugger:
                     code="DEADLINE_EXCEEDED",
                 ) from None
 
-    # --- back ends: each gives device_add's arguments
-
-    async def _block(self, device: BlockConfig, plugged: _Plugged) -> dict[str, Any]:
-        node = block_node(device, host_device=await asyncio.to_thread(is_block_device, device.path))
-        plugged.back_end.append(("blockdev-del", {"node-name": node["node-name"]}))
-        await self._qmp.execute("blockdev-add", node)
-        front = {"driver": "virtio-blk-pci", "drive": node["node-name"]}
-        return front | ({"serial": device.serial} if device.serial else {})
-
-    async def _network(self, device: NetworkConfig, plugged: _Plugged) -> dict[str, Any]:
-        queues = len(device.tap_fds)
-        if queues == 0:
-            raise UnsupportedByHypervisor("qemu", "plugging a network card without a tap")
-        netdev: dict[str, Any] = {"type": "tap", "id": f"net-{device.id}"}
-        for key, fds in (("fds", device.tap_fds), ("vhostfds", device.vhost_fds)):
-            names = [f"{key}-{device.id}-{number}" for number in range(len(fds))]
-            for name, fd in zip(names, fds, strict=True):
-                plugged.back_end.append(("closefd", {"fdname": name}))
-                await self._qmp.execute("getfd", {"fdname": name}, fds=[fd])
-            if names:
-                netdev[key] = ":".join(names)
-        if device.vhost_fds:
-            netdev["vhost"] = True
-        plugged.back_end.append(("netdev_del", {"id": netdev["id"]}))
-        await self._qmp.execute("netdev_add", netdev)
-        front: dict[str, Any] = {"driver": "virtio-net-pci", "netdev": netdev["id"], "mac": device.mac}
-        return front | ({"mq": True, "vectors": 2 * queues + 2} if queues > 1 else {})
+    async def _make(self, back_end: BackEnd, plugged: _Plugged) -> None:
+        """One back end, its descriptors first, each noted before it is there."""
+        names: dict[str, str] = {}
+        for key, fds in back_end.fds.items():
+            labels = [f"{key}-{back_end.name}-{number}" for number in range(len(fds))]
+            for label, fd in zip(labels, fds, strict=True):
+                plugged.back_end.append(("closefd", {"fdname": label}))
+                await self._qmp.execute("getfd", {"fdname": label}, fds=[fd])
+            names[key] = ":".join(labels)
+        add, delete, key = _COMMANDS[back_end.option]
+        plugged.back_end.append((delete, {key: back_end.name}))
+        arguments = back_end.arguments(names)
+        if back_end.option == "chardev":
+            address = {"type": "fd", "data": {"str": arguments.pop("fd")}}
+            arguments["backend"] = {"type": "socket", "data": {"addr": address, "server": False}}
+        await self._qmp.execute(add, arguments)
 
     async def _forget(self, command: str, arguments: dict[str, Any]) -> None:
         """Remove it; what never came is fine (a descriptor goes with its netdev, too).
@@ -170,11 +168,3 @@ class Plugger:
                 await asyncio.sleep(_MOMENT)  # nothing announces it
             else:
                 return
-
-
-def is_block_device(path: str) -> bool:
-    """Whether QEMU must open it as `host_device`; False too for what is not there, which QEMU then says."""
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    except OSError:
-        return False

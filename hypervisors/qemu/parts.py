@@ -16,8 +16,8 @@ from devices.console import Console
 from devices.share_fs import Virtiofsd
 from devices.vsock import HybridVsock, KernelVsock
 from devices.vsock_daemon import VsockDaemon
-from hypervisors.qemu.cmdline import Placed
 from hypervisors.qemu.qmp import QmpClient
+from hypervisors.qemu.recipes import Placed
 
 __all__ = ["Parts"]
 

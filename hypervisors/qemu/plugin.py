@@ -17,6 +17,7 @@ from devices.undo import UndoLog
 from devices.vsock_daemon import find_vsock_daemon
 from hypervisors.base import Capabilities, CheckResult
 from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.abilities import MOST
 from hypervisors.qemu.cmdline import MICROVM
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
@@ -46,20 +47,7 @@ class QemuPlugin:
 
     name = "qemu"
     section = HypervisorConfig
-    capabilities = Capabilities(
-        block_device=True,
-        block_hotplug=True,
-        block_hot_unplug=True,
-        network_device=True,
-        network_hotplug=True,
-        fs_sharing=True,
-        hybrid_vsock=True,
-        vcpu_hotplug=True,
-        vcpu_hot_unplug=True,
-        memory_hotplug=True,
-        memory_hot_unplug=True,
-        pause=True,
-    )
+    capabilities = Capabilities(devices=MOST, hybrid_vsock=True, pause=True)
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""

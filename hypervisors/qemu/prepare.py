@@ -1,62 +1,76 @@
-"""The devices that a VM under QEMU starts with: their daemons, and what is logged of everybody's words.
+"""What a device needs before QEMU gets it: a daemon, a descriptor; and what is logged of everybody's words.
 
-What: `add_cold` prepares one device and puts it among the VM's parts.
+What: `prepare` makes a `Placed` of a device, for the start and for hot-plug alike.
 Invariants: a daemon gets ready while the rest is prepared; QEMU inherits its connected socket
-(`hypervisors.qemu.launch`). What was started is in `parts`, whatever fails afterwards.
+(`hypervisors.qemu.launch`), or gets it by QMP. What was started is in `parts`, whatever fails afterwards.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import stat
 from collections.abc import Callable
 
 import structlog
 
-from devices.config import BlockConfig, DeviceConfig, ShareFsConfig, VsockConfig
+from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, ShareFsConfig, VsockConfig
+from devices.console import Console
 from devices.share_fs import Virtiofsd, is_noise
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
-from hypervisors.qemu.cmdline import Placed
-from hypervisors.qemu.hotplug import is_block_device
 from hypervisors.qemu.parts import Parts
+from hypervisors.qemu.recipes import Placed
 
-__all__ = ["VHOST_VSOCK", "add_cold", "log_console", "log_output"]
+__all__ = ["VHOST_VSOCK", "log_output", "prepare"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
 
 _log = structlog.get_logger("qemu")
 
 
-async def add_cold(parts: Parts, device: DeviceConfig, slot: int, *, state_dir: str, undo: UndoLog) -> None:
-    """Raises HostError for what the host lacks."""
+async def prepare(
+    parts: Parts, device: DeviceConfig, *, state_dir: str, undo: UndoLog, debug: bool
+) -> Placed:
+    """Where it will sit is still open. `debug`: what the guest's console says is logged. Raises HostError for
+    what the host lacks."""
     match device:
         case ShareFsConfig():
             daemon = await Virtiofsd.start(device, state_dir, undo, log_output("virtiofsd"))
             parts.share_fs = daemon
             parts.daemons.append(daemon.child)
-            parts.placed.append(Placed(device=device, slot=slot, fd=daemon.connection.fileno()))
+            return Placed(device=device, fd=daemon.connection.fileno())
         case VsockConfig():
-            await _add_vsock(parts, device, slot, state_dir, undo)
+            return await _vsock(parts, device, state_dir, undo)
         case BlockConfig():
             host_device = await asyncio.to_thread(is_block_device, device.path)
-            parts.placed.append(Placed(device=device, slot=slot, host_device=host_device))
+            return Placed(device=device, host_device=host_device)
+        case ConsoleConfig():
+            parts.console = Console(_log_console if debug else None)
+            return Placed(device=device, fd=parts.console.guest_end)
         case _:
-            parts.placed.append(Placed(device=device, slot=slot))
+            return Placed(device=device)
 
 
-async def _add_vsock(parts: Parts, device: VsockConfig, slot: int, state_dir: str, undo: UndoLog) -> None:
+async def _vsock(parts: Parts, device: VsockConfig, state_dir: str, undo: UndoLog) -> Placed:
     if os.path.exists(VHOST_VSOCK):
         parts.vhost_fd, cid = reserve_cid(VHOST_VSOCK)
         parts.channel = KernelVsock(cid, home_call=device.home_call, diagnostics=parts.diagnostics)
-        parts.placed.append(Placed(device=device, slot=slot, fd=parts.vhost_fd, cid=cid))
-        return
+        return Placed(device=device, fd=parts.vhost_fd, cid=cid)
     _log.info("no kernel vsock", device=VHOST_VSOCK, instead="vhost-device-vsock")
     parts.vsock = await VsockDaemon.start(device, state_dir, undo, log_output("vhost-device-vsock"))
     parts.daemons.append(parts.vsock.child)
     parts.channel = HybridVsock(parts.vsock.path, home_call=device.home_call, diagnostics=parts.diagnostics)
-    parts.placed.append(Placed(device=device, slot=slot))  # its descriptor comes in `launch`
+    return Placed(device=device)  # its descriptor comes in `launch`
+
+
+def is_block_device(path: str) -> bool:
+    """Whether QEMU must open it as `host_device`; False too for what is not there, which QEMU then says."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def log_output(name: str) -> Callable[[bytes], None]:
@@ -71,7 +85,7 @@ def log_output(name: str) -> Callable[[bytes], None]:
     return log
 
 
-def log_console(data: bytes) -> None:
+def _log_console(data: bytes) -> None:
     """What the guest says on its console."""
     for line in data.decode("utf-8", "replace").splitlines():
         if line.strip():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import re
 from typing import TypeVar
@@ -20,27 +21,24 @@ import structlog
 
 from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time
-from devices.config import (
-    BlockConfig,
-    ConsoleConfig,
-    DeviceConfig,
-    NetworkConfig,
-)
-from devices.console import Console
+from devices.config import ConsoleConfig, DeviceConfig
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.kinds import Op
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import MICROVM, Placed, Plan
-from hypervisors.qemu.cold import VHOST_VSOCK, add_cold, log_console, log_output
+from hypervisors.qemu.abilities import abilities
+from hypervisors.qemu.cmdline import MICROVM, Plan
 from hypervisors.qemu.death import Death
 from hypervisors.qemu.hotplug import Plugger
-from hypervisors.qemu.kvm import Accelerator, choose_accelerator
+from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
-from hypervisors.qemu.plan import HOTPLUG_MACHINES, first_plan, with_ports
+from hypervisors.qemu.plan import first_plan, with_ports
+from hypervisors.qemu.prepare import VHOST_VSOCK, log_output, prepare
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
+from hypervisors.qemu.recipes import Placed
 from hypervisors.qemu.sizing import Sizer
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
@@ -170,21 +168,29 @@ class Qemu:
         """See `Hypervisor.add_device`. Starts the device's daemon; once the VM runs see `hotplug`."""
         if any(placed.device.id == device.id for placed in self._parts.placed):
             raise BugError(f"there is a device {device.id} already")
-        if self._death is not None:
-            if not isinstance(device, BlockConfig | NetworkConfig) or not self._takes_devices():
-                raise UnsupportedByHypervisor(_NAME, f"hot-plug of {type(device).__name__}")
-            return await self._running(self._plugger).add(device)
+        hot = self._death is not None
+        (await self.capabilities()).require(_NAME, device.kind, Op.HOT if hot else Op.COLD)
+        if hot:
+            return await self._running(self._plugger).add(await self._prepare(device))
         if isinstance(device, ConsoleConfig):
-            self._parts.console = Console(log_console if self._section.enable_debug else None)
-            self._parts.placed.append(Placed(device=device, fd=self._parts.console.guest_end))
+            self._parts.placed.append(await self._prepare(device))
             return ""
-        slot, guest_path = self._allocate(device.id)
+        at, guest_path = self._allocate(device.id)
         try:
-            await add_cold(self._parts, device, slot, state_dir=self._state_dir, undo=self._undo)
+            self._parts.placed.append(dataclasses.replace(await self._prepare(device), at=at))
         except BaseException:
             self._release(device.id)
             raise
         return guest_path
+
+    async def _prepare(self, device: DeviceConfig) -> Placed:
+        return await prepare(
+            self._parts,
+            device,
+            state_dir=self._state_dir,
+            undo=self._undo,
+            debug=self._section.enable_debug,
+        )
 
     async def remove_device(self, device_id: str) -> None:
         """What was hot-plugged; before `start_vm` what has no daemon."""
@@ -285,19 +291,8 @@ class Qemu:
         """See `Hypervisor.capabilities`."""
         if self._plan is None:
             raise BugError("capabilities needs prepare_vm before it")
-        more_cpus = self._plan.max_vcpus > self._plan.vcpus
-        more_memory = self._plan.max_memory > self._section.default_memory
         return Capabilities(
-            vcpu_hotplug=more_cpus,
-            vcpu_hot_unplug=more_cpus and self._plan.accelerator is not Accelerator.TCG,
-            memory_hotplug=more_memory,
-            memory_hot_unplug=more_memory and self._section.enable_virtio_mem,
-            block_device=True,
-            block_hotplug=self._takes_devices(),
-            block_hot_unplug=self._takes_devices(),
-            network_device=True,
-            network_hotplug=self._takes_devices(),
-            fs_sharing=self._section.shared_fs != "none",
+            devices=abilities(self._section, self._plan),
             hybrid_vsock=not os.path.exists(VHOST_VSOCK),
             pause=True,
         )
@@ -315,12 +310,12 @@ class Qemu:
 
     # --- how it is done
 
-    def _allocate(self, device_id: str) -> tuple[int, str]:
+    def _allocate(self, device_id: str) -> tuple[dict[str, str], str]:
         """A slot of the machine's bus, and the guest's PCI path to it, "" on a machine without PCI."""
         if self._section.machine_type == MICROVM:
-            return self._mmio.allocate(device_id), ""
+            return {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device_id)}"}, ""
         place = self._topology.allocate(device_id)
-        return place.slot, place.guest_path
+        return place.properties, place.guest_path
 
     def _release(self, device_id: str) -> None:
         self._mmio.release(device_id)
@@ -358,12 +353,6 @@ class Qemu:
         if process is None or not process.alive:  # its pid may be somebody else's by now
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
-
-    def _takes_devices(self) -> bool:
-        """Whether this VM has, or will have, ports or bridges."""
-        section = self._section
-        ports = section.pcie_root_port + section.pcie_switch_port + section.default_bridges
-        return section.machine_type in HOTPLUG_MACHINES and ports > 0
 
     def _running(self, part: _Part | None) -> _Part:
         if part is None:

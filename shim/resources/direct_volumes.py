@@ -5,7 +5,7 @@ and has the agent mount them where the container's spec then binds them from.
 Why: a file system on a disk is faster in the guest than shared from the host, and only one kernel may
 have it mounted.
 Invariants: a disk that is mounted on the host is refused; one disk is plugged once per VM, however many
-containers use it; what `add` plugged `remove` unplugs.
+containers use it; what `add` plugged is among the container's holdings.
 Source: Kata's direct-assigned-volume design: the storage driver (or an administrator) leaves
 `<DIRECTORY>/<base64url of the volume's path>/mountInfo.json`.
 """
@@ -18,13 +18,13 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from devices.config import BlockConfig
-from devices.errors import CallerError, HostError, KataError
+from devices.errors import CallerError, HostError
+from devices.holdings import Holdings
 from devices.manager import DeviceManager
-from hypervisors.base import Hypervisor
 from proto import agent_pb2, types_pb2
 from shim.guest_spec import Volume
 
@@ -138,23 +138,22 @@ def rewrite(document: Mapping[str, Any], assigned: Mapping[int, Assigned]) -> No
         mount.update(type="bind", source=volume.mount_point, options=["rbind", *kept])
 
 
-@dataclass(slots=True)
 class DirectVolumes:
-    """The plugged ones of one sandbox, by container."""
+    """The plugged ones of one sandbox."""
 
-    devices: DeviceManager
-    hypervisor: Hypervisor
-    _held: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, devices: DeviceManager, holdings: Holdings) -> None:
+        self._devices = devices
+        self._holdings = holdings
 
     async def add(self, container_id: str, assigned: Mapping[int, Assigned]) -> list[agent_pb2.Storage]:
-        """Plug the disks; what the agent must mount. Raises KataError; `remove` undoes what was done."""
+        """Plug the disks; what the agent must mount. Raises KataError; releasing the container's holdings
+        undoes what was done."""
         storages = []
-        held = self._held.setdefault(container_id, [])
         for volume in assigned.values():
             name = "v" + hashlib.sha256(volume.device.encode()).hexdigest()[:16]
             config = BlockConfig(id=name, path=volume.device, read_only=volume.read_only)
-            held.append(await self.devices.try_add_device(config, self.hypervisor))
-            disk = await self.devices.generate_agent_device(held[-1])
+            held = await self._holdings.take(container_id, config)
+            disk = await self._devices.generate_agent_device(held)
             storage = agent_pb2.Storage(
                 driver=disk.type,
                 source=disk.id,
@@ -168,13 +167,3 @@ class DirectVolumes:
                     storage.fs_group.group_change_policy = types_pb2.FSGroupChangePolicy.OnRootMismatch
             storages.append(storage)
         return storages
-
-    async def remove(self, container_id: str) -> list[Exception]:
-        """Let go of them, going on past errors. Idempotent."""
-        errors: list[Exception] = []
-        for name in reversed(self._held.pop(container_id, [])):
-            try:
-                await self.devices.try_remove_device(name, self.hypervisor)
-            except KataError as error:
-                errors.append(error)
-        return errors

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import structlog
 
 from devices.errors import CallerError, KataError, UnsupportedByHypervisor
+from devices.kinds import Kind, Op
 from hypervisors.base import Capabilities, Hypervisor
 from proto import oci_pb2
 from shim.limits import Size, fold_unified, wanted
@@ -184,8 +185,8 @@ class Sizing:
             await self._shrink_soon()
 
     def _check(self, container_id: str, asked: Size, able: Capabilities, *, strict: bool) -> None:
-        vcpus = self._bounds.largest.vcpus if able.vcpu_hotplug else self._vcpus
-        memory = self._bounds.largest.memory if able.memory_hotplug else self._memory
+        vcpus = self._bounds.largest.vcpus if able.can(Kind.VCPU, Op.HOT) else self._vcpus
+        memory = self._bounds.largest.memory if able.more_memory else self._memory
         for what, possible, needed, key in (
             ("CPUs", vcpus, asked.vcpus, "default_maxvcpus"),
             ("MiB of memory", memory >> 20, -(-asked.memory >> 20), "default_maxmemory"),
@@ -212,10 +213,10 @@ class Sizing:
             return
         able = await self._hypervisor.capabilities()
         # It can grow: one that says it cannot do this has more already, from an attempt that failed late.
-        if vcpus > self._vcpus and able.vcpu_hotplug:
+        if vcpus > self._vcpus and able.can(Kind.VCPU, Op.HOT):
             with contextlib.suppress(UnsupportedByHypervisor):
                 self._vcpus = await self._hypervisor.resize_vcpu(vcpus)
-        if memory > self._memory and able.memory_hotplug:
+        if memory > self._memory and able.more_memory:
             more = _up(memory - self._memory, await self._block_size())
             target = min(self._memory + more, self._bounds.largest.memory) >> 20
             with contextlib.suppress(UnsupportedByHypervisor):
@@ -234,8 +235,8 @@ class Sizing:
         if vcpus >= self._vcpus and memory >= self._memory:
             return
         able = await self._hypervisor.capabilities()
-        if (vcpus < self._vcpus and able.vcpu_hot_unplug) or (
-            memory < self._memory and able.memory_hot_unplug
+        if (vcpus < self._vcpus and able.can(Kind.VCPU, Op.UNPLUG)) or (
+            memory < self._memory and able.less_memory
         ):
             self._spawn(self._shrink())
 
@@ -246,10 +247,10 @@ class Sizing:
             able = await self._hypervisor.capabilities()
             try:
                 vcpus = max(vcpus, math.ceil(boot.vcpus))
-                if vcpus < self._vcpus and able.vcpu_hot_unplug:
+                if vcpus < self._vcpus and able.can(Kind.VCPU, Op.UNPLUG):
                     self._vcpus = await self._hypervisor.resize_vcpu(vcpus)
                 memory = boot.memory + _up(max(0, memory - boot.memory), self._block or _BLOCK)
-                if memory < self._memory and able.memory_hot_unplug:
+                if memory < self._memory and able.less_memory:
                     self._memory = await self._hypervisor.resize_memory(memory >> 20) << 20
             except KataError as error:
                 _log.warning("the VM did not shrink", error=str(error))

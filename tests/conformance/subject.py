@@ -24,6 +24,7 @@ from devices.config import (
     ShareFsConfig,
     VsockConfig,
 )
+from devices.kinds import Kind, Op
 from devices.undo import MemoryUndo
 from hypervisors.base import Hypervisor, HypervisorPlugin
 
@@ -52,7 +53,7 @@ class Subject:
         if section.image:
             yield BlockConfig(id="image", path=section.image, read_only=True)
         yield VsockConfig(daemon=self.vsock_daemon)
-        if self.plugin.capabilities.fs_sharing and section.shared_fs != "none":
+        if self.plugin.capabilities.can(Kind.SHARE_FS, Op.COLD) and section.shared_fs != "none":
             yield ShareFsConfig(source=str(share))
         yield RngConfig()
         yield ConsoleConfig()

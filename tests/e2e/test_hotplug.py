@@ -26,6 +26,7 @@ from devices.config import (
     VsockConfig,
 )
 from devices.errors import HypervisorError, UnsupportedByHypervisor
+from devices.kinds import Kind, Op
 from devices.manager import AgentDevice, DeviceManager
 from devices.undo import MemoryUndo
 from hypervisors.config import HypervisorConfig
@@ -134,9 +135,9 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
     """The daemons map the new memory: the guest reads its shared file into it."""
     vm, guest, _ = await boot(default_maxvcpus=2, default_maxmemory=4096)
     able = await vm.capabilities()
-    assert able.vcpu_hotplug
-    assert able.memory_hotplug
-    assert not able.memory_hot_unplug
+    assert able.can(Kind.VCPU, Op.HOT)
+    assert able.more_memory
+    assert not able.less_memory
     (tmp_path / "share/passthrough/busybox/rootfs/data/big").write_bytes(os.urandom(FILE))
     before = await memory_total(guest)
     reader = await guest.start(
@@ -170,7 +171,7 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
 
 async def test_virtio_mem_comes_and_goes_with_a_shared_directory(boot: Boot, tmp_path: Path) -> None:
     vm, guest, _ = await boot(enable_virtio_mem=True, default_maxmemory=2048)
-    assert (await vm.capabilities()).memory_hot_unplug
+    assert (await vm.capabilities()).less_memory
     (tmp_path / "share/passthrough/busybox/rootfs/data/big").write_bytes(os.urandom(FILE))
     before = await memory_total(guest)
 

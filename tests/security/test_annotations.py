@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from devices.config import ShareFsConfig
 from devices.errors import ConfigError
 from devices.share_fs import Flavour, virtiofsd_arguments
-from hypervisors.qemu.cmdline import Placed, Plan, arguments
+from hypervisors.qemu.cmdline import Plan, arguments
 from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.recipes import Placed
 from shim.config import Config, load_config
 from shim.config.annotations import PREFIX, known_names
 from shim.runtime import _devices, _with_agent_params
@@ -32,7 +33,10 @@ def command_lines(config: Config) -> list[list[str]]:
     """The argv of QEMU and of virtiofsd in both its versions, as `new_instance` would have them."""
     section = _with_agent_params(config, 1029)
     devices = _devices(config, section, "/share")
-    placed = [Placed(device=device, slot=slot, fd=9) for slot, device in enumerate(devices, 1)]
+    placed = [
+        Placed(device=device, at={"bus": "pcie.0", "addr": f"{slot:#x}"}, fd=9)
+        for slot, device in enumerate(devices, 1)
+    ]
     plan = Plan(
         sandbox_id="s", section=section, accelerator=Accelerator.TCG, vcpus=1, qmp_fd=3, devices=placed
     )

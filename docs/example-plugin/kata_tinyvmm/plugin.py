@@ -11,7 +11,7 @@ from devices.undo import UndoLog
 from hypervisors.base import Capabilities, CheckResult
 from hypervisors.config import VhostUserSection
 from hypervisors.rules import adjust_sandbox_section, check_program, check_sandbox_section, wrong
-from kata_tinyvmm.vmm import TinyVm
+from kata_tinyvmm.vmm import DEVICES, TinyVm
 
 __all__ = ["TinyConfig", "TinyPlugin", "plugin"]
 
@@ -32,7 +32,7 @@ class TinyPlugin:
 
     name = "tiny"
     section = TinyConfig
-    capabilities = Capabilities(block_device=True, fs_sharing=True, hybrid_vsock=True)
+    capabilities = Capabilities(devices=DEVICES, hybrid_vsock=True)
 
     def adjust_config(self, section: TinyConfig) -> TinyConfig:
         """What was left to default."""

@@ -25,6 +25,7 @@ from devices.config import (
 )
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.kinds import YES, Kind, Op, Support
 from devices.share_fs import Virtiofsd
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
@@ -35,9 +36,14 @@ from hypervisors.qemu.kvm import choose_accelerator
 if TYPE_CHECKING:
     from kata_tinyvmm.plugin import TinyConfig
 
-__all__ = ["TinyVm"]
+__all__ = ["DEVICES", "TinyVm"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
+_FIXED = "tiny takes everything before the start"
+DEVICES = {
+    kind: Support(cold=YES, hot=_FIXED, unplug=_FIXED, resize=_FIXED)
+    for kind in (Kind.BLK, Kind.VSOCK, Kind.SHARE_FS, Kind.RNG, Kind.CONSOLE, Kind.VCPU)
+}
 _THREADS = re.compile(rb"CPU #(\d+): thread_id=(\d+)")
 _MAX_ANSWER = 64 << 10  # bytes
 _GATHER = 0.25  # seconds in which QEMU follows a daemon into death, or the other way round
@@ -79,8 +85,8 @@ class TinyVm:
 
     async def add_device(self, device: DeviceConfig) -> str:
         """Remember what it is as arguments, and start its daemon. Returns "": these have no fixed place."""
-        if self._ended is not None:
-            raise UnsupportedByHypervisor("tiny", "hot-plug of devices")
+        op = Op.COLD if self._ended is None else Op.HOT
+        (await self.capabilities()).require("tiny", device.kind, op)
         if device.id in self._argv:
             raise BugError(f"there is a device {device.id} already")
         argv: list[str] = []
@@ -105,7 +111,7 @@ class TinyVm:
                 argv = ["-chardev", f"socket,id=console,fd={self._console.guest_end}"]
                 argv += ["-serial", "chardev:console"]
             case _:
-                raise UnsupportedByHypervisor("tiny", f"a {type(device).__name__}")
+                raise BugError(f"{device.kind.value} is among the capabilities, but not here")
         self._argv[device.id] = argv
         return ""
 
@@ -246,11 +252,10 @@ class TinyVm:
 
     async def capabilities(self) -> Capabilities:
         """See the protocol."""
-        return Capabilities(
-            block_device=True,
-            fs_sharing=self._section.shared_fs != "none",
-            hybrid_vsock=not os.path.exists(VHOST_VSOCK),
-        )
+        devices = dict(DEVICES)
+        if self._section.shared_fs == "none":
+            del devices[Kind.SHARE_FS]
+        return Capabilities(devices=devices, hybrid_vsock=not os.path.exists(VHOST_VSOCK))
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
         """See the protocol."""

@@ -114,10 +114,10 @@ async def test_a_disk_that_is_not_there(tmp_path: Path) -> None:
         await DeviceManager().try_add_device(BlockConfig(id="a", path=str(tmp_path / "x")), Host())
 
 
-async def test_what_is_no_disk_has_no_disk_name() -> None:
+async def test_what_the_agent_does_not_look_for_has_no_agent_device() -> None:
     manager, host = DeviceManager(), Host()
     assert await manager.try_add_device(RngConfig(), host) == "rng"
-    with pytest.raises(CallerError, match="no disk"):
+    with pytest.raises(CallerError, match="none of the agent"):
         await manager.generate_agent_device("rng")
 
 

@@ -20,9 +20,10 @@ from devices.config import (
 )
 from devices.errors import BugError
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import Placed, Plan, arguments, kernel_command_line
+from hypervisors.qemu.cmdline import Plan, arguments, kernel_command_line
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.plan import first_plan, with_ports
+from hypervisors.qemu.recipes import Placed
 
 SECTION = HypervisorConfig(
     path="/usr/bin/qemu-system-x86_64",
@@ -31,6 +32,19 @@ SECTION = HypervisorConfig(
     image="/g/rootfs.img",
     default_memory=256,
 )
+
+
+def at(slot: int) -> dict[str, str]:
+    return {"bus": "pcie.0", "addr": f"{slot:#x}"}
+
+
+def device(argv: list[str], number: int = -1) -> dict[str, object]:
+    """The properties of one of the -device arguments that are JSON."""
+    found = [word for option, word in itertools.pairwise(argv) if option == "-device" and word[0] == "{"]
+    made: dict[str, object] = json.loads(found[number])
+    return made
+
+
 PLAN = Plan(
     sandbox_id="pod1",
     section=SECTION,
@@ -39,11 +53,11 @@ PLAN = Plan(
     qmp_fd=5,
     home_port=1028,
     devices=[
-        Placed(device=BlockConfig(id="image", path="/g/rootfs.img", read_only=True), slot=1),
-        Placed(device=VsockConfig(), slot=2, fd=6),
-        Placed(device=ShareFsConfig(source="/share"), slot=3, fd=7),
-        Placed(device=RngConfig(), slot=4),
-        Placed(device=BalloonConfig(), slot=5),
+        Placed(device=BlockConfig(id="image", path="/g/rootfs.img", read_only=True), at=at(1)),
+        Placed(device=VsockConfig(), at=at(2), fd=6),
+        Placed(device=ShareFsConfig(source="/share"), at=at(3), fd=7),
+        Placed(device=RngConfig(), at=at(4)),
+        Placed(device=BalloonConfig(), at=at(5)),
         Placed(device=ConsoleConfig(), fd=8),
     ],
 )
@@ -61,7 +75,10 @@ def test_the_whole_command_line() -> None:
         "file": {"driver": "file", "filename": "/g/rootfs.img", "read-only": True},
     }
     rng = {"qom-type": "rng-random", "id": "src-rng", "filename": "/dev/urandom"}
-    share = "vhost-user-fs-pci,id=share-fs,chardev=char-share-fs,tag=kataShared"
+
+    def front(driver: str, name: str, slot: int, **properties: object) -> list[str]:
+        return ["-device", json.dumps({"driver": driver, **properties, "id": name, **at(slot)})]
+
     kernel = (
         "console=ttyS0 reboot=t panic=-1 cryptomgr.notests swiotlb=noforce no_timer_check quiet "
         "root=/dev/vda rootfstype=ext4 ro agent.home_vport=1028"
@@ -78,14 +95,19 @@ def test_the_whole_command_line() -> None:
         *("-chardev", "socket,id=qmp,fd=5,server=on,wait=off", "-mon", "chardev=qmp,mode=control"),
         *("-rtc", "base=utc,clock=host"),
         *("-blockdev", json.dumps(node)),
-        *("-device", "virtio-blk-pci,id=image,drive=node-image,bus=pcie.0,addr=0x1"),
+        *front("virtio-blk-pci", "image", 1, drive="node-image"),
         *("-chardev", "socket,id=char-vsock,fd=6"),
-        *("-device", "vhost-user-vsock-pci,id=vsock,chardev=char-vsock,bus=pcie.0,addr=0x2"),
+        *front("vhost-user-vsock-pci", "vsock", 2, chardev="char-vsock"),
         *("-chardev", "socket,id=char-share-fs,fd=7"),
-        *("-device", f"{share},queue-size=1024,bus=pcie.0,addr=0x3"),
+        *front(
+            "vhost-user-fs-pci",
+            "share-fs",
+            3,
+            **{"tag": "kataShared", "queue-size": 1024, "chardev": "char-share-fs"},
+        ),
         *("-object", json.dumps(rng)),
-        *("-device", "virtio-rng-pci,id=rng,rng=src-rng,bus=pcie.0,addr=0x4"),
-        *("-device", "virtio-balloon-pci,id=balloon,free-page-reporting=on,bus=pcie.0,addr=0x5"),
+        *front("virtio-rng-pci", "rng", 4, rng="src-rng"),
+        *front("virtio-balloon-pci", "balloon", 5, **{"free-page-reporting": True}),
         *("-chardev", "socket,id=console,fd=8", "-serial", "chardev:console"),
     ]
 
@@ -110,17 +132,21 @@ def test_an_initrd_alone_has_no_root_parameter() -> None:
 
 
 def test_kernel_vsock_passes_descriptor_and_cid() -> None:
-    plan = dataclasses.replace(PLAN, devices=[Placed(device=VsockConfig(), slot=2, fd=9, cid=4711)])
+    plan = dataclasses.replace(PLAN, devices=[Placed(device=VsockConfig(), at=at(2), fd=9, cid=4711)])
 
-    assert arguments(plan)[-1] == "vhost-vsock-pci,id=vsock,vhostfd=9,guest-cid=4711,bus=pcie.0,addr=0x2"
+    wanted = {"driver": "vhost-vsock-pci", "vhostfd": "9", "guest-cid": 4711, "id": "vsock", **at(2)}
+    assert device(arguments(plan)) == wanted
 
 
 def test_a_network_card_has_its_queues() -> None:
     card = NetworkConfig(id="net0", mac="02:00:00:00:00:01", tap_fds=(10, 11), vhost_fds=(12, 13))
-    argv = arguments(dataclasses.replace(PLAN, devices=[Placed(device=card, slot=6)]))
+    argv = arguments(dataclasses.replace(PLAN, devices=[Placed(device=card, at=at(6))]))
 
-    assert argv[-3] == "tap,id=net-net0,fds=10:11,vhost=on,vhostfds=12:13"
-    assert argv[-1].endswith("mac=02:00:00:00:00:01,bus=pcie.0,addr=0x6,mq=on,vectors=6")
+    netdev = {"type": "tap", "id": "net-net0", "vhost": True, "fds": "10:11", "vhostfds": "12:13"}
+    assert json.loads(argv[argv.index("-netdev") + 1]) == netdev
+    front = device(argv)
+    assert (front["mac"], front["mq"], front["vectors"]) == (card.mac, True, 6)
+    assert (front["netdev"], front["addr"]) == ("net-net0", "0x6")
 
 
 def test_ports_for_hot_plug_and_a_sandbox_of_ones_own() -> None:
@@ -184,7 +210,7 @@ def test_a_vm_that_may_not_grow_has_nothing_for_it() -> None:
 def test_paths_with_commas_stay_paths() -> None:
     path = '/images/a,readonly=off,b="c".img'
     argv = arguments(
-        dataclasses.replace(PLAN, devices=[Placed(device=BlockConfig(id="d", path=path), slot=1)])
+        dataclasses.replace(PLAN, devices=[Placed(device=BlockConfig(id="d", path=path), at=at(1))])
     )
 
     assert json.loads(argv[argv.index("-blockdev") + 1])["file"]["filename"] == path
@@ -206,15 +232,18 @@ def test_other_values_cannot_either() -> None:
 
 
 def test_a_microvm_has_its_devices_on_virtio_mmio() -> None:
-    argv = arguments(dataclasses.replace(variant(machine_type="microvm"), tsc_khz=2_600_000))
-    share = "vhost-user-fs-device,id=share-fs,chardev=char-share-fs,tag=kataShared"
-    devices = [word for option, word in itertools.pairwise(argv) if option == "-device"]
-    assert devices == [
-        "virtio-blk-device,id=image,drive=node-image,bus=virtio-mmio-bus.1",
-        "vhost-user-vsock-device,id=vsock,chardev=char-vsock,bus=virtio-mmio-bus.2",
-        f"{share},queue-size=1024,bus=virtio-mmio-bus.3",
-        "virtio-rng-device,id=rng,rng=src-rng,bus=virtio-mmio-bus.4",
-        "virtio-balloon-device,id=balloon,free-page-reporting=on,bus=virtio-mmio-bus.5",
+    devices = [
+        dataclasses.replace(one, at={"bus": f"virtio-mmio-bus.{number}"})
+        for number, one in enumerate(PLAN.devices, 1)
+    ]
+    argv = arguments(dataclasses.replace(variant(machine_type="microvm"), tsc_khz=2_600_000, devices=devices))
+    fronts = [device(argv, number) for number in range(5)]
+    assert [(front["driver"], front["bus"]) for front in fronts] == [
+        ("virtio-blk-device", "virtio-mmio-bus.1"),
+        ("vhost-user-vsock-device", "virtio-mmio-bus.2"),
+        ("vhost-user-fs-device", "virtio-mmio-bus.3"),
+        ("virtio-rng-device", "virtio-mmio-bus.4"),
+        ("virtio-balloon-device", "virtio-mmio-bus.5"),
     ]
     assert argv[argv.index("-machine") + 1] == "microvm,accel=tcg,pic=off,rtc=on,memory-backend=mem0"
     assert argv[argv.index("-global") + 1] == "virtio-mmio.force-legacy=false"

@@ -15,6 +15,7 @@ from devices.config import BlockConfig, DeviceConfig, NetworkConfig
 from devices.errors import CallerError, HypervisorError
 from devices.manager import DeviceManager
 from hypervisors.qemu.hotplug import Plugger
+from hypervisors.qemu.recipes import Placed
 from tests.unit.hypervisors.machine import Machine
 
 PLACES = 3  # fewer than devices, so that they run out
@@ -37,8 +38,7 @@ class Host:
         self._plugger = plugger
 
     async def add_device(self, device: DeviceConfig) -> str:
-        assert isinstance(device, BlockConfig | NetworkConfig)
-        return await self._plugger.add(device)
+        return await self._plugger.add(Placed(device=device))
 
     async def remove_device(self, device_id: str) -> None:
         await self._plugger.remove(device_id)

@@ -12,6 +12,7 @@ import pytest
 
 from devices.config import BlockConfig, ConsoleConfig, RngConfig
 from devices.errors import BugError, HostError, HypervisorError, UnsupportedByHypervisor
+from devices.kinds import Kind, Op
 from devices.undo import MemoryUndo
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.vmm import Qemu
@@ -187,8 +188,9 @@ async def test_what_it_cannot_do_it_says(running: Qemu) -> None:
         assert caught.value.code == "UNIMPLEMENTED"
     able = await running.capabilities()
 
-    assert (able.pause, able.block_device, able.fs_sharing) == (True, True, True)
-    assert not any((able.snapshot, able.vcpu_hotplug, able.memory_hotplug))
+    assert able.pause
+    assert all(able.can(kind, Op.COLD) for kind in (Kind.BLK, Kind.SHARE_FS))
+    assert not any((able.snapshot, able.can(Kind.VCPU, Op.HOT), able.more_memory))
 
 
 async def test_calls_out_of_order_are_refused(make: Make) -> None:
@@ -210,6 +212,9 @@ async def test_calls_out_of_order_are_refused(make: Make) -> None:
 
 async def test_cold_devices_have_slots_until_they_run_out(make: Make) -> None:
     vm = make("/nope/qemu")
+    with pytest.raises(BugError, match="prepare_vm"):
+        await vm.add_device(ConsoleConfig())
+    await vm.prepare_vm("vm", None)
     assert await vm.add_device(ConsoleConfig()) == ""
     slots = [await vm.add_device(BlockConfig(id=f"d{number}", path="/x")) for number in range(30)]
     assert (slots[0], slots[-1], len(set(slots))) == ("01", "1e", 30)

@@ -13,6 +13,7 @@ import pytest
 
 from devices.config import BlockConfig, DeviceConfig
 from devices.errors import CallerError, HostError, HypervisorError, KataError
+from devices.holdings import Holdings
 from devices.manager import DeviceManager
 from shim.guest_spec import plan_volumes
 from shim.resources.direct_volumes import Assigned, DirectVolumes, find, rewrite
@@ -144,7 +145,9 @@ class Vm:
 async def test_containers_share_a_disk_and_the_last_one_unplugs_it(given: Assignments) -> None:
     given.assign("/var/vol", metadata={"fsGroup": "7"})
     found, vm = given.find(bind("/var/vol")), Vm()
-    volumes = DirectVolumes(DeviceManager(), vm)  # type: ignore[arg-type]
+    manager = DeviceManager()
+    holdings = Holdings(manager, vm)
+    volumes = DirectVolumes(manager, holdings)
     first = await volumes.add("a", found)
     second = await volumes.add("b", found)
 
@@ -154,9 +157,9 @@ async def test_containers_share_a_disk_and_the_last_one_unplugs_it(given: Assign
     assert (list(storage.options), storage.fs_group.group_id) == (["noatime"], 7)
     assert storage.mount_point == found[0].mount_point
     assert vm.plugged == [str(given.disk)]
-    assert await volumes.remove("a") == []
+    assert await holdings.release("a") == []
     assert len(vm.plugged) == 1
-    assert await volumes.remove("b") == await volumes.remove("b") == []
+    assert await holdings.release("b") == await holdings.release("b") == []
     assert vm.plugged == []
 
 
@@ -167,9 +170,11 @@ async def test_what_was_plugged_before_an_error_goes_again(given: Assignments, t
     given.assign("/var/two", device=str(other))
     vm = Vm()
     vm.refuses = str(other)
-    volumes = DirectVolumes(DeviceManager(), vm)  # type: ignore[arg-type]
+    manager = DeviceManager()
+    holdings = Holdings(manager, vm)
+    volumes = DirectVolumes(manager, holdings)
     with pytest.raises(HypervisorError):
         await volumes.add("a", given.find(bind("/var/one"), bind("/var/two")))
 
-    assert await volumes.remove("a") == []
+    assert await holdings.release("a") == []
     assert vm.plugged == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from devices.errors import CallerError, HypervisorError, UnsupportedByHypervisor
+from devices.kinds import YES, Kind, Support
 from hypervisors.base import Capabilities
 from hypervisors.config import HypervisorConfig
 from proto import oci_pb2
@@ -27,12 +28,8 @@ class Host:
     def __init__(self, *, shrinks: bool = True) -> None:
         self.vcpus, self.memory = 1, 256
         self.calls: list[str] = []
-        self.able = Capabilities(
-            vcpu_hotplug=True,
-            memory_hotplug=True,
-            vcpu_hot_unplug=shrinks,
-            memory_hot_unplug=shrinks,
-        )
+        both = Support(hot=YES, unplug=YES if shrinks else "it grows only")
+        self.able = Capabilities(devices={Kind.VCPU: both, Kind.DIMM: both})
         self.fail: Exception | None = None
         self.block = 128 * MIB
         self.busy = False

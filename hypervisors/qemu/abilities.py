@@ -1,0 +1,85 @@
+"""What a VM under QEMU can do with each kind of device, and why not what it cannot.
+
+What: `abilities` answers for one VM, `MOST` for the plugin: the most that any of its VMs can.
+Invariants: a function of configuration and accelerator alone; the reasons are what a user reads, in errors
+and in docs/devices.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from devices.kinds import YES, Kind, Support
+from hypervisors.config import HypervisorConfig
+from hypervisors.qemu.cmdline import MICROVM, Plan
+from hypervisors.qemu.kvm import Accelerator
+from hypervisors.qemu.plan import HOTPLUG_MACHINES
+
+__all__ = ["MOST", "abilities"]
+
+_AT_START = "it is part of the VM from its start"
+_NO_PORT = "no port or bridge is configured (pcie_root_port, pcie_switch_port, default_bridges)"
+_NO_PCI = f"a {MICROVM} has no PCI, and nothing is plugged while it runs"
+_STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
+
+MOST: Mapping[Kind, Support] = {
+    Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its size is read once"),
+    Kind.NET: Support(cold=YES, hot=YES, unplug=YES),
+    Kind.SHARE_FS: _STAYS,
+    Kind.VSOCK: _STAYS,
+    Kind.RNG: _STAYS,
+    Kind.BALLOON: _STAYS,
+    Kind.CONSOLE: _STAYS,
+    Kind.VCPU: Support(cold=YES, hot=YES, unplug=YES),
+    Kind.DIMM: Support(hot=YES, unplug="a DIMM stays where it is"),
+    Kind.VIRTIO_MEM: Support(hot=YES, unplug=YES),
+}
+
+
+def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
+    """Of the VM with this section, which is planned like this."""
+    able = dict(MOST)
+    hot = _why_no_hotplug(section)
+    for kind in (Kind.BLK, Kind.NET):
+        able[kind] = _unless(hot, able[kind])
+    if section.shared_fs == "none":
+        able[Kind.SHARE_FS] = Support(*['shared_fs = "none"'] * 3)
+    able[Kind.VCPU] = _vcpus(plan, able[Kind.VCPU])
+    able[Kind.DIMM], able[Kind.VIRTIO_MEM] = _memory(section, plan)
+    return able
+
+
+def _why_no_hotplug(section: HypervisorConfig) -> str:
+    if section.machine_type not in HOTPLUG_MACHINES:
+        return _NO_PCI
+    ports = section.pcie_root_port + section.pcie_switch_port + section.default_bridges
+    return YES if ports else _NO_PORT
+
+
+def _unless(reason: str, support: Support) -> Support:
+    """The same, but what happens while the VM runs is refused if there is a reason."""
+    return Support(cold=support.cold, hot=reason, unplug=reason, resize=support.resize) if reason else support
+
+
+def _vcpus(plan: Plan, most: Support) -> Support:
+    if plan.section.machine_type not in HOTPLUG_MACHINES:
+        return _unless(_NO_PCI, most)
+    if plan.max_vcpus <= plan.vcpus:
+        return _unless("the VM has as many as it can have (default_maxvcpus)", most)
+    if plan.accelerator is Accelerator.TCG:
+        return Support(cold=YES, hot=YES, unplug="QEMU 7.2 corrupts its memory then under TCG")
+    return most
+
+
+def _memory(section: HypervisorConfig, plan: Plan) -> tuple[Support, Support]:
+    if section.machine_type not in HOTPLUG_MACHINES:
+        refused = Support(hot=_NO_PCI, unplug=_NO_PCI)
+        return refused, refused
+    if plan.max_memory <= section.default_memory:
+        why = "the VM has as much as it can have (default_maxmemory, memory_slots)"
+        return Support(hot=why, unplug=why), Support(hot=why, unplug=why)
+    if section.enable_virtio_mem:
+        why = "memory grows by virtio-mem (enable_virtio_mem)"
+        return Support(hot=why, unplug=why), MOST[Kind.VIRTIO_MEM]
+    why = "enable_virtio_mem is false"
+    return MOST[Kind.DIMM], Support(hot=why, unplug=why)

@@ -1,0 +1,154 @@
+"""What a device is to QEMU: the objects it stands on, and the device itself, as data.
+
+What: `recipe` turns one `Placed` into a `Recipe`. `argv` is how it is given on the command line, and
+`hypervisors.qemu.hotplug` sends the same by QMP.
+Why one description: a disk that is plugged later must be the same as one that was there, and each object has
+to go again, in reverse, under the name by which it came.
+Invariants: nothing from outside becomes a part of an option's syntax: everything is JSON, but a chardev,
+whose parts are ids and descriptors of ours. Descriptors are numbers here; QMP gives them names first.
+Source: qapi/{block-core,char,net,qom,qdev}.json of QEMU 7.2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from devices.config import (
+    BalloonConfig,
+    BlockConfig,
+    BlockFormat,
+    DeviceConfig,
+    NetworkConfig,
+    RngConfig,
+    ShareFsConfig,
+    VsockConfig,
+)
+from devices.errors import BugError, UnsupportedByHypervisor
+
+__all__ = ["BackEnd", "Placed", "Recipe", "argv", "recipe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A device and what was prepared for it.
+
+    `at`: the properties that say where it sits, bus and address; none for what sits nowhere. `fd`: the
+    connected socket of its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only,
+    else 0. `host_device`: a disk that is a block device of the host.
+    """
+
+    device: DeviceConfig
+    at: Mapping[str, str] = field(default_factory=dict)
+    fd: int = -1
+    cid: int = 0
+    host_device: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BackEnd:
+    """One object that a device stands on. `option`: of the command line, without its dash. `fds`: descriptors
+    that it takes over, by the property that gets their numbers or names, joined by colons."""
+
+    option: str
+    properties: Mapping[str, Any]
+    fds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What it is removed by."""
+        return str(self.properties["node-name" if self.option == "blockdev" else "id"])
+
+    def arguments(self, descriptors: Mapping[str, str]) -> dict[str, Any]:
+        """Its properties, with these texts for its descriptors."""
+        return {**self.properties, **descriptors}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """`back_ends` in the order of their making; `front` is what device_add takes."""
+
+    front: Mapping[str, Any]
+    back_ends: tuple[BackEnd, ...] = ()
+
+
+def recipe(placed: Placed, bus: str = "pci") -> Recipe:
+    """For a device on this bus: "pci", or "device" on virtio-mmio.
+
+    Raises UnsupportedByHypervisor for what lacks a part, BugError for what is no device on a bus.
+    """
+    device = placed.device
+    match device:
+        case BlockConfig():
+            made = _block(device, placed, bus)
+        case NetworkConfig():
+            made = _network(device, bus)
+        case ShareFsConfig():
+            front = {"driver": f"vhost-user-fs-{bus}", "tag": device.tag, "queue-size": device.queue_size}
+            made = _on_socket(device.id, placed.fd, front)
+        case VsockConfig() if placed.cid:
+            made = Recipe(
+                {"driver": f"vhost-vsock-{bus}", "vhostfd": str(placed.fd), "guest-cid": placed.cid}
+            )
+        case VsockConfig():
+            made = _on_socket(device.id, placed.fd, {"driver": f"vhost-user-vsock-{bus}"})
+        case RngConfig():
+            source = {"qom-type": "rng-random", "id": f"src-{device.id}", "filename": device.source}
+            made = Recipe({"driver": f"virtio-rng-{bus}", "rng": source["id"]}, (BackEnd("object", source),))
+        case BalloonConfig():
+            made = Recipe({"driver": f"virtio-balloon-{bus}", "free-page-reporting": True})
+        case _:
+            raise BugError(f"{type(device).__name__} is no device on a bus")
+    return Recipe({**made.front, "id": device.id, **placed.at}, made.back_ends)
+
+
+def argv(made: Recipe) -> list[str]:
+    """The recipe as options of the command line; QEMU has to inherit its descriptors."""
+    words = []
+    for back_end in made.back_ends:
+        numbers = {key: ":".join(map(str, fds)) for key, fds in back_end.fds.items()}
+        if back_end.option == "chardev":  # the one that takes no JSON
+            text = ",".join([f"socket,id={back_end.name}", *(f"{key}={fd}" for key, fd in numbers.items())])
+        else:
+            text = json.dumps(back_end.arguments(numbers))
+        words += [f"-{back_end.option}", text]
+    return [*words, "-device", json.dumps(made.front)]
+
+
+def _block(device: BlockConfig, placed: Placed, bus: str) -> Recipe:
+    driver = "host_device" if placed.host_device else "file"
+    node: dict[str, Any] = {
+        "driver": device.format.value,
+        "node-name": f"node-{device.id}",
+        "read-only": device.read_only,
+        "file": {"driver": driver, "filename": device.path, "read-only": device.read_only},
+    }
+    if device.format is BlockFormat.QCOW2:
+        node["backing"] = None
+    front: dict[str, Any] = {"driver": f"virtio-blk-{bus}", "drive": node["node-name"]}
+    if device.serial:
+        front["serial"] = device.serial
+    return Recipe(front, (BackEnd("blockdev", node),))
+
+
+def _network(device: NetworkConfig, bus: str) -> Recipe:
+    queues = len(device.tap_fds)
+    if queues == 0:
+        raise UnsupportedByHypervisor("qemu", "a network card without a tap")
+    netdev: dict[str, Any] = {"type": "tap", "id": f"net-{device.id}"}
+    fds = {"fds": device.tap_fds}
+    if device.vhost_fds:
+        netdev["vhost"] = True
+        fds["vhostfds"] = device.vhost_fds
+    front: dict[str, Any] = {"driver": f"virtio-net-{bus}", "netdev": netdev["id"], "mac": device.mac}
+    if queues > 1:
+        front |= {"mq": True, **({} if bus == "device" else {"vectors": 2 * queues + 2})}
+    return Recipe(front, (BackEnd("netdev", netdev, fds),))
+
+
+def _on_socket(device_id: str, fd: int, front: Mapping[str, Any]) -> Recipe:
+    """A vhost-user device, on the connected socket of its daemon."""
+    chardev = BackEnd("chardev", {"id": f"char-{device_id}"}, {"fd": (fd,)})
+    return Recipe({**front, "chardev": chardev.name}, (chardev,))
