@@ -15,22 +15,23 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from devices.config import BlockConfig, NetworkConfig, ShareFsConfig, VsockConfig
+from devices.config import VsockConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import OPERATIONS, Kind, Op
 from devices.vsock import AGENT_PORT, HybridVsock
 from hypervisors.base import Hypervisor
 
+from .gear import KINDS, PLUGGED_AS_SIZE, TO_COME
 from .subject import SANDBOX, Subject, World
 
 __all__ = ["HypervisorContract"]
 
-_MAC = "02:00:00:00:00:01"
 _PROMPT = 20.0  # seconds: "at once" on a busy machine
 
 # What needs a running VM, each as a call.
@@ -50,13 +51,6 @@ def _unsupported(what: str) -> Iterator[None]:
         yield
     assert type(caught.value) is UnsupportedByHypervisor, f"{what}: {caught.value!r}"
     assert caught.value.code == "UNIMPLEMENTED"
-
-
-def _disk(world: World, name: str = "disk") -> BlockConfig:
-    path = world.share / f"{name}.img"
-    path.write_bytes(b"conformance".ljust(1 << 20, b"\0"))
-    path.chmod(0o666)  # a jailed VMM is another user
-    return BlockConfig(id=name, path=str(path))
 
 
 def _files(directory: Path) -> int:
@@ -248,73 +242,108 @@ class HypervisorContract:
         for name in ("pause", "snapshot"):  # the kind of vsock is the host's choice
             assert getattr(most, name) or not getattr(mine, name), name
 
-    async def test_cold_plug_is_as_the_capabilities_say(self, world: World) -> None:
+    async def test_the_table_has_every_kind(self, world: World) -> None:
+        assert set(KINDS) | PLUGGED_AS_SIZE | TO_COME == set(Kind)
+        can = self.subject.plugin.capabilities
+        assert not any(can.can(kind, op) for kind in TO_COME for op in Op)
+
+    async def test_before_the_start_it_takes_what_the_table_says(self, world: World) -> None:
+        """Column "cold-plug"; what is taken can be taken back, unless it has a daemon, and has an id of its
+        own."""
         vm = world.create()
         await vm.prepare_vm(SANDBOX, None)
         can = await vm.capabilities()
-        disk = _disk(world)
-        if can.can(Kind.BLK, Op.COLD):
-            assert isinstance(await vm.add_device(disk), str)
+        tried = set()
+        for kind in KINDS:
+            device = await world.make(kind)
+            if device is None:
+                continue
+            tried.add(kind)
+            if not can.can(kind, Op.COLD):
+                with _unsupported(f"cold-plug of {kind.value}"):
+                    await vm.add_device(device)
+                continue
+            assert isinstance(await vm.add_device(device), str)
             with pytest.raises(BugError):
-                await vm.add_device(disk)
-            await vm.remove_device(disk.id)
-            await vm.add_device(disk)
-        else:
-            with _unsupported("a disk"):
-                await vm.add_device(disk)
-        if not can.can(Kind.SHARE_FS, Op.COLD):
-            with _unsupported("a shared directory"):
-                await vm.add_device(ShareFsConfig(source=str(world.share)))
-        if not can.can(Kind.NET, Op.COLD):
-            with _unsupported("a network card"):
-                await vm.add_device(NetworkConfig(id="net0", mac=_MAC, tap="none"))
-        await vm.add_device(VsockConfig(daemon=self.subject.vsock_daemon))
+                await vm.add_device(device)
+        assert tried >= {Kind.BLK, Kind.SHARE_FS, Kind.VSOCK}
         assert isinstance(await vm.get_agent_socket(), HybridVsock) is can.hybrid_vsock
+        disk = await world.gear.make(Kind.BLK)
+        await vm.add_device(disk)
+        await vm.remove_device(disk.id)
+        await vm.add_device(disk)
         with pytest.raises((BugError, UnsupportedByHypervisor)):
             await vm.remove_device("nobody")
         world.pids.update(await vm.get_pids())
 
-    async def test_what_the_capabilities_exclude_is_refused(self, world: World) -> None:
+    async def test_while_it_runs_it_refuses_what_the_table_says(self, world: World) -> None:
+        """Columns "hot-plug", "unplug" and "resize": every "no" is told beforehand, and changes nothing."""
         vm = await world.start()
         can = await vm.capabilities()
         calls: list[tuple[str, bool, Callable[[], Awaitable[object]]]] = [
-            ("a disk", can.can(Kind.BLK, Op.HOT), lambda: vm.add_device(_disk(world))),
-            (
-                "a card",
-                can.can(Kind.NET, Op.HOT),
-                lambda: vm.add_device(NetworkConfig(id="net0", mac=_MAC, tap="none")),
-            ),
             ("a vCPU", can.can(Kind.VCPU, Op.HOT), lambda: vm.resize_vcpu(2)),
             ("memory", can.more_memory, lambda: vm.resize_memory(1024)),
             ("a pause", can.pause, vm.pause_vm),
-            ("a snapshot", can.snapshot, lambda: vm.save_vm(str(world.share))),
+            ("a snapshot", can.snapshot, lambda: vm.save_vm(str(world.directory))),
         ]
-        before = _files(world.share)
-        for name, possible, call in calls:
+        for kind in KINDS:
+            device = await world.make(kind)
+            if device is not None:
+                calls.append(
+                    (f"hot-plug of {kind.value}", can.can(kind, Op.HOT), partial(vm.add_device, device))
+                )
+        usual = {
+            device.kind: device for device in self.subject.devices(await vm.hypervisor_config(), world.share)
+        }
+        for kind, device in usual.items():
+            # A disk that was there from the start stays, also where a later one could go.
+            unplug = can.can(kind, Op.UNPLUG) and kind is not Kind.BLK
+            calls.append((f"unplug of {kind.value}", unplug, partial(vm.remove_device, device.id)))
+            resize = can.can(kind, Op.RESIZE)
+            calls.append((f"resize of {kind.value}", resize, partial(vm.update_device, device)))
+        before = _files(world.directory)
+        for name, possible, attempt in calls:
             if not possible:
                 with _unsupported(name):
-                    await call()
-        with _unsupported("plugging a shared directory"):
-            await vm.add_device(ShareFsConfig(id="late", source=str(world.share)))
-        with _unsupported("changing a vsock device"):
-            await vm.update_device(VsockConfig())
+                    await attempt()
         await vm.check()  # nothing was attempted: the VM is as it was
         assert len((await vm.get_thread_ids()).vcpus) == 1
-        assert _files(world.share) - before in (0, 1 << 20)  # the disk that we made ourselves
+        assert _files(world.directory) == before
 
-    async def test_what_the_capabilities_promise_works_with_a_guest(self, world: World) -> None:
-        vm = await world.boot()
+    async def test_while_it_runs_it_does_what_the_table_says(self, world: World) -> None:
+        """The same columns with a guest: every "yes" works, and again after the unplug."""
+        vm = await world.prepare()
+        can = await vm.capabilities()
+        section = await vm.hypervisor_config()
+        usual = {device.kind for device in self.subject.devices(section, world.share)}
+        for kind in KINDS:
+            if (
+                kind not in usual
+                and can.can(kind, Op.COLD)
+                and (device := await world.make(kind)) is not None
+            ):
+                await vm.add_device(device)
+        await vm.start_vm(self.subject.patience)
+        world.pids.update(await vm.get_pids())
         channel = await vm.get_agent_socket()
+        await channel.wait_ready(self.subject.patience)
         sock, _ = await channel.connect(AGENT_PORT, self.subject.patience)
         sock.close()
-        can = await vm.capabilities()
-        if can.pause:
-            await vm.pause_vm()
-            await vm.check()
-            await vm.resume_vm()
-            if self.subject.resumes_vsock:
-                sock, _ = await channel.connect(AGENT_PORT, self.subject.patience)  # the guest answers again
-                sock.close()
+        for kind in KINDS:
+            device = await world.make(kind) if can.can(kind, Op.HOT) else None
+            if device is None:
+                continue
+            assert await vm.add_device(device), kind
+            with pytest.raises(BugError):
+                await vm.add_device(device)
+            if can.can(kind, Op.RESIZE):
+                await vm.update_device(world.gear.resized(device))
+            if can.can(kind, Op.UNPLUG):
+                await vm.remove_device(device.id)
+                assert await vm.add_device(device), kind
+            else:
+                with _unsupported(f"unplug of {kind.value}"):
+                    await vm.remove_device(device.id)
         if can.can(Kind.VCPU, Op.HOT):
             assert await vm.resize_vcpu(2) == 2
             assert len((await vm.get_thread_ids()).vcpus) == 2
@@ -322,24 +351,22 @@ class HypervisorContract:
                 assert await vm.resize_vcpu(1) == 1
                 assert len((await vm.get_thread_ids()).vcpus) == 1
             else:
-                with _unsupported("vcpu_hot_unplug"):
+                with _unsupported("unplug of a vCPU"):
                     await vm.resize_vcpu(1)
-        section = await vm.hypervisor_config()
         if can.more_memory:
             assert await vm.resize_memory(section.default_memory + 128) == section.default_memory + 128
             if can.less_memory:
                 assert await vm.resize_memory(section.default_memory) >= section.default_memory
             else:
-                with _unsupported("memory_hot_unplug"):
+                with _unsupported("unplug of memory"):
                     await vm.resize_memory(section.default_memory)
-        if can.can(Kind.BLK, Op.HOT):
-            disk = _disk(world)
-            assert await vm.add_device(disk)
-            with pytest.raises(BugError):
-                await vm.add_device(disk)
-            if can.can(Kind.BLK, Op.UNPLUG):
-                await vm.remove_device(disk.id)
-                assert await vm.add_device(disk)
+        if can.pause:
+            await vm.pause_vm()
+            await vm.check()
+            await vm.resume_vm()
+            if self.subject.resumes_vsock:
+                sock, _ = await channel.connect(AGENT_PORT, self.subject.patience)  # the guest answers again
+                sock.close()
         if can.snapshot:
             target = world.directory / "saved"
             target.mkdir()

@@ -28,6 +28,8 @@ from devices.kinds import Kind, Op
 from devices.undo import MemoryUndo
 from hypervisors.base import Hypervisor, HypervisorPlugin
 
+from .gear import Gear
+
 __all__ = ["SANDBOX", "Subject", "World"]
 
 SANDBOX = "conformance"
@@ -38,7 +40,8 @@ class Subject:
     """`section`: the plugin's section, with a kernel and an image that boot our guest; it is adjusted and
     validated here. `breaks`: keys with which the section is valid, but the VMM ends right after its start,
     given a file that is no kernel. `resumes_vsock`: the guest can be dialled as soon as a pause is over.
-    `patience`: seconds for a boot on a busy machine. `devices`: those of a usual VM, the root image first.
+    `patience`: seconds for a boot on a busy machine. `tap_by_name`: it opens a card's tap itself. `devices`:
+    those of a usual VM, the root image first.
     """
 
     plugin: HypervisorPlugin[Any]
@@ -47,6 +50,7 @@ class Subject:
     vsock_daemon: str = ""
     resumes_vsock: bool = True
     patience: float = 60.0
+    tap_by_name: bool = False
 
     def devices(self, section: Any, share: Path) -> Iterator[DeviceConfig]:
         """What the sandbox adds before the start, as far as this VMM has it."""
@@ -69,11 +73,14 @@ class World:
     vm: Hypervisor | None = None
     pids: set[int] = field(default_factory=set)
     before: list[str] = field(default_factory=list)
+    gear: Gear = field(init=False)
 
     async def open(self) -> None:
         """Make the directories, and count what this process has."""
         for path in (self.state, self.share):
             path.mkdir(mode=0o700)
+        subject = self.subject
+        self.gear = Gear(self.share, vsock_daemon=subject.vsock_daemon, tap_by_name=subject.tap_by_name)
         await asyncio.to_thread(int)  # the loop's own thread and descriptors exist from here on
         self.before = sorted(os.listdir("/proc/self/fd"))
 
@@ -117,6 +124,10 @@ class World:
         await (await vm.get_agent_socket()).wait_ready(self.subject.patience)
         return vm
 
+    async def make(self, kind: Kind) -> DeviceConfig | None:
+        """One of this kind, or None where this host lacks its other end (`Gear.missing`)."""
+        return None if self.gear.missing(kind) else await self.gear.make(kind)
+
     async def close(self) -> None:
         """Release, twice, as a failed sandbox start does; nothing may be left."""
         if self.vm is not None:
@@ -124,6 +135,7 @@ class World:
             await self.vm.cleanup()
             assert await self.vm.get_pids() == []
             assert isinstance(self.vm.diagnostics(), dict)
+        await self.gear.close()
         left = {
             "undo log": self.undo.entries,
             "state directory": os.listdir(self.state),

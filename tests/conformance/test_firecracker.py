@@ -27,11 +27,11 @@ def _section(jailed: bool) -> FirecrackerConfig:
 class TestFirecracker(HypervisorContract):
     """A plain process."""
 
-    subject = Subject(plugin=plugin, section=lambda: _section(False), patience=240.0)
+    subject = Subject(plugin=plugin, section=lambda: _section(False), patience=240.0, tap_by_name=True)
 
 
 @pytest.mark.benchhost
 class TestJailedFirecracker(HypervisorContract):
     """As user 1234, in a chroot and a cgroup."""
 
-    subject = Subject(plugin=plugin, section=lambda: _section(True), patience=240.0)
+    subject = Subject(plugin=plugin, section=lambda: _section(True), patience=240.0, tap_by_name=True)
