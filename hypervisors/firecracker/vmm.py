@@ -408,10 +408,12 @@ class Firecracker:
         )
         calls = list(boot.machine(section, kernel, initrd, words))
         calls += await self._boot_drives(den)
+        cards = 0
         for device in parts.cold:
             match device:
                 case NetworkConfig():
-                    calls.append(boot.network(section, device.id, device.tap, device.mac))
+                    cards += 1  # Firecracker's names may have no dash, ours may
+                    calls.append(boot.network(section, f"card{cards}", device.tap, device.mac))
                 case VsockConfig():
                     vsock = {"guest_cid": boot.GUEST_CID, "uds_path": boot.VSOCK}
                     calls.append(boot.Call("/vsock", vsock))

@@ -296,8 +296,7 @@ class HypervisorContract:
             device.kind: device for device in self.subject.devices(await vm.hypervisor_config(), world.share)
         }
         for kind, device in usual.items():
-            # A disk that was there from the start stays, also where a later one could go.
-            unplug = can.can(kind, Op.UNPLUG) and kind is not Kind.BLK
+            unplug = can.can(kind, Op.UNPLUG)
             calls.append((f"unplug of {kind.value}", unplug, partial(vm.remove_device, device.id)))
             resize = can.can(kind, Op.RESIZE)
             calls.append((f"resize of {kind.value}", resize, partial(vm.update_device, device)))

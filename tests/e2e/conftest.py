@@ -8,7 +8,7 @@ the tests themselves are checked with. Tests of what only a VM has are marked `k
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from testing.containerd import KATA, PAUSE, RUNC, VERSIONS, Containerd, Result
 from testing.cri import NAMESPACE, Cri
 from testing.guest import guest_files
 from testing.images import busybox_image, layered_image, pause_image
+from tests.e2e.vms import Boot, booting
 
 _ALIASES = {"": KATA, "kata": KATA, "runc": RUNC}
 RUNTIME = os.environ.get("KATA_E2E_RUNTIME", "")
@@ -31,6 +32,13 @@ BUSYBOX = "local/busybox:1"
 CRI_BUSYBOX = "docker.io/local/busybox:1"
 ALICE = "local/alice:1"
 LAYERS = "local/layers:30"
+
+
+@pytest.fixture
+async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
+    """Boots VMs under QEMU, without a containerd; keywords change the section of the configuration."""
+    async with booting(tmp_path) as boots:
+        yield boots
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import fcntl
 import os
 import re
-import socket
 import struct
-import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -18,100 +14,20 @@ import pytest
 from devices.config import (
     BlockConfig,
     BlockFormat,
-    ConsoleConfig,
-    DeviceConfig,
     NetworkConfig,
-    RngConfig,
-    ShareFsConfig,
-    VsockConfig,
 )
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
-from devices.manager import AgentDevice, DeviceManager
-from devices.undo import MemoryUndo
-from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.plugin import plugin
-from hypervisors.qemu.vmm import Qemu
 from proto import agent_pb2 as agent
 from proto import types_pb2 as types
-from testing.guest import PROJECT, guest_files
-from tests.e2e.guests import STREAM_PORT, Guest, fill_share, make_spec, read_some, sandbox_request
-from ttrpc import Client
+from tests.e2e.guests import Guest, make_spec, read_some
+from tests.e2e.vms import Boot, make_disk, mounted, read_disk
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root"), pytest.mark.kata_only]
 
-BOOT = 60.0  # seconds; about three when the machine is idle
 FILE = 4 << 20  # bytes of the file that is read while memory comes
 
 CYCLES = int(os.environ.get("KATA_HOTPLUG_CYCLES", "50"))  # `make test-hotplug` has 1,000
-E2FS = {**os.environ, "PATH": os.environ["PATH"] + ":/sbin:/usr/sbin"}
-
-Boot = Callable[..., Awaitable[tuple[Qemu, Guest, DeviceManager]]]
-
-
-class Calls:
-    """The VM's ports, for `Guest`."""
-
-    def __init__(self, vm: Qemu) -> None:
-        self._vm = vm
-
-    async def connect(self, port: int) -> tuple[socket.socket, int]:
-        return await (await self._vm.get_agent_socket()).connect(port, 20)
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    """A VM of 256 MB and one vCPU with its agent; keywords change the section. Nothing is left of it."""
-    state, share = tmp_path / "state", tmp_path / "share"
-    for path in (state, share):
-        path.mkdir(mode=0o700)
-    fill_share(share)
-    vsock = PROJECT / "build/vsock/usr/bin/vhost-device-vsock"
-    files = {key: str(path) for key, path in guest_files().items()}
-    base = HypervisorConfig(
-        **files,  # type: ignore[arg-type]
-        default_memory=256,
-        hotplug_timeout=BOOT,
-        vsock_daemon=str(vsock) if vsock.exists() else "",
-        kernel_params=f"agent.stream_port={STREAM_PORT}",
-    )
-    undo = MemoryUndo()
-    vms: list[Qemu] = []
-    clients: list[Client] = []
-    guests: list[Guest] = []
-
-    async def _boot(**changes: object) -> tuple[Qemu, Guest, DeviceManager]:
-        section = plugin.adjust_config(dataclasses.replace(base, **changes))  # type: ignore[arg-type]
-        vm = plugin.create(section, sandbox_id="e2e", state_dir=str(state), undo=undo)
-        vms.append(vm)
-        await vm.prepare_vm("e2e", None)
-        devices: list[DeviceConfig] = [
-            BlockConfig(id="image", path=section.image, read_only=True),
-            VsockConfig(daemon=section.vsock_daemon),
-            ShareFsConfig(source=str(share)),
-            RngConfig(),
-            ConsoleConfig(),
-        ]
-        manager = DeviceManager()
-        for device in devices:
-            await manager.try_add_device(device, vm)
-        await vm.start_vm(BOOT)
-        await (await vm.get_agent_socket()).wait_ready(BOOT)
-        sock, _ = await Calls(vm).connect(1024)
-        clients.append(Client(sock))
-        guests.append(Guest(Calls(vm), clients[-1]))
-        await guests[-1].agent.create_sandbox(sandbox_request())
-        return vm, guests[-1], manager
-
-    yield _boot
-    for guest in guests:
-        guest.close()
-    for client in clients:
-        await client.close()
-    for vm in vms:
-        await vm.cleanup()
-    assert undo.entries == []
-    assert os.listdir(state) == []
 
 
 async def memory_total(guest: Guest) -> int:
@@ -184,37 +100,6 @@ async def test_virtio_mem_comes_and_goes_with_a_shared_directory(boot: Boot, tmp
     left = await vm.resize_memory(256)
     assert left < 512  # what the kernel uses it may keep
     assert abs(await memory_total(guest) - before - (left - 256)) < 20
-
-
-def make_disk(path: Path, *, qcow2: bool = False) -> BlockConfig:
-    """8 MB of ext4 with one file."""
-    content = path.parent / f"{path.name}.d"
-    content.mkdir()
-    (content / "hello").write_text(f"from {path.name}\n")
-    subprocess.run(
-        ["mke2fs", "-q", "-t", "ext4", "-d", content, path, "8M"], check=True, env=E2FS, capture_output=True
-    )
-    if not qcow2:
-        return BlockConfig(id=path.name, path=str(path))
-    converted = path.with_suffix(".qcow2")
-    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", path, converted], check=True)
-    return BlockConfig(id=path.name, path=str(converted), format=BlockFormat.QCOW2, read_only=True)
-
-
-def read_disk(path: Path, name: str) -> bytes:
-    """A file of an ext4 image, read without the guest."""
-    done = subprocess.run(["debugfs", "-R", f"cat {name}", path], check=True, env=E2FS, capture_output=True)
-    return done.stdout
-
-
-def mounted(device: AgentDevice, name: str, *, read_only: bool) -> agent.Storage:
-    return agent.Storage(
-        driver="blk",
-        source=device.id,
-        fstype="ext4",
-        options=["ro"] if read_only else [],
-        mount_point=f"/run/kata-containers/sandbox/storage/{name}",
-    )
 
 
 async def test_disks_come_where_they_are_said_to_be(boot: Boot, tmp_path: Path) -> None:
