@@ -16,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from agent import deadlines
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["find_device", "pci_directory", "resolve_devices", "wait_for_link", "
 
 T = TypeVar("T")
 
-HOTPLUG_DEADLINE = 10.0  # seconds
+HOTPLUG_DEADLINE = deadlines.HOTPLUG  # seconds
 SYSFS = "/sys"
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from agent import deadlines
 from agent.fit import METADATA
 from agent.storage import DRIVERS, in_thread
 from proto import agent_pb2
@@ -30,7 +31,7 @@ _MEMORY = "/sys/devices/system/memory"
 _CPUS = "/sys/devices/system/cpu"
 _RNDADDENTROPY = 0x40085203  # random(4)
 _RNDRESEEDCRNG = 0x5207
-HOTPLUG_DEADLINE = 10.0  # seconds for announced vCPUs to appear
+HOTPLUG_DEADLINE = deadlines.HOTPLUG  # seconds for announced vCPUs to appear
 TERMINATION_LOG_MAX = 4096
 
 

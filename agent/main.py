@@ -15,6 +15,7 @@ import sys
 
 from agent import log
 from agent.cmdline import AGENT_PORT, Params, parse
+from agent.deadlines import set_hotplug
 
 __all__ = ["listen", "main"]
 
@@ -76,6 +77,7 @@ def main() -> None:
     """Entry of /sbin/init in our guest image."""
     params = _read_params()
     log.set_debug(params.debug)
+    set_hotplug(params.hotplug_timeout)
     try:
         _serve(params)
     except BaseException as error:

@@ -328,6 +328,7 @@ def _with_agent_params(config: Config, stream_port: int) -> Any:
         params.append("agent.log=debug")
     if stream_port:
         params.append(f"agent.stream_port={stream_port}")
+    params.append(f"agent.hotplug_timeout={_key(config.hypervisor, 'hotplug_timeout'):g}")
     own = [config.hypervisor.kernel_params] if config.hypervisor.kernel_params else []
     return dataclasses.replace(config.hypervisor, kernel_params=" ".join(params + own))
 

@@ -30,3 +30,10 @@ def test_a_malformed_port_counts_as_absent(value: str) -> None:
 
 def test_foreign_words_are_ignored() -> None:
     assert parse("agent.debug_console agent.trace=1 xagent.home_vport=3").home_port == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"), [("3", 3), ("0.5", 0.5), ("0", 10), ("-1", 10), ("nan", 10), ("1e9", 10), ("x", 10)]
+)
+def test_the_host_says_how_long_to_wait_for_what_it_plugs(value: str, seconds: float) -> None:
+    assert parse(f"agent.hotplug_timeout={value}").hotplug_timeout == seconds
