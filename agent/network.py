@@ -26,6 +26,7 @@ _rtmsg = struct.Struct("BBBBBBBBI")  # family, dst, src, tos, table, protocol, s
 _ndmsg = struct.Struct("BxxxiHBB")  # family, index, state, flags, type
 
 _IFF_UP = 1
+_IFA_F_NODAD = 2
 _IFF_NOARP = 0x80
 _IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU = 1, 3, 4
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
@@ -178,7 +179,9 @@ def _replace_addresses(netlink: nl.Netlink, index: int, wanted: Iterable[types_p
             body = _ifaddr.pack(family, prefix, 0, 0, index) + nl.attribute(_IFA_LOCAL, packed)
             netlink.ask(nl.RTM_DELADDR, 0, body)
     for family, packed, prefix in keep:
-        body = _ifaddr.pack(family, prefix, 0, 0, index)
+        # Whoever gave the address has seen to it that it is nobody else's; it is to serve at once.
+        flags = _IFA_F_NODAD if family == socket.AF_INET6 else 0
+        body = _ifaddr.pack(family, prefix, flags, 0, index)
         body += nl.attribute(_IFA_LOCAL, packed) + nl.attribute(_IFA_ADDRESS, packed)
         netlink.ask(nl.RTM_NEWADDR, nl.NLM_F_CREATE | nl.NLM_F_REPLACE, body)
 

@@ -18,6 +18,7 @@ __all__ = ["device_table", "markdown", "run", "table"]
 
 _WORDS = {Op.COLD: "start", Op.HOT: "plug", Op.UNPLUG: "unplug", Op.RESIZE: "resize"}
 MEANING = {
+    "tap_by_name": "tap opened by its name, not handed over",
     "hybrid_vsock": "vsock without the host's kernel",
     "pause": "pause and resume",
     "snapshot": "save and restore a VM",

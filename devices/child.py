@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import shutil
 import signal
@@ -28,12 +27,12 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from devices.errors import HostError
+from devices.syscalls import CLONE_NEWNET, setns
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
 
 __all__ = ["Child", "describe_exit", "process_memory", "process_start_time", "process_stat"]
 
-_CLONE_NEWNET = 0x40000000
 _READ_SIZE = 64 << 10
 _SPAWN_DEADLINE = 10.0  # seconds; a fork and an exec take about two milliseconds
 _REAP_DEADLINE = 10.0  # seconds after SIGKILL; more means a task stuck in the kernel
@@ -93,13 +92,6 @@ def describe_exit(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-def _setns(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 def _popen(
     argv: Sequence[str],
     netns: str | None,
@@ -129,13 +121,13 @@ def _popen(
     try:
         target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _setns(target)
+            setns(target, CLONE_NEWNET)
         finally:
             os.close(target)
         try:
             return start()
         finally:
-            _setns(own)
+            setns(own, CLONE_NEWNET)
     finally:
         os.close(own)
 

@@ -124,6 +124,10 @@ class DeviceManager:
         device = self._devices.get(id)
         return f"/dev/{disk_name(device.index)}" if device is not None and device.index is not None else None
 
+    async def get_pci_path(self, device_id: str) -> str:
+        """Where the guest finds it, "02/00"; "" for what is no PCI device. Raises CallerError if unknown."""
+        return await self._known(device_id).get_bdf() or ""
+
     async def get_driver_options(self) -> str:
         """The driver of its disks, in Kata's words."""
         return f"{Kind.BLK.value}-pci"

@@ -12,6 +12,7 @@ import os
 
 __all__ = [
     "CLONE_FS",
+    "CLONE_NEWNET",
     "CLONE_NEWNS",
     "create_core_scheduling_cookie",
     "mount",
@@ -20,12 +21,14 @@ __all__ = [
     "openat2",
     "set_child_subreaper",
     "set_mount_readonly",
+    "setns",
     "umount2",
     "unshare",
 ]
 
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
+CLONE_NEWNET = 0x40000000
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SCHED_CORE = 62
@@ -48,6 +51,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
 _libc.umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _libc.unshare.argtypes = [ctypes.c_int]
+_libc.setns.argtypes = [ctypes.c_int, ctypes.c_int]
 _libc.prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _libc.syscall.restype = ctypes.c_long
 
@@ -89,6 +93,11 @@ def umount2(target: str, flags: int) -> None:
 def unshare(flags: int) -> None:
     """unshare(2), of the calling thread."""
     _check(_libc.unshare(flags))
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2), of the calling thread."""
+    _check(_libc.setns(fd, kind))
 
 
 def openat2(directory: int, path: str, flags: int, resolve: int) -> int:

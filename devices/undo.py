@@ -36,7 +36,8 @@ class UndoLog(Protocol):
     - `socket`, `file`: path. Released by unlink.
     - `dir`: path. Released by removing the tree without ever crossing a mount.
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).
-    - `cgroup`, `tap`, ...: as their owners say.
+    - `tap`: netns, namespace, link, index, devices, qdiscs: see `shim.resources.network.endpoint`.
+    - `cgroup`, ...: as their owners say.
     """
 
     def record(self, kind: str, release: Release | None = None, **facts: str | int) -> Entry:

@@ -36,9 +36,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What this VMM can do, as this VM is configured. `devices`: by kind; one that is missing is refused."""
+    """What this VMM can do, as this VM is configured. `devices`: by kind; one that is missing is refused.
+
+    `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors.
+    """
 
     devices: Mapping[Kind, Support] = field(default_factory=dict)
+    tap_by_name: bool = False
     hybrid_vsock: bool = False
     pause: bool = False
     snapshot: bool = False

@@ -55,6 +55,12 @@ class VhostUserSection(SandboxSection):
     vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
     entropy_source: str = "/dev/urandom"
 
+    # --- network: of the cards, whose taps such a VMM takes as descriptors
+    disable_vhost_net: bool = False
+    network_queues: int = 1  # of each card; 0 is 1
+    rx_rate_limiter_max_rate: int = 0  # bits/s to the guest; 0: no limit
+    tx_rate_limiter_max_rate: int = 0  # bits/s from the guest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HypervisorConfig(VhostUserSection):

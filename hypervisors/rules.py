@@ -26,6 +26,8 @@ __all__ = [
 
 _DEFAULT_MEMORY = 128  # MiB, Kata's meaning of 0
 _MIN_MEMORY = 64  # MiB, as in Kata
+_MAX_QUEUES = 256  # of a tap device
+_RATES = range(8_000, 8 << 32)  # bits a second that the kernel's tbf can hold
 
 SectionT = TypeVar("SectionT", bound=SandboxSection)
 
@@ -44,6 +46,7 @@ def adjust_sandbox_section(section: SectionT, *, max_vcpus: int) -> SectionT:
         cache = section.virtio_fs_cache
         changes["shared_fs"] = section.shared_fs or "virtio-fs"
         changes["virtio_fs_cache"] = "never" if cache in ("", "none") else cache
+        changes["network_queues"] = section.network_queues or 1
         changes["entropy_source"] = section.entropy_source or "/dev/urandom"
     return dataclasses.replace(section, **changes)
 
@@ -73,6 +76,15 @@ def check_sandbox_section(name: str, section: SandboxSection) -> None:
     size = section.virtio_fs_queue_size
     if size & (size - 1) or not 2 <= size <= 1024:
         raise wrong(name, "virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
+    queues = section.network_queues
+    if not 0 <= queues <= _MAX_QUEUES:
+        raise wrong(name, "network_queues", queues, f"is not in 0..{_MAX_QUEUES}")
+    for key in ("rx_rate_limiter_max_rate", "tx_rate_limiter_max_rate"):
+        rate = getattr(section, key)
+        if rate and rate not in _RATES:
+            raise wrong(
+                name, key, rate, f"is neither 0 nor in {_RATES.start}..{_RATES.stop - 1} bits a second"
+            )
     if section.virtio_fs_daemon and section.shared_fs != "none":
         check_program(name, "virtio_fs_daemon", section.virtio_fs_daemon)
     if section.vsock_daemon:

@@ -296,6 +296,11 @@ class GuestAgent:
         request = agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=routes))
         await self._call("UpdateRoutes", request)
 
+    async def add_arp_neighbors(self, neighbors: Sequence[types_pb2.ARPNeighbor]) -> None:
+        """AddARPNeighbors."""
+        request = agent_pb2.AddARPNeighborsRequest(neighbors=agent_pb2.ARPNeighbors(ARPNeighbors=neighbors))
+        await self._call("AddARPNeighbors", request)
+
     async def set_guest_date_time(self, seconds: int, microseconds: int) -> None:
         """SetGuestDateTime: after a pause or a restore the guest's clock is late."""
         await self._call(

@@ -150,6 +150,7 @@ class Container:
         if process.window is not None:
             # The terminal exists since Create: with luck the program never sees another size.
             shown = await self._try_resize(process)
+        await self.sandbox.container_starting(self.id)
         await self.sandbox.agent.start_container(self.id)
         process.apply(Call.START)
         self.events.started()

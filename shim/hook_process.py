@@ -35,8 +35,6 @@ STAGES = ("prestart", "createRuntime", "createContainer", "poststart", "poststop
 DEFAULT_TIMEOUT = 60.0
 MAX_HOOKS = 64
 
-_CLONE_NEWNS = 0x20000
-_CLONE_NEWNET = 0x40000000
 _READ_SIZE = 64 << 10
 
 
@@ -208,16 +206,13 @@ def _take(reader: int, output: TailBuffer) -> bool:
 
 def _enter(mounts: int | None, netns: str | None) -> None:
     """Move the calling thread, for good."""
-    import ctypes
+    from devices.syscalls import CLONE_FS, CLONE_NEWNET, CLONE_NEWNS, setns, unshare
 
-    from devices.syscalls import CLONE_FS, unshare
-
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def setns(fd: int, kind: int, what: str) -> None:
-        if libc.setns(fd, kind) != 0:
-            number = ctypes.get_errno()
-            raise HostError(f"cannot enter {what}: {os.strerror(number)}", phase="hooks")
+    def enter(fd: int, kind: int, what: str) -> None:
+        try:
+            setns(fd, kind)
+        except OSError as error:
+            raise HostError(f"cannot enter {what}: {error.strerror}", phase="hooks") from error
 
     if netns is not None:
         try:
@@ -225,12 +220,12 @@ def _enter(mounts: int | None, netns: str | None) -> None:
         except OSError as error:
             raise HostError(f"cannot open {netns}: {error.strerror}", phase="hooks") from error
         try:
-            setns(fd, _CLONE_NEWNET, f"the network namespace {netns}")
+            enter(fd, CLONE_NEWNET, f"the network namespace {netns}")
         finally:
             os.close(fd)
     if mounts is not None:
         unshare(CLONE_FS)  # a thread that shares its working directory cannot change its mounts
-        setns(mounts, _CLONE_NEWNS, "the host's mount namespace")
+        enter(mounts, CLONE_NEWNS, "the host's mount namespace")
 
 
 def _describe(status: int) -> str:

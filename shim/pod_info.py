@@ -16,6 +16,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import KataError
 from proto import agent_pb2
+from shim.resources.network.scan import OURS
 from shim.sandbox import VirtSandbox
 from shim.stats import host_is_unified, to_any
 from shim.trace import Trace
@@ -39,7 +40,7 @@ async def describe(sandbox: VirtSandbox, trace: Trace) -> dict[str, str]:
         "guest.vcpus": f"{sandbox.size.vcpus:g}",
         "guest.hostname": settings.hostname,
         "share": settings.share_path,
-        "netns": settings.netns or "",
+        "netns": settings.network.path,
         "phases": json.dumps(trace.durations()),
     }
     try:
@@ -63,7 +64,7 @@ async def measure(sandbox: VirtSandbox) -> AnyMessage:
     memory.usage = int(figures.get("resident_bytes", 0))
     memory.limit = sandbox.size.memory
     usage.cgroup_stats.pids_stats.current = int(figures.get("processes", 0))
-    if sandbox.settings.netns:
+    if sandbox.settings.network.path:
         for link in _links(f"/proc/{sandbox.vmm_pid}/net/dev"):
             usage.network_stats.add(**link)
     return to_any(usage, unified=host_is_unified())
@@ -80,7 +81,8 @@ def _links(path: str) -> list[dict[str, Any]]:
     for line in lines:
         name, _, numbers = line.partition(":")
         values = numbers.split()
-        if name.strip() != "lo" and len(values) >= len(_NET_DEV):
+        # What we joined to the pod's links counts the same packets again.
+        if name.strip() != "lo" and not name.strip().endswith(OURS) and len(values) >= len(_NET_DEV):
             fields = {key: int(value) for key, value in zip(_NET_DEV, values, strict=False) if key}
             links.append({"name": name.strip(), **fields})
     return links

@@ -149,6 +149,10 @@ class Sandbox(Protocol):
         """Mount the root file system and volumes into the share; translate the spec for the guest."""
         ...
 
+    async def container_starting(self, container_id: str) -> None:
+        """Its init process is about to run: have the network that somebody made since its creation."""
+        ...
+
     async def container_started(self, container_id: str) -> None:
         """Its init process runs now. Never fails."""
         ...

@@ -103,6 +103,13 @@ def _cgroup(facts: Facts, timeout: float) -> None:
             time.sleep(0.01)
 
 
+def _tap(facts: Facts, _timeout: float) -> None:
+    """A pod's link and what joined it to a VM."""
+    from shim.resources.network.endpoint import release_facts
+
+    release_facts(facts)
+
+
 def _poststop(facts: Facts, timeout: float) -> None:
     """The poststop hooks that the dead shim owes, from the bundle that containerd still keeps."""
     import json
@@ -137,4 +144,5 @@ _KINDS = {
     "mount": _mount,
     "cgroup": _cgroup,
     "poststop": _poststop,
+    "tap": _tap,
 }

@@ -46,6 +46,7 @@ from shim.guest_devices import check_devices
 from shim.guest_spec import MEMBER, OWN
 from shim.procfs import start_time
 from shim.protocols import Deadlines
+from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.sandbox import SandboxSettings, VirtSandbox
 from shim.task_service import TaskService
@@ -180,7 +181,7 @@ class VirtContainer:
         settings = SandboxSettings(
             sandbox_id=context.sandbox_id,
             container_type=_container_type(spec),
-            netns=_netns(spec),
+            network=network_settings(config.runtime, section, spec),
             hostname=str(spec.get("hostname") or ""),
             dns=_dns(spec),
             shm_size=_shm_size(spec),
@@ -367,13 +368,6 @@ def _container_type(spec: Mapping[str, Any]) -> str:
         if key in annotations:
             return OWN if annotations[key] in _SANDBOX_TYPES else MEMBER
     return "single_container"
-
-
-def _netns(spec: Mapping[str, Any]) -> str | None:
-    for space in (spec.get("linux") or {}).get("namespaces") or []:
-        if space.get("type") == "network":
-            return str(space.get("path") or "") or None
-    return None
 
 
 def _mount_source(spec: Mapping[str, Any], destination: str) -> str:

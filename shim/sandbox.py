@@ -41,6 +41,8 @@ from shim.resources.container_files import ContainerFiles, SharedFiles
 from shim.resources.direct_volumes import DirectVolumes
 from shim.resources.direct_volumes import find as find_direct
 from shim.resources.direct_volumes import rewrite as rewrite_direct
+from shim.resources.network.pod import PodNetwork
+from shim.resources.network.settings import NetworkSettings
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Bounds, Sizing, spec_limits
 from shim.trace import Trace
@@ -60,7 +62,7 @@ _DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's w
 class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
-    `netns` is the path of the pod's network namespace, None for none. `shm_size` is in bytes.
+    `network`: see `shim.resources.network`. `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
     `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
@@ -68,7 +70,7 @@ class SandboxSettings:
 
     sandbox_id: str
     container_type: str
-    netns: str | None
+    network: NetworkSettings
     hostname: str
     dns: Sequence[str]
     shm_size: int
@@ -107,6 +109,7 @@ class VirtSandbox:
         self._hooks: dict[str, HostHooks] = {}
         self._holdings = Holdings(self._devices, hypervisor)
         self._direct = DirectVolumes(self._devices, self._holdings)
+        self._network = PodNetwork(settings.network, hypervisor, self._devices, undo, trace)
         self._sizing = Sizing(
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
         )
@@ -251,6 +254,11 @@ class VirtSandbox:
         self._hooks[container_id] = hooks
         with self._trace.phase("hooks", id=container_id):
             await hooks.before_create()
+        await self._network.rescan(self.agent)
+
+    async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
+        """See `shim.protocols.Sandbox.container_starting`."""
+        await self._network.rescan(self.agent)
 
     async def container_started(self, container_id: str) -> None:
         """Run the poststart hooks."""
@@ -336,13 +344,15 @@ class VirtSandbox:
         with self._trace.phase("share"):
             await self._files.set_up()
         with self._trace.phase("vmm.start"):
-            await hypervisor.prepare_vm(self.id, settings.netns)
+            await hypervisor.prepare_vm(self.id, await self._network.open())
             for device in settings.devices:
                 await self._devices.try_add_device(device, hypervisor)
+            await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
         self._watch(self._watch_vm(), "vm")
         self._channel = await hypervisor.get_agent_socket()
+        await self._network.join()
         with self._trace.phase("vmm.boot"):
             await self._channel.wait_ready(settings.deadlines.boot)
         with self._trace.phase("agent.connect"):
@@ -356,6 +366,7 @@ class VirtSandbox:
                 storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
                 guest_hook_path=settings.guest_hook_path,
             )
+        await self._network.configure(self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
 
     def _shrink(self, work: Any) -> None:
@@ -404,7 +415,7 @@ class VirtSandbox:
             await asyncio.wait(self._watchers)
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
-        for error in await self._files.tear_down():
+        for error in [*await self._network.close(), *await self._files.tear_down()]:
             _log.error("not released", error=str(error))
 
     async def _step(self, what: str, work: Any) -> None:

@@ -55,6 +55,12 @@ VERSIONS = ("1.6", "1.7", "2")
 """The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
 
 _OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
+# What `ctr --cni` reads is fixed, /etc/cni/net.d and /opt/cni/bin: in mounts of its own it finds ours there.
+_OWN_CNI = (
+    "mount -t overlay overlay -o lowerdir=$0/etc:/etc /etc"
+    " && mount -t overlay overlay -o lowerdir=$0/opt:/opt /opt"
+    ' && exec "$@"'
+)
 _BLOCKFILE = "io.containerd.snapshotter.v1.blockfile"
 _CRI = "io.containerd.grpc.v1.cri"
 _CRI_PARTS = ("io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime", _CRI)
@@ -170,11 +176,13 @@ def _make_ext4(path: Path) -> None:
     subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
 
 
-def _cni_network(root: Path) -> str:
-    """A network of the pods that want one: a pair of devices each, addresses counted below `root`."""
-    ipam = {"type": "host-local", "subnet": "10.88.0.0/16", "dataDir": f"{root}/ipam"}
-    plugins = [{"type": "ptp", "ipam": ipam}]
-    return json.dumps({"cniVersion": "0.4.0", "name": "pods", "plugins": plugins})
+def _cni_network(root: Path, plugin: Mapping[str, object], number: int) -> str:
+    """A network with IPv4 and IPv6, addresses counted below `root`."""
+    ranges = [[{"subnet": f"10.{number}.0.0/16"}], [{"subnet": f"fd00:{number}::/64"}]]
+    routes = [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]
+    ipam = {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": f"{root}/ipam"}
+    plugins = [{**plugin, "ipam": ipam}]
+    return json.dumps({"cniVersion": "0.4.0", "name": f"net{number}", "plugins": plugins})
 
 
 class Containerd:
@@ -185,7 +193,8 @@ class Containerd:
     containerd, and so the shims, log at debug level; `version` is one of VERSIONS; `cri` enables the CRI
     plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what it likes. Its
     handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API, `kata-streaming`
-    with that and stdio over ttrpc. `blockfile` (not with 1.6) enables the snapshotter that gives each
+    with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge, in a network that the daemon then
+    has of its own too (`in_network`). `blockfile` (not with 1.6) enables the snapshotter that gives each
     container an image file of 64 MiB with ext4 in it.
     """
 
@@ -198,6 +207,7 @@ class Containerd:
         version: str = VERSIONS[0],
         namespace: str = "default",
         cri: bool = False,
+        cni: bool = False,
         blockfile: bool = False,
     ) -> None:
         self.version = version
@@ -213,6 +223,7 @@ class Containerd:
         self._numbers = itertools.count(1)
         self._debug = debug
         self._cri = cri
+        self._cni = cni
         self._blockfile = blockfile
         self._env = dict(env or {})
         self._overrides = overrides
@@ -260,7 +271,14 @@ class Containerd:
         )
         if self._cri:
             (self.root / "cni").mkdir()
-            (self.root / "cni/pods.conflist").write_text(_cni_network(self.root))
+            (self.root / "cni/pods.conflist").write_text(_cni_network(self.root, {"type": "ptp"}, 88))
+        if self._cni:
+            conf = self.root / "ctr-cni/etc/cni/net.d"
+            conf.mkdir(parents=True)
+            bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True}
+            (conf / "net.conflist").write_text(_cni_network(self.root, bridge, 89))
+            (self.root / "ctr-cni/opt/cni").mkdir(parents=True)
+            (self.root / "ctr-cni/opt/cni/bin").symlink_to("/usr/lib/cni")
         self.boot()
         return self
 
@@ -269,7 +287,11 @@ class Containerd:
         arguments = ["--config", str(self.root / "config.toml")]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*(_OWN_NETWORK if self._cri else ()), str(self.programs / "containerd"), *arguments],
+                [
+                    *(_OWN_NETWORK if self._cri or self._cni else ()),
+                    str(self.programs / "containerd"),
+                    *arguments,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -353,6 +375,10 @@ class Containerd:
         """The argv of `ctr` with this daemon's address and namespace."""
         return [str(self.programs / "ctr"), "--address", self.address, "--namespace", self.namespace, *args]
 
+    def in_network(self, *argv: str) -> list[str]:
+        """The argv that runs a program in the daemon's network, where CNI's host ends are."""
+        return ["nsenter", f"--net=/proc/{self.pid}/ns/net", *argv]
+
     def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 60, check: bool = True) -> Result:
         """Run `ctr args...` to its end, `timeout` seconds at most.
 
@@ -360,6 +386,9 @@ class Containerd:
         `check` and the exit code is not 0, subprocess.TimeoutExpired after the deadline.
         """
         argv = self.ctr_argv(*args)
+        if "--cni" in args:
+            etc = str(self.root / "ctr-cni")
+            argv = self.in_network("unshare", "--mount", "sh", "-c", _OWN_CNI, etc, *argv)
         begin = time.monotonic()
         done = subprocess.run(
             argv,

@@ -32,7 +32,9 @@ class FirecrackerPlugin:
 
     name = "firecracker"
     section = FirecrackerConfig
-    capabilities = Capabilities(devices=abilities(_MAX_SLOTS), hybrid_vsock=True, pause=True, snapshot=True)
+    capabilities = Capabilities(
+        devices=abilities(_MAX_SLOTS), tap_by_name=True, hybrid_vsock=True, pause=True, snapshot=True
+    )
 
     def adjust_config(self, section: FirecrackerConfig) -> FirecrackerConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""

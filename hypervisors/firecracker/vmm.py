@@ -338,7 +338,11 @@ class Firecracker:
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
         return Capabilities(
-            devices=abilities(self._section.block_device_slots), hybrid_vsock=True, pause=True, snapshot=True
+            devices=abilities(self._section.block_device_slots),
+            tap_by_name=True,
+            hybrid_vsock=True,
+            pause=True,
+            snapshot=True,
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:

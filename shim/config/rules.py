@@ -29,6 +29,7 @@ PATH_KEYS: Mapping[str, str] = {
     "entropy_source": "any",
 }
 
+_MODELS = ("", "tcfilter", "macvtap", "none")
 _LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
 
 
@@ -41,6 +42,18 @@ def check_runtime(runtime: RuntimeConfig, table: Table) -> list[str]:
         problems.append(
             f"{table.at('log_level')}: [runtime] log_level must be one of {', '.join(_LOG_LEVELS)}, "
             f'not "{runtime.log_level}"'
+        )
+    model = runtime.internetworking_model
+    if model not in _MODELS:
+        why = "is not supported" if model == "l3forwarding" else "is no model"
+        problems.append(
+            f'{table.at("internetworking_model")}: [runtime] internetworking_model = "{model}" {why}; '
+            f"there are {', '.join(_MODELS[1:])}"
+        )
+    elif runtime.disable_new_netns and model != "none":
+        problems.append(
+            f"{table.at('disable_new_netns')}: [runtime] disable_new_netns leaves the pod without a network, "
+            'and needs internetworking_model = "none"'
         )
     return problems
 

@@ -46,6 +46,8 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: str = "info"  # trace | debug | info | warn | error
     disable_guest_seccomp: bool = False
+    internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none; "" is tcfilter
+    disable_new_netns: bool = False  # the VMM stays in the host's network, and the pod has none
     static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
     valid_config_paths: tuple[str, ...] = ()  # ours: what the annotation config_path may name
     use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
@@ -163,7 +165,6 @@ TOP_LEVEL: Mapping[str, Mapping[str, Any]] = {
 RUNTIME_INACTIVE: Mapping[str, Any] = {
     "dan_conf": "",
     "disable_guest_empty_dir": False,
-    "disable_new_netns": False,
     "emptydir_mode": "shared-fs",
     "enable_pprof": False,
     "enable_tracing": False,
@@ -171,7 +172,6 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "experimental": (),
     "experimental_force_guest_pull": False,
     "guest_selinux_label": "",
-    "internetworking_model": "tcfilter",
     "jaeger_endpoint": "",
     "jaeger_password": "",
     "jaeger_user": "",

@@ -373,6 +373,9 @@ class FakeSandbox:
         await self._enter("prepare_container")
         return GuestContainer(spec=oci_pb2.Spec())
 
+    async def container_starting(self, container_id: str) -> None:
+        pass
+
     async def container_started(self, container_id: str) -> None:
         await asyncio.sleep(0)
 

@@ -16,6 +16,7 @@ from proto import cri_pb2, runtimeoptions_pb2, sandbox_v1_pb2
 from shim.limits import Size
 from shim.pod_config import PodDefaults
 from shim.pod_sandbox import TABLE, Call, PodSandbox, State
+from shim.resources.network.settings import NetworkSettings
 from shim.sandbox_service import SandboxService
 from shim.trace import Trace
 from tests.unit.shim.fakes import VMM_PID, FakeRuntime, FakeSandbox, TaskClient
@@ -72,7 +73,13 @@ class _Sandbox(FakeSandbox):
         self.settings: Any = type(
             "Settings",
             (),
-            {"hostname": "h", "share_path": "/s", "netns": None, "pod": None, "direct_stdio": True},
+            {
+                "hostname": "h",
+                "share_path": "/s",
+                "network": NetworkSettings(),
+                "pod": None,
+                "direct_stdio": True,
+            },
         )
         self.size = Size(1.0, 256 << 20)
         self.checks = 0

@@ -1,0 +1,120 @@
+"""The network namespace that a pod's VM stands in: opened or made, entered by threads of its own.
+
+What: `Netns` holds one by descriptor; `run` does something inside it; `inside` is the same without an event
+loop, for `delete`.
+Why threads: a namespace belongs to a thread. Each piece of work gets a new one, which enters, works and ends,
+so no thread of the daemon ever has to find its way back.
+Invariants: the daemon's other threads stay where they are. The namespace that the shim itself is in is never
+taken for a pod's: to join the host's own cards to a VM would cut the host off. A namespace is known by its
+inode, since a path may be another one's by now.
+Source: network_namespaces(7), setns(2).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import ParamSpec, TypeVar
+
+from devices.errors import HostError
+from devices.syscalls import CLONE_NEWNET, setns, unshare
+
+__all__ = ["Netns", "identity", "inside"]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+_OWN = ("/proc/self/ns/net", "/proc/1/ns/net")
+
+
+def identity(fd: int) -> str:
+    """What tells one namespace from all others that exist now: "device:inode" of its descriptor."""
+    info = os.fstat(fd)
+    return f"{info.st_dev}:{info.st_ino}"
+
+
+def inside(fd: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call it in a new thread, in the namespace `fd`; blocks. Raises what it raises, OSError of setns."""
+    return _start(fd, lambda: function(*args, **kwargs)).result()
+
+
+def _start(fd: int | None, function: Callable[[], T]) -> Future[T]:
+    """In the namespace `fd`, or for None in a new one."""
+    done: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            if fd is None:
+                unshare(CLONE_NEWNET)
+            else:
+                setns(fd, CLONE_NEWNET)
+            done.set_result(function())
+        except BaseException as error:  # noqa: BLE001  (it is raised to whoever waits)
+            done.set_exception(error)
+
+    threading.Thread(target=work, name="netns", daemon=True).start()
+    return done
+
+
+class Netns:
+    """One network namespace. `path` leads to it as long as it is open. Made by `open` or `create`."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path or f"/proc/{os.getpid()}/fd/{fd}"
+        self.identity = identity(fd)
+
+    @classmethod
+    def open(cls, path: str) -> Netns | None:
+        """The one at `path`; None if that is the shim's own or the host's. Raises HostError."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"the network namespace {path} cannot be opened: {error.strerror}", phase="network"
+            ) from error
+        netns = cls(fd, path)
+        if any(netns.identity == own for own in map(_identity_of, _OWN)):
+            netns.close()
+            return None
+        return netns
+
+    @classmethod
+    async def create(cls) -> Netns:
+        """A new one, which goes with its last process and descriptor. Raises HostError."""
+        opening = _start(None, lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        try:
+            return cls(await _wait(opening), "")
+        except OSError as error:
+            raise HostError(f"no new network namespace: {error.strerror}", phase="network") from error
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it inside. Ends when the call has, also when cancelled meanwhile: what it acquires is known
+        then. Raises what it raises, OSError of setns."""
+        return await _wait(_start(self.fd, lambda: function(*args, **kwargs)))
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _identity_of(path: str) -> str:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return ""
+    return f"{info.st_dev}:{info.st_ino}"
+
+
+async def _wait(work: Future[T]) -> T:
+    waiting = asyncio.wrap_future(work)
+    try:
+        return await asyncio.shield(waiting)
+    except asyncio.CancelledError:
+        await asyncio.wait([waiting])
+        raise

@@ -1,0 +1,61 @@
+"""What the configuration and a container's spec say about the pod's network.
+
+What: `NetworkSettings`, and `network_settings`, which reads it.
+Invariants: pure; nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hypervisors.config import VhostUserSection
+
+__all__ = ["MACVTAP", "MODELS", "NO_MODEL", "TCFILTER", "NetworkSettings", "network_settings"]
+
+TCFILTER, MACVTAP, NO_MODEL = "tcfilter", "macvtap", "none"
+MODELS = (TCFILTER, MACVTAP, NO_MODEL)
+"""How a link of the pod is joined to a card: by traffic filters, by a macvtap on it, or not at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkSettings:
+    """`path` of the namespace, "" for none; `own`: without a path the VM gets a new one, as runc gives each
+    container. `queues` of each card; `vhost`: use vhost-net where there is one. `receive` and `send` are the
+    most bits a second to and from the guest, 0 for no limit, where it is not the VMM's own matter. `owner`:
+    whoever opens a tap by its name.
+    """
+
+    path: str = ""
+    own: bool = False
+    model: str = TCFILTER
+    queues: int = 1
+    vhost: bool = True
+    receive: int = 0
+    send: int = 0
+    owner: tuple[int, int] = (0, 0)
+
+
+def network_settings(runtime: Any, section: Any, spec: Mapping[str, Any]) -> NetworkSettings:
+    """From [runtime], the hypervisor's section, and `linux.namespaces` of the spec."""
+    if runtime.disable_new_netns:
+        return NetworkSettings()
+    path, own = "", False
+    for space in (spec.get("linux") or {}).get("namespaces") or []:
+        if space.get("type") == "network":
+            path = str(space.get("path") or "")
+            own = not path
+    model = runtime.internetworking_model or TCFILTER
+    if isinstance(section, VhostUserSection):
+        return NetworkSettings(
+            path=path,
+            own=own,
+            model=model,
+            queues=section.network_queues,
+            vhost=not section.disable_vhost_net,
+            receive=section.rx_rate_limiter_max_rate,
+            send=section.tx_rate_limiter_max_rate,
+        )
+    owner = (getattr(section, "jailer_uid", 0), getattr(section, "jailer_gid", 0))
+    return NetworkSettings(path=path, own=own, model=model, owner=owner)
