@@ -11,6 +11,7 @@ Source: Kata's agent.proto; deadlines from [agent.kata].
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ _CALLER_CODES = frozenset(
 )
 _MAX_TEXT = 2048
 _MAX_PROCESSES = 1024
+_AVAILABLE = r'item="(?:MemAvailable|mem_available)"\} ([0-9]{1,15})\b'  # ours; the stock agent's
 #: Seconds. Who asks has two for his own answer (containerd's State and Pids), and can do without ours.
 _PROCESSES_DEADLINE = 1.0
 
@@ -277,6 +279,15 @@ class GuestAgent:
         """GetGuestDetails: bytes in which the guest's kernel takes memory."""
         answer = await self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest(mem_block_size=True))
         return int(answer.mem_block_size_bytes)
+
+    async def memory_available(self) -> int:
+        """GetMetrics: bytes that the guest's kernel could hand out, its caches included. Raises GuestError
+        when the agent does not say."""
+        answer = await self._call("GetMetrics", agent_pb2.GetMetricsRequest())
+        found = re.search(_AVAILABLE, answer.metrics)
+        if found is None:
+            raise GuestError("the agent's metrics do not say how much memory is available", phase="sizing")
+        return int(found[1])
 
     async def copy_file(self, request: agent_pb2.CopyFileRequest) -> None:
         """CopyFile: one piece of a file, a directory or a link below the guest's share."""

@@ -15,11 +15,12 @@ from hypervisors.qemu.cmdline import MICROVM, Plan
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.plan import HOTPLUG_MACHINES
 
-__all__ = ["MOST", "abilities"]
+__all__ = ["MOST", "TCG_KEEPS_VCPUS", "abilities"]
 
 _AT_START = "it is part of the VM from its start"
 _NO_PORT = "no port or bridge is configured (pcie_root_port, pcie_switch_port, default_bridges)"
 _NO_PCI = f"a {MICROVM} has no PCI, and nothing is plugged while it runs"
+TCG_KEEPS_VCPUS = "QEMU 7.2 corrupts its memory then under TCG"
 _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
 
 MOST: Mapping[Kind, Support] = {
@@ -31,7 +32,7 @@ MOST: Mapping[Kind, Support] = {
     Kind.BALLOON: _STAYS,
     Kind.CONSOLE: _STAYS,
     Kind.VCPU: Support(cold=YES, hot=YES, unplug=YES),
-    Kind.DIMM: Support(hot=YES, unplug="a DIMM stays where it is"),
+    Kind.DIMM: Support(hot=YES, unplug=YES),
     Kind.VIRTIO_MEM: Support(hot=YES, unplug=YES),
 }
 
@@ -67,7 +68,7 @@ def _vcpus(plan: Plan, most: Support) -> Support:
     if plan.max_vcpus <= plan.vcpus:
         return _unless("the VM has as many as it can have (default_maxvcpus)", most)
     if plan.accelerator is Accelerator.TCG:
-        return Support(cold=YES, hot=YES, unplug="QEMU 7.2 corrupts its memory then under TCG")
+        return Support(cold=YES, hot=YES, unplug=TCG_KEEPS_VCPUS)
     return most
 
 

@@ -23,7 +23,7 @@ import structlog
 from devices.addresses import PciTopology, Place
 from devices.errors import BugError, CallerError, HypervisorError, KataError
 from hypervisors.qemu.events import deleted
-from hypervisors.qemu.qmp import QmpClient, QmpError
+from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError
 from hypervisors.qemu.recipes import BackEnd, Placed, recipe
 
 __all__ = ["Plugger"]
@@ -37,7 +37,6 @@ _COMMANDS = {
     "object": ("object-add", "object-del", "id"),
 }
 
-_NOT_FOUND = "DeviceNotFound"  # QEMU's error class
 _IN_USE = "is in use"
 _MOMENT = 0.005  # seconds
 _ABSENT = ("not found", "Failed to find node")  # and its words, where it has none
@@ -119,7 +118,7 @@ class Plugger:
             try:
                 await self._qmp.execute("device_del", {"id": device_id})
             except QmpError as error:
-                if error.kind == _NOT_FOUND:
+                if error.kind == NOT_FOUND:
                     return  # the guest let go of it after an earlier attempt gave up
                 if "process of unplug" not in error.cause:
                     raise
@@ -161,7 +160,7 @@ class Plugger:
             try:
                 await self._qmp.execute(command, arguments)
             except QmpError as error:
-                if error.kind == _NOT_FOUND or any(text in error.cause for text in _ABSENT):
+                if error.kind == NOT_FOUND or any(text in error.cause for text in _ABSENT):
                     return
                 if _IN_USE not in error.cause or asyncio.get_running_loop().time() > end:
                     raise

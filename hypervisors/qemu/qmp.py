@@ -25,8 +25,10 @@ from typing import Any
 
 from devices.errors import HypervisorError
 
-__all__ = ["QmpClient", "QmpError", "QmpEvent"]
+__all__ = ["NOT_FOUND", "QmpClient", "QmpError", "QmpEvent"]
 
+NOT_FOUND = "DeviceNotFound"
+"""The error class of a device or object that is not there."""
 LINE_LIMIT = 4 << 20  # bytes of one message; query-qmp-schema, the longest known reply, has 0.4 MiB
 _READ_SIZE = 64 << 10
 

@@ -2,29 +2,35 @@
 
 What: `Sizer.resize_vcpu` and `resize_memory`, by CPU hot-plug, DIMMs and virtio-mem.
 Why events: QEMU answers device_add before the guest has looked. ACPI_DEVICE_OST says that the guest
-took a vCPU or a DIMM, DEVICE_DELETED that it gave one back, MEMORY_DEVICE_SIZE_CHANGE how far
-virtio-mem has come; nothing is polled.
+took a vCPU or a DIMM, or that it keeps one, DEVICE_DELETED that it gave one back,
+MEMORY_DEVICE_SIZE_CHANGE how far virtio-mem has come; nothing is polled.
 Invariants:
 - What the VM has is QEMU's word each time, never a count of ours: a failed step leaves no lie behind.
 - One resize at a time; asking for what there is does nothing.
-- vCPUs that the VM was started with stay, and so do DIMMs; under TCG no vCPU is taken away, because
-  QEMU 7.2 then corrupts its heap (facts/guest-vm.md part 4).
-Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2.
+- Growing happens or raises. Shrinking is a request: the guest may keep what it uses, which is no error, and
+  the answer is what there is then. What it has not answered about in time counts as gone, since it may
+  go at any moment; of virtio-mem the request is taken back.
+- What the VM was started with stays; DIMMs go whole; under TCG no vCPU goes, because QEMU 7.2 then
+  corrupts its heap (facts/guest-vm.md part 4).
+- A DIMM's back end goes with it, or at the next resize if the guest was late.
+- A guest that gives memory back which it needs kills for it: who shrinks asks it first what it can spare.
+Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2; ACPI 6.4, _OST (6.3.5).
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import structlog
 
 from devices.errors import HypervisorError, UnsupportedByHypervisor
+from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
-from hypervisors.qemu.events import deleted, size_changed, taken
+from hypervisors.qemu.events import let_go, size_changed, taken
 from hypervisors.qemu.kvm import Accelerator
-from hypervisors.qemu.qmp import QmpClient, QmpError, QmpEvent
+from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent
 
 __all__ = ["Sizer"]
 
@@ -33,7 +39,19 @@ _MAX_GROWTH = 8
 """A DIMM has at most so many times the memory that is there: its page table is a 64th of it."""
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
 
+_DIMM = "dimm"  # and a number, the highest of all when it came
+_BACK_END = "mem-"  # and the DIMM's name
+
 _log = structlog.get_logger("qemu.sizing")
+
+
+class _Dimm(NamedTuple):
+    number: int
+    mib: int
+
+    @property
+    def name(self) -> str:
+        return f"{_DIMM}{self.number}"
 
 
 class Sizer:
@@ -44,6 +62,7 @@ class Sizer:
         self._qmp = qmp
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
+        self._leaving: set[str] = set()  # asked of the guest, without an answer in time
 
     # --- vCPUs
 
@@ -54,27 +73,33 @@ class Sizer:
             raise UnsupportedByHypervisor("qemu", f"other than {plan.vcpus} vCPUs as this VM is configured")
         async with self._lock:
             slots = await self._cpu_slots()
-            present = sum(1 for slot in slots if "qom-path" in slot)
+            present = self._count(slots)
             if count > present:
-                if count > len(slots):
+                free = [slot for slot in slots if "qom-path" not in slot]
+                if count > present + len(free):
                     raise HypervisorError(
-                        f"{count} vCPUs are asked for; this VM can have {len(slots)}",
+                        f"{count} vCPUs are asked for; this VM can have {present + len(free)}",
                         phase="sizing",
                         hint="raise default_maxvcpus, if the host has more CPUs",
                         code="RESOURCE_EXHAUSTED",
                     )
-                free = [slot for slot in slots if "qom-path" not in slot]
                 for slot in free[: count - present]:
                     await self._plug_cpu(slot)
             elif count < present:
                 if plan.accelerator is Accelerator.TCG:
-                    raise UnsupportedByHypervisor("qemu", "taking vCPUs away under TCG")
+                    raise UnsupportedByHypervisor("qemu", f"unplug of a vCPU: {TCG_KEEPS_VCPUS}")
                 if count < plan.vcpus:
                     raise UnsupportedByHypervisor("qemu", f"fewer vCPUs than it started with ({plan.vcpus})")
-                plugged = [slot for slot in slots if slot.get("qom-path", "").startswith(_PERIPHERAL)]
-                for slot in plugged[count - present :]:
-                    await self._unplug_cpu(slot["qom-path"].removeprefix(_PERIPHERAL))
+                plugged = [name for name in map(_name, slots) if name and name not in self._leaving]
+                for name in reversed(plugged[count - present :]):
+                    if not await self._unplug(name):
+                        break
+                return self._count(await self._cpu_slots())
         return count
+
+    def _count(self, slots: Iterable[dict[str, Any]]) -> int:
+        """vCPUs that the guest can count on."""
+        return sum(1 for slot in slots if "qom-path" in slot and _name(slot) not in self._leaving)
 
     async def _cpu_slots(self) -> list[dict[str, Any]]:
         """All sockets, the lowest first; those in use have a `qom-path`."""
@@ -89,20 +114,18 @@ class Sizer:
         name = "cpu-" + "-".join(str(props[key]) for key in sorted(props) if key != "node-id")
         await self._plug({"driver": slot["type"], "id": name, **props}, f"the vCPU {name}")
 
-    async def _unplug_cpu(self, name: str) -> None:
-        with self._qmp.expect(deleted(name)) as gone:
-            await self._qmp.execute("device_del", {"id": name})
-            await self._await(gone, f"give back the vCPU {name}")
-
     # --- memory
 
     async def resize_memory(self, mib: int) -> int:
-        """See `Hypervisor.resize_memory`. A guest may keep what it uses: shrinking ends above `mib` then."""
+        """See `Hypervisor.resize_memory`. Shrinking may end above `mib`: DIMMs go whole, and the guest may
+        keep what it uses."""
         plan, base = self._plan, self._plan.section.default_memory
         if plan.max_memory <= base and mib != base:
             raise UnsupportedByHypervisor("qemu", f"other than {base} MiB as this VM is configured")
         async with self._lock:
-            present = await self._memory()
+            dimms = [] if plan.virtio_mem is not None else await self._dimms()
+            leaving = [dimm for dimm in dimms if dimm.name in self._leaving]
+            present = await self._memory() - sum(dimm.mib for dimm in leaving)
             if mib == present:
                 return present
             if mib > plan.max_memory:
@@ -112,16 +135,21 @@ class Sizer:
                     hint="raise default_maxmemory, if the host has more memory",
                     code="RESOURCE_EXHAUSTED",
                 )
+            if mib < base:
+                raise UnsupportedByHypervisor("qemu", f"less memory than it started with ({base} MiB)")
             if plan.virtio_mem is not None:
-                if mib < base:
-                    raise UnsupportedByHypervisor("qemu", f"less memory than it started with ({base} MiB)")
                 await self._request(mib - base, growing=mib > present)
                 return await self._memory()
+            await self._sweep(dimms)
             if mib < present:
-                raise UnsupportedByHypervisor("qemu", "taking memory away without virtio-mem")
+                return present - await self._unplug_dimms(
+                    [dimm for dimm in dimms if dimm not in leaving], present - mib
+                )
+            number = max((dimm.number for dimm in dimms), default=-1)
             while present < mib:
                 step = min(mib - present, max(_STEP, present * _MAX_GROWTH // _STEP * _STEP))
-                await self._plug_dimm(step)
+                number += 1
+                await self._plug_dimm(_Dimm(number, step))
                 present += step
             return present
 
@@ -133,23 +161,50 @@ class Sizer:
         except (KeyError, TypeError) as error:
             raise _nonsense("query-memory-size-summary", error) from error
 
-    async def _plug_dimm(self, mib: int) -> None:
+    async def _dimms(self) -> list[_Dimm]:
+        """Those that are plugged."""
         devices = await self._qmp.execute("query-memory-devices")
         try:
-            taken = {device["data"].get("id") for device in devices}
-        except (KeyError, TypeError, AttributeError) as error:
+            found = [device["data"] for device in devices if device["type"] == "dimm"]
+            return [_Dimm(int(data["id"].removeprefix(_DIMM)), int(data["size"]) >> 20) for data in found]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _nonsense("query-memory-devices", error) from error
-        name = next(name for name in (f"dimm{n}" for n in itertools.count()) if name not in taken)
-        backend = {"qom-type": "memory-backend-memfd", "id": f"mem-{name}", "size": mib << 20, "share": True}
+
+    async def _sweep(self, dimms: Iterable[_Dimm]) -> None:
+        """Remove back ends without a DIMM."""
+        used = {f"{_BACK_END}{dimm.name}" for dimm in dimms}
+        for backend in await self._qmp.execute("query-memdev"):
+            name = str(backend.get("id"))
+            if name.startswith(f"{_BACK_END}{_DIMM}") and name not in used:
+                await self._qmp.execute("object-del", {"id": name})
+
+    async def _plug_dimm(self, dimm: _Dimm) -> None:
+        name, node = dimm.name, f"{_BACK_END}{dimm.name}"
+        backend = {"qom-type": "memory-backend-memfd", "id": node, "size": dimm.mib << 20, "share": True}
         await self._qmp.execute("object-add", backend)
         try:
             await self._plug(
-                {"driver": "pc-dimm", "id": name, "memdev": f"mem-{name}"}, f"{mib} MiB of memory ({name})"
+                {"driver": "pc-dimm", "id": name, "memdev": node}, f"{dimm.mib} MiB of memory ({name})"
             )
         except QmpError as error:  # QEMU refused it; a guest that is slow has it all the same
-            await self._qmp.execute("object-del", {"id": f"mem-{name}"})
+            await self._qmp.execute("object-del", {"id": node})
             hint = "plug more at once, or set enable_virtio_mem = true: it needs one slot"
             raise error.with_context(phase="sizing", hint=hint) from None
+
+    async def _unplug_dimms(self, dimms: Iterable[_Dimm], surplus: int) -> int:
+        """As much of `surplus` MiB as whole DIMMs make: the largest that fits, of equals the last plugged.
+        How much went, or may go at any moment."""
+        gone = 0
+        for dimm in sorted(dimms, key=lambda dimm: (dimm.mib, dimm.number), reverse=True):
+            if gone + dimm.mib > surplus:
+                continue
+            went = await self._unplug(dimm.name)
+            if went or dimm.name in self._leaving:
+                gone += dimm.mib
+            if not went:
+                break  # the guest is at it still, or has shown that it needs what it has
+            await self._sweep(await self._dimms())
+        return gone
 
     async def _request(self, mib: int, *, growing: bool) -> None:
         """Tell virtio-mem how much there shall be, and wait until it is so; shrinking may end early."""
@@ -166,7 +221,9 @@ class Sizer:
         except TimeoutError:
             if growing:
                 raise self._late(f"take {mib} MiB of memory by virtio-mem") from None
-            _log.info("the guest keeps memory that it was asked to give back", wanted=mib)
+            size = await self._qmp.execute("qom-get", {"path": path, "property": "size"})
+            _log.info("the guest keeps memory that it was asked to give back", kept=size - wanted)
+            await self._set_requested(path, size)
 
     async def _set_requested(self, path: str, size: int) -> None:
         request = {"path": path, "property": "requested-size"}
@@ -176,6 +233,7 @@ class Sizer:
     # --- both
 
     async def _plug(self, device: dict[str, Any], what: str) -> None:
+        self._leaving.discard(device["id"])  # one of that name has left
         with self._qmp.expect(taken(device["id"])) as answer:
             await self._qmp.execute("device_add", device)
             event = await self._await(answer, f"take {what}")
@@ -184,6 +242,27 @@ class Sizer:
             raise HypervisorError(
                 f"the guest refused {what} with ACPI status {status}", phase="sizing", hint="see its console"
             )
+
+    async def _unplug(self, name: str) -> bool:
+        """Ask the guest for a vCPU or a DIMM; whether it is gone. One that it keeps stays usable."""
+        with self._qmp.expect(let_go(name)) as answer:
+            try:
+                await self._qmp.execute("device_del", {"id": name})
+            except QmpError as error:
+                if error.kind == NOT_FOUND:
+                    return True  # an earlier request was met late
+                raise error.with_context(phase="sizing") from None
+            try:
+                async with asyncio.timeout(self._deadline):
+                    event = await answer
+            except TimeoutError:
+                _log.warning("the guest has not given back what it was asked for", device=name)
+                self._leaving.add(name)
+                return False
+        if event["event"] != "DEVICE_DELETED":
+            _log.info("the guest keeps what it was asked to give back", device=name, answer=event["data"])
+            return False
+        return True
 
     async def _await(self, event: asyncio.Future[QmpEvent], what: str) -> QmpEvent:
         try:
@@ -199,6 +278,12 @@ class Sizer:
             hint="raise hotplug_timeout, or see whether the guest's kernel has ACPI hot-plug",
             code="DEADLINE_EXCEEDED",
         )
+
+
+def _name(slot: dict[str, Any]) -> str:
+    """The id of the vCPU that was plugged into it; "" without one."""
+    path = str(slot.get("qom-path", ""))
+    return path.removeprefix(_PERIPHERAL) if path.startswith(_PERIPHERAL) else ""
 
 
 def _nonsense(command: str, error: Exception) -> HypervisorError:

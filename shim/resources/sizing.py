@@ -10,6 +10,8 @@ Invariants:
 - A limit above the largest VM the configuration allows is refused by Update; at Create it is only
   logged, since runc too starts a container that may use more than the host has.
 - Shrinking is no promise: it happens in the background where the VMM can, and what fails is logged.
+- No more memory is taken away than the guest says it can spare: a kernel that gives back what it needs
+  kills processes for it.
 Source: kata.md 1.10; runtime-rs' resource/src/cpu_mem for the rule.
 """
 
@@ -38,6 +40,7 @@ __all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits
 _MIB = 1 << 20
 _BLOCK = 128 * _MIB  # a Linux guest's memory block on x86_64, and the least
 _MAX_BLOCK = 2048 * _MIB
+_RESERVE = 64 * _MIB  # of the memory that the guest has to spare, what a shrink leaves it
 _SANDBOX_QUOTA = "io.kubernetes.cri.sandbox-cpu-quota"
 _SANDBOX_PERIOD = "io.kubernetes.cri.sandbox-cpu-period"
 _SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
@@ -50,6 +53,10 @@ class GuestSizing(Protocol):
 
     async def memory_block_size(self) -> int:
         """Bytes; memory comes in whole blocks."""
+        ...
+
+    async def memory_available(self) -> int:
+        """Bytes that it could hand out, its caches included."""
         ...
 
     async def online_cpu_mem(self, vcpus: int) -> None:
@@ -243,19 +250,25 @@ class Sizing:
     async def _shrink(self) -> None:
         boot = self._bounds.boot
         async with self._lock:
+            before = self.size
             vcpus, memory = self._wanted()
             able = await self._hypervisor.capabilities()
             try:
                 vcpus = max(vcpus, math.ceil(boot.vcpus))
                 if vcpus < self._vcpus and able.can(Kind.VCPU, Op.UNPLUG):
                     self._vcpus = await self._hypervisor.resize_vcpu(vcpus)
-                memory = boot.memory + _up(max(0, memory - boot.memory), self._block or _BLOCK)
+                block = self._block or _BLOCK
+                memory = boot.memory + _up(max(0, memory - boot.memory), block)
+                if memory < self._memory and able.less_memory:
+                    spare = max(0, await self._guest().memory_available() - _RESERVE)
+                    memory = max(memory, self._memory - spare // block * block)
                 if memory < self._memory and able.less_memory:
                     self._memory = await self._hypervisor.resize_memory(memory >> 20) << 20
             except KataError as error:
                 _log.warning("the VM did not shrink", error=str(error))
                 return
-            _log.info("the VM shrank", vcpus=self._vcpus, memory_mib=self._memory >> 20)
+            if self.size != before:
+                _log.info("the VM shrank", vcpus=self._vcpus, memory_mib=self._memory >> 20)
 
 
 def _merged(before: Size, resources: oci_pb2.LinuxResources) -> Size:

@@ -18,6 +18,7 @@ from devices.config import (
 )
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
+from hypervisors.qemu.vmm import Qemu
 from proto import agent_pb2 as agent
 from proto import types_pb2 as types
 from tests.e2e.guests import Guest, make_spec, read_some
@@ -28,6 +29,12 @@ pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root
 FILE = 4 << 20  # bytes of the file that is read while memory comes
 
 CYCLES = int(os.environ.get("KATA_HOTPLUG_CYCLES", "50"))  # `make test-hotplug` has 1,000
+
+
+async def memory_regions(vm: Qemu) -> list[str]:
+    """What the VM's daemons map of its memory."""
+    maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (await vm.get_pids())[1:]]
+    return [line for text in maps for line in text.splitlines() if "memfd:" in line]
 
 
 async def memory_total(guest: Guest) -> int:
@@ -53,7 +60,8 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
     able = await vm.capabilities()
     assert able.can(Kind.VCPU, Op.HOT)
     assert able.more_memory
-    assert not able.less_memory
+    assert able.less_memory
+    assert not able.can(Kind.VCPU, Op.UNPLUG)
     (tmp_path / "share/passthrough/busybox/rootfs/data/big").write_bytes(os.urandom(FILE))
     before = await memory_total(guest)
     reader = await guest.start(
@@ -81,8 +89,39 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
         await vm.resize_memory(8192)
     with pytest.raises(HypervisorError, match="this VM can have 2"):
         await vm.resize_vcpu(3)
-    with pytest.raises(UnsupportedByHypervisor):
-        await vm.resize_memory(512)
+    with pytest.raises(UnsupportedByHypervisor, match=r"unplug of a vCPU: .* under TCG"):
+        await vm.resize_vcpu(1)
+
+
+async def test_dimms_come_and_go_while_files_are_read(boot: Boot, tmp_path: Path) -> None:
+    """More often than the daemons have regions for, so they let go of each again."""
+    vm, guest, _ = await boot(default_maxmemory=2048)
+    (tmp_path / "share/passthrough/busybox/rootfs/data/big").write_bytes(os.urandom(FILE))
+    before = await memory_total(guest)
+    reader = await guest.start(
+        make_spec("sh", "-c", "trap 'exit 7' TERM; echo on; while :; do cat /data/big >/dev/null; done")
+    )
+    assert reader.stdout is not None
+    assert await read_some(reader.stdout) == b"on\n"
+    regions = await memory_regions(vm)
+    assert regions
+    for cycle in range(9):
+        assert await vm.resize_memory(512) == 512
+        assert await vm.resize_memory(640) == 640
+        await online(guest, 1)
+        if cycle == 0:
+            assert abs(await memory_total(guest) - before - 384) < 20
+            # More than it had, so the pages of dd and of the file's cache lie in the DIMMs.
+            fill = "dd if=/dev/zero of=/dev/null bs=250M count=1 2>/dev/null && cat /data/big | wc -c"
+            code, out, _ = await guest.run("sh", "-c", fill)
+            assert (code, int(out)) == (0, FILE)
+            assert len(await memory_regions(vm)) > len(regions)
+        assert await vm.resize_memory(256) == 256
+    await guest.signal(reader, 15)
+    assert await reader.wait() == 7
+    reader.close()
+    assert len(await memory_regions(vm)) == len(regions)
+    assert abs(await memory_total(guest) - before) < 20
 
 
 async def test_virtio_mem_comes_and_goes_with_a_shared_directory(boot: Boot, tmp_path: Path) -> None:

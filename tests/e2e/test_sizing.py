@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import signal
+import time
 from collections.abc import Callable
 
 import grpc
@@ -18,6 +19,7 @@ Create = Callable[..., Task]
 MIB = 1 << 20
 RESOURCES = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
 WAITS = ("sh", "-c", "trap 'exit 0' TERM; echo on; while :; do sleep 0.1; done")
+IDLES = ("sleep", "1000")
 
 _names = itertools.count(1)
 
@@ -32,7 +34,7 @@ def execute(task: Task, *command: str) -> str:
     process = task.exec(*command, exec_id=f"e{next(_names)}")
     process.start()
     assert process.wait() == 0
-    out = process.io.out.decode()
+    out = process.io.finish()[0].decode()
     process.delete()
     return out
 
@@ -40,6 +42,14 @@ def execute(task: Task, *command: str) -> str:
 def memory(task: Task) -> int:
     """MiB that the guest's kernel has."""
     return int(execute(task, "grep", "MemTotal", "/proc/meminfo").split()[1]) >> 10
+
+
+def comes_down_to(task: Task, size: int) -> None:
+    """A VM shrinks behind the answer to the call that allows it."""
+    end = time.monotonic() + 120
+    while memory(task) > size + 20 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert abs(memory(task) - size) <= 20
 
 
 def update(task: Task, resources: dict[str, object]) -> None:
@@ -67,7 +77,7 @@ def test_a_container_gets_the_cpus_and_the_memory_of_its_limits(create: Create) 
     task.start()
 
     assert task.wait() == 0
-    assert task.io.out.split() == [b"2", b"ok"]
+    assert task.io.finish()[0].split() == [b"2", b"ok"]
     task.delete()
 
 
@@ -81,11 +91,46 @@ def test_an_update_grows_the_vm(create: Create) -> None:
     assert memory(task) - before >= 600
     assert execute(task, "nproc").strip() == "2"
     execute(task, "dd", "if=/dev/zero", "of=/dev/null", "bs=300M", "count=1")
+    update(task, {"memory": {"limit": 64 * MIB}})
+    comes_down_to(task, before)
+    update(task, {"memory": {"limit": 400 * MIB}})
+    assert memory(task) - before >= 300
     with pytest.raises(grpc.RpcError) as caught:
         update(task, {"cpu": {"quota": 100_000_000, "period": 100_000}})
     assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "default_maxvcpus" in caught.value.details()
     end(task)
+
+
+def test_a_shrink_leaves_what_is_in_use(create: Create) -> None:
+    """A container without a limit uses what came for another one: the VM keeps it when that one goes."""
+    kind = "io.kubernetes.cri.container-type"
+    pod = create(*IDLES, options=("--annotation", f"{kind}=sandbox"))
+    pod.start()
+    in_pod = (f"{kind}=container", f"io.kubernetes.cri.sandbox-id={pod.container}")
+    joined = tuple(word for text in in_pod for word in ("--annotation", text))
+    files = ("--mount", "type=tmpfs,src=tmpfs,dst=/big,options=size=400m:huge=always")
+    first = create(*IDLES, options=(*joined, *files))
+    first.start()
+    before = memory(first)
+    member = create(*IDLES, options=(*joined, "--memory-limit", str(384 * MIB)))
+    member.start()
+    execute(first, "dd", "if=/dev/zero", "of=/big/x", "bs=1M", "count=280")
+    end(member)
+    # For this one the VM grows by another DIMM, which can go again.
+    other = create(*IDLES, options=(*joined, "--memory-limit", str(512 * MIB)))
+    other.start()
+    end(other)
+
+    comes_down_to(first, before + 384)
+    assert execute(first, "stat", "-c", "%s", "/big/x").strip() == str(280 * MIB)
+    execute(first, "rm", "/big/x")
+    last = create(*IDLES, options=(*joined, "--memory-limit", str(64 * MIB)))
+    last.start()
+    end(last)
+    comes_down_to(first, before)
+    end(first)
+    end(pod)
 
 
 def test_a_pod_grows_with_each_container(create: Create) -> None:
@@ -103,6 +148,7 @@ def test_a_pod_grows_with_each_container(create: Create) -> None:
     assert memory(member) - before >= 490
     assert execute(member, "nproc").strip() == "2"
     end(member)
+    comes_down_to(first, before)
     assert execute(first, "nproc").strip() == "2"  # no vCPU is taken away under TCG
     end(first)
     end(pod)

@@ -40,7 +40,8 @@ class Machine:
         self.leaving: set[str] = set()
         self.virtio_mem = {"requested-size": 0, "size": 0}
         self.keeps = 0  # bytes that the guest does not give back
-        self.ost_status = 0
+        self.ost_status = 0  # of the guest's answer to what is plugged
+        self.refusals: dict[str, int | str] = {}  # to an unplug, by device: an ACPI status, or an event
         self.lazy = False
         self.late = 0  # how often a node that is free is said to be in use
         self.refuse: set[str] = set()
@@ -115,13 +116,23 @@ class Machine:
         return {"base-memory": self.base, "plugged-memory": dimms + self.virtio_mem["size"]}
 
     def _query_memory_devices(self, _: dict[str, Any]) -> Any:
-        return [{"type": "dimm", "data": {"id": n}} for n, d in self.devices.items() if "memdev" in d]
+        return [
+            {"type": "dimm", "data": {"id": name, "size": self.objects[device["memdev"]]["size"]}}
+            for name, device in self.devices.items()
+            if device["driver"] == "pc-dimm"
+        ]
+
+    def _query_memdev(self, _: dict[str, Any]) -> Any:
+        ram = [{"id": name} for name, made in self.objects.items() if "memory" in made["qom-type"]]
+        return [{"id": "mem0", "size": self.base}, *ram]
 
     def _object_add(self, arguments: dict[str, Any]) -> Any:
         self.objects[arguments["id"]] = arguments
         return {}
 
     def _object_del(self, arguments: dict[str, Any]) -> Any:
+        if any(device.get("memdev") == arguments["id"] for device in self.devices.values()):
+            raise RefusedError(f"object '{arguments['id']}' is in use, can not be deleted")
         del self.objects[arguments["id"]]
         return {}
 
@@ -193,12 +204,25 @@ class Machine:
         name = arguments["id"]
         if name not in self.devices:
             raise RefusedError(f"Device '{name}' not found", "DeviceNotFound")
-        if name in self.leaving:
+        by_acpi = "core-id" in self.devices[name] or self.devices[name]["driver"] == "pc-dimm"
+        if name in self.leaving and not by_acpi:
             raise RefusedError(f"Device {name} is already in the process of unplug")
         self.leaving.add(name)
-        if not self.lazy:
+        if by_acpi and not self.lazy:
+            self._ejects(name)
+        elif not self.lazy:
             self.unplugged(name)
         return {}
+
+    def _ejects(self, name: str) -> None:
+        """First Linux says that it begins."""
+        answer = self.refusals.get(name)
+        for status in (0x84, answer) if isinstance(answer, int) else (0x84,):
+            self.event("ACPI_DEVICE_OST", info={"device": name, "source": 3, "status": status, "slot": "0"})
+        if isinstance(answer, str):
+            self.event(answer, device=name, path=f"/machine/peripheral/{name}")
+        elif answer is None:
+            self.unplugged(name)
 
     def unplugged(self, name: str) -> None:
         """The guest let go of it."""

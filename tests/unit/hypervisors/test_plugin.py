@@ -61,6 +61,18 @@ def test_what_cannot_work_is_refused(
     assert caught.value.phase == "config"
 
 
+@pytest.mark.parametrize("asked", [0, 2, 500])
+def test_a_vm_grows_to_the_hosts_size_at_most(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    """The CPUs that we may run on: of a cpuset, its own."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 7})
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+    adjusted = plugin.adjust_config(HypervisorConfig(default_maxvcpus=asked, default_maxmemory=asked << 20))
+
+    assert adjusted.default_maxvcpus == min(asked or 3, 3)
+    assert adjusted.default_maxmemory == host
+    assert plugin.adjust_config(HypervisorConfig(default_maxmemory=512)).default_maxmemory == 512
+
+
 def test_zero_and_empty_mean_choose_for_me() -> None:
     adjusted = plugin.adjust_config(
         HypervisorConfig(

@@ -105,14 +105,20 @@ async def test_a_guest_that_refuses_is_an_error(machine: Machine, make: Make) ->
         await (await make()).resize_vcpu(2)
 
 
-async def test_a_vm_that_dies_ends_the_wait(machine: Machine, make: Make) -> None:
-    sizer = await make()
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("what", ["resize_vcpu", "resize_memory"])
+async def test_a_vm_that_dies_ends_the_wait(machine: Machine, make: Make, what: str, size: int) -> None:
+    """Growing and shrinking."""
+    sizer = await make(kvm=True)
+    unit = 1 if what == "resize_vcpu" else 256
+    await getattr(sizer, what)(2 * unit)
     machine.lazy = True
-    growing = asyncio.create_task(sizer.resize_vcpu(2))
-    await machine.saw("device_add")
+    machine.commands.clear()
+    resizing = asyncio.create_task(getattr(sizer, what)(size * unit))
+    await machine.saw("device_add" if size > 2 else "device_del")
     await machine.close()
     with pytest.raises(HypervisorError, match="closed its control socket"):
-        await growing
+        await resizing
 
 
 async def test_memory_comes_by_dimms(machine: Machine, make: Make) -> None:
@@ -125,8 +131,87 @@ async def test_memory_comes_by_dimms(machine: Machine, make: Make) -> None:
     backend = machine.objects["mem-dimm1"]
     assert (backend["qom-type"], backend["share"]) == ("memory-backend-memfd", True)
     assert backend["size"] == 512 << 20
-    with pytest.raises(UnsupportedByHypervisor, match="without virtio-mem"):
-        await sizer.resize_memory(512)
+
+
+async def test_dimms_go_whole_and_their_back_ends_with_them(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    for mib in (768, 1024, 1152):  # 512, 256, 128
+        await sizer.resize_memory(mib)
+    assert await sizer.resize_memory(1100) == 1152  # no DIMM is that small
+    assert await sizer.resize_memory(640) == 640  # the largest fits
+    assert list(machine.devices) == ["dimm1", "dimm2"]
+    assert sorted(machine.objects) == ["mem-dimm1", "mem-dimm2"]
+    assert await sizer.resize_memory(1280) == 1280
+    assert list(machine.devices) == ["dimm1", "dimm2", "dimm3"]
+    assert await sizer.resize_memory(256) == 256
+    assert machine.objects == {}
+    with pytest.raises(UnsupportedByHypervisor, match=r"less memory than it started with \(256 MiB\)"):
+        await sizer.resize_memory(128)
+
+
+async def test_of_equal_dimms_the_last_one_goes(machine: Machine, make: Make) -> None:
+    sizer = await make()
+    for mib in (384, 512, 640):
+        await sizer.resize_memory(mib)
+    assert await sizer.resize_memory(512) == 512
+    assert list(machine.devices) == ["dimm0", "dimm1"]
+
+
+@pytest.mark.parametrize("answer", [0x1, 0x81, "DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"])
+async def test_what_the_guest_keeps_it_keeps(machine: Machine, make: Make, answer: int | str) -> None:
+    """Its answer ends the wait, and is no error; it may be asked again."""
+    sizer = await make(kvm=True)
+    await sizer.resize_vcpu(3)
+    await sizer.resize_memory(512)
+    machine.refusals = {"cpu-2-0-0": answer, "dimm0": answer}
+    assert await sizer.resize_vcpu(1) == 3
+    assert await sizer.resize_memory(256) == 512
+    assert list(machine.objects) == ["mem-dimm0"]
+
+    machine.refusals = {}
+    assert await sizer.resize_vcpu(1) == 1
+    assert await sizer.resize_memory(256) == 256
+
+
+async def test_what_may_go_at_any_moment_is_not_counted_on(machine: Machine, make: Make) -> None:
+    """A guest that does not answer in time may give it back later, so growing does not build on it."""
+    sizer = await make(kvm=True, hotplug_timeout=0.05)
+    await sizer.resize_vcpu(2)
+    await sizer.resize_memory(512)
+    machine.lazy = True
+    assert await sizer.resize_vcpu(1) == 1
+    assert await sizer.resize_memory(256) == 256
+    assert list(machine.devices) == ["cpu-1-0-0", "dimm0"]
+    machine.lazy = False
+    assert await sizer.resize_vcpu(2) == 2
+    assert await sizer.resize_memory(512) == 512
+    assert in_use(machine) == [0, 1, 2]
+    machine.unplugged("dimm0")
+    machine.unplugged("cpu-1-0-0")
+
+    assert await sizer.resize_memory(512) == 512
+    assert await sizer.resize_memory(640) == 640
+    assert sorted(machine.objects) == ["mem-dimm1", "mem-dimm2"]
+    assert await sizer.resize_vcpu(2) == 2
+    assert await sizer.resize_vcpu(3) == 3
+    assert in_use(machine) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", ["device_del", "object-del", "query-memdev", "query-memory-devices"])
+async def test_an_unplug_that_qemu_refuses_can_be_tried_again(
+    machine: Machine, make: Make, command: str
+) -> None:
+    sizer = await make()
+    await sizer.resize_memory(512)
+    machine.refuse.add(command)
+    with pytest.raises(HypervisorError, match=f"QEMU refused {command}"):
+        await sizer.resize_memory(256)
+    machine.refuse.clear()
+
+    assert await sizer.resize_memory(256) == 256
+    assert await sizer.resize_memory(512) == 512
+    assert await sizer.resize_memory(256) == 256
+    assert machine.objects == {}
 
 
 async def test_a_small_vm_grows_large_in_steps(machine: Machine, make: Make) -> None:
@@ -171,6 +256,9 @@ async def test_a_guest_may_keep_what_it_uses(machine: Machine, make: Make) -> No
     machine.keeps = 100 << 20
 
     assert await sizer.resize_memory(256) == 356
+    assert machine.virtio_mem == {"requested-size": 100 << 20, "size": 100 << 20}  # it is asked no more
+    machine.keeps = 0
+    assert await sizer.resize_memory(256) == 256
 
 
 async def test_a_vm_that_may_not_grow_says_so(make: Make) -> None:

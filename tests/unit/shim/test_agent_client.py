@@ -14,7 +14,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 from agent.service import AgentService
-from devices.errors import CallerError
+from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import FEATURE_BEYOND, METADATA_BEYOND, GuestAgent
 from shim.protocols import Deadlines, GuestContainer
@@ -31,6 +31,7 @@ class Recorder(AgentService):
         super().__init__(-1)
         self.features = features
         self.calls: list[tuple[str, list[str]]] = []
+        self.metrics = ""
 
     def _note(self, name: str, ctx: CallContext) -> Empty:
         self.calls.append((name, list(ctx.metadata.get(METADATA_BEYOND, []))))
@@ -40,6 +41,11 @@ class Recorder(AgentService):
         self._note("details", ctx)
         details = agent_pb2.AgentDetails(extra_features=self.features)
         return agent_pb2.GuestDetailsResponse(agent_details=details)
+
+    async def get_metrics(self, ctx: CallContext, request: Any) -> agent_pb2.Metrics:
+        if not self.metrics:
+            return await super().get_metrics(ctx, request)
+        return agent_pb2.Metrics(metrics=self.metrics)
 
     async def create_container(self, ctx: CallContext, _: Any) -> Empty:
         return self._note("create", ctx)
@@ -107,3 +113,17 @@ async def test_without_them_a_stock_agent_is_not_asked(connect: Connect) -> None
     await agent.create_container("c", GuestContainer(spec=oci_pb2.Spec()))
 
     assert recorder.calls == [("create", [])]
+
+
+async def test_how_much_memory_the_guest_can_spare(connect: Connect) -> None:
+    """Ours says it (this machine's here), and so does the stock agent; one that does not is an error."""
+    recorder = Recorder([])
+    agent = await connect(recorder)
+    assert await agent.memory_available() > 1 << 20
+    for text in ('kata_guest_meminfo{item="mem_available"} 123456\n', 'x{item="MemAvailable"} 123456'):
+        recorder.metrics = f'other{{item="mem_free"}} 7\n{text}'
+        assert await agent.memory_available() == 123456
+    for text in ("x", 'x{item="mem_available"} many', 'x{item="mem_available"} ' + "9" * 99):
+        recorder.metrics = text
+        with pytest.raises(GuestError, match="do not say how much memory"):
+            await agent.memory_available()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from devices.errors import CallerError, HypervisorError, UnsupportedByHypervisor
+from devices.errors import CallerError, GuestError, HypervisorError, UnsupportedByHypervisor
 from devices.kinds import YES, Kind, Support
 from hypervisors.base import Capabilities
 from hypervisors.config import HypervisorConfig
@@ -32,6 +32,7 @@ class Host:
         self.able = Capabilities(devices={Kind.VCPU: both, Kind.DIMM: both})
         self.fail: Exception | None = None
         self.block = 128 * MIB
+        self.spare = 64 << 30  # bytes that the guest could do without
         self.busy = False
 
     async def capabilities(self) -> Capabilities:
@@ -58,6 +59,11 @@ class Host:
 
     async def memory_block_size(self) -> int:
         return self.block
+
+    async def memory_available(self) -> int:
+        if self.spare < 0:
+            raise GuestError("the agent does not say")
+        return self.spare
 
     async def online_cpu_mem(self, vcpus: int) -> None:
         assert vcpus == self.vcpus, "the guest is told of what is not plugged"
@@ -196,6 +202,24 @@ async def test_it_shrinks_when_one_goes() -> None:
     await pod.sizing.forget("a")
     assert await pod.settle() == (2, 384)
     await pod.sizing.forget("b")
+    await pod.sizing.forget("b")
+    assert await pod.settle() == (1, 256)
+
+
+@pytest.mark.parametrize(
+    ("spare", "memory"),
+    [(64 << 10, 256), (704, 256), (703, 384), (192, 768), (191, 896), (0, 896), (-1, 896)],
+)
+async def test_the_guest_keeps_what_it_cannot_spare(spare: int, memory: int) -> None:
+    """MiB that it says it has; 64 of them stay, and whole blocks go."""
+    pod = Pod()
+    await pod.sizing.fit("a", limits(cpus=1, memory=640))
+    pod.host.spare = spare * MIB
+    await pod.sizing.forget("a")
+    assert await pod.settle() == (1, memory)
+
+    pod.host.spare = 64 << 30  # it is asked again when the next one goes
+    await pod.sizing.fit("b", limits(memory=1))
     await pod.sizing.forget("b")
     assert await pod.settle() == (1, 256)
 
