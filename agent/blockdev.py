@@ -22,7 +22,14 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["find_device", "pci_directory", "resolve_devices", "wait_for_link", "wait_for_size"]
+__all__ = [
+    "find_device",
+    "on_uevent",
+    "pci_directory",
+    "resolve_devices",
+    "wait_for_link",
+    "wait_for_size",
+]
 
 T = TypeVar("T")
 
@@ -114,7 +121,7 @@ async def find_device(
     found = _find(driver, source, sysfs)
     if found is None:
         try:
-            found = await _on_uevent(
+            found = await on_uevent(
                 lambda: _find(driver, source, sysfs), timeout, begin=lambda: _rescan_scsi(driver, sysfs)
             )
         except TimeoutError:
@@ -128,7 +135,7 @@ async def wait_for_link(path: str, *, sysfs: str = SYSFS, timeout: float = HOTPL
     """Return when the network card at this PCI path has a link. Raises RpcError(NOT_FOUND)."""
     if _virtio(path, "net", sysfs) is None:
         try:
-            await _on_uevent(lambda: _virtio(path, "net", sysfs), timeout)
+            await on_uevent(lambda: _virtio(path, "net", sysfs), timeout)
         except TimeoutError:
             raise RpcError(
                 Code.NOT_FOUND, f"no network card {path[:80]} appeared within {timeout:g} s"
@@ -148,14 +155,14 @@ async def wait_for_size(
 
     if not has_it():
         try:
-            await _on_uevent(has_it, timeout)
+            await on_uevent(has_it, timeout)
         except TimeoutError:
             raise RpcError(
                 Code.DEADLINE_EXCEEDED, f"{device} did not come to have {size} bytes within {timeout:g} s"
             ) from None
 
 
-async def _on_uevent(
+async def on_uevent(
     look: Callable[[], T | None], timeout: float, begin: Callable[[], None] | None = None
 ) -> T:
     """What `look` finds, asked again at each event of the kernel. Raises TimeoutError."""

@@ -65,6 +65,7 @@ class Container:
         self.started = False
         self.init: Process | None = None
         self.execs: dict[str, Process] = {}
+        self.pci_addresses: dict[str, str] = {}  # of devices passed on: the host's -> the guest's
         self._crun = crun
         self._held: list[str] = []
         self._reaper = reaper
@@ -155,6 +156,10 @@ class Container:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id} is not running")
         config = process_json(process)
         merge(config, beyond.get("process", {}))
+        if self.pci_addresses:
+            from agent.vfio import rename
+
+            config["env"] = rename(config["env"], self.pci_addresses)
         path = self._crun.scratch("process")
         try:
             _write_json(path, config)

@@ -85,19 +85,9 @@ class Sandbox:
             raise
 
     async def _load(self, module: agent_pb2.KernelModule) -> None:
-        if not module.name or module.name.startswith("-"):
-            raise RpcError(Code.INVALID_ARGUMENT, f"kernel module {module.name[:60]!r}")
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            argv = ["/sbin/modprobe", module.name, *module.parameters]
-            _, ended = self._reaper.spawn(
-                argv, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, stdin=null, stdout=null, stderr=null
-            )
-        except OSError as error:
-            raise RpcError(Code.INTERNAL, f"cannot run modprobe: {error.strerror}") from None
-        finally:
-            os.close(null)
-        code = await asyncio.wait_for(ended, 30.0)
+        from agent.modules import modprobe
+
+        code = await modprobe(self._reaper, module.name, *module.parameters)
         if code != 0:
             raise RpcError(Code.INTERNAL, f"kernel module {module.name}: modprobe ended with {code}")
 
@@ -165,9 +155,16 @@ class Sandbox:
     async def _create(self, container: Container, request: agent_pb2.CreateContainerRequest) -> None:
         self._mounted[container.id] = await self.storages.add(request.storages)
         if request.devices:
-            from agent.blockdev import resolve_devices
+            from agent.vfio import KINDS, attach
 
-            await resolve_devices(request.devices, container.config["linux"])
+            passed = [device for device in request.devices if device.type in KINDS]
+            disks = [device for device in request.devices if device.type not in KINDS]
+            if disks:
+                from agent.blockdev import resolve_devices
+
+                await resolve_devices(disks, container.config["linux"])
+            if passed:
+                container.pci_addresses = await attach(passed, container.config, self._reaper)
         async with container.lock:
             await container.create((request.stdin_port, request.stdout_port, request.stderr_port))
 
