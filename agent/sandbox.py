@@ -119,6 +119,10 @@ class Sandbox:
         annotations = config.get("annotations", {})
         if is_own(annotations):
             config = own_config(config)
+        if request.devices:
+            from agent.vfio import forget
+
+            forget(request.devices, config["linux"])
         await fit(config, self._reaper)
         if config["linux"].get("sysctl"):
             from agent import sysctl

@@ -1,9 +1,9 @@
 """PCI devices of the host that the VM was given: from their guest PCI paths to what a container uses.
 
-What: `attach` serves the device types "vfio-pci-gk" (guest-kernel: the guest's own driver has the device; the
-container gets the nodes that it makes, a disk for example) and "vfio-pci" (the device is bound to vfio-pci
-here; the container gets /dev/vfio/<group>). `rename` turns the host's PCI addresses in PCIDEVICE_* variables
-into the guest's.
+What: `forget` takes the host's nodes out of a container's spec. `attach` serves two types of devices:
+"vfio-pci-gk" (guest-kernel: the guest's own driver has it; the container gets the nodes that the driver makes,
+a disk for example) and "vfio-pci" (it is bound to vfio-pci here; the container gets /dev/vfio/<group>).
+`rename` turns the host's PCI addresses in PCIDEVICE_* variables into the guest's.
 Why nodes in guest-kernel mode: whoever was given a whole device may use all that the kernel makes of it, and
 without a node and a rule the container could see it in /sys only. (Kata's agent leaves that to the image.)
 Invariants: the host's text selects among what sysfs lists; each wait is for the kernel's events and ends at
@@ -29,7 +29,7 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["KINDS", "attach", "rename"]
+__all__ = ["KINDS", "attach", "forget", "rename"]
 
 KINDS = ("vfio-pci", "vfio-pci-gk")
 _VFIO_PCI = "vfio-pci"
@@ -70,7 +70,6 @@ async def attach(
             else:
                 nodes += await _by_driver(directory, reaper, dev, timeout)
         if device.type == _VFIO_PCI and nodes:
-            _forget(device.container_path, config["linux"])
             nodes.append(_CONTROL)
         await asyncio.to_thread(_add_nodes, dict.fromkeys(nodes), config, dev)
     config["process"]["env"] = rename(config["process"].get("env", []), addresses)
@@ -78,7 +77,7 @@ async def attach(
 
 
 def rename(env: Iterable[str], addresses: Mapping[str, str]) -> list[str]:
-    """The environment with the host's PCI addresses, in its PCIDEVICE_* variables, replaced by the guest's."""
+    """The environment, and in its PCIDEVICE_* variables the guest's PCI addresses instead of the host's."""
 
     def guests(found: re.Match[str]) -> str:
         return addresses.get(found[0].lower(), found[0])
@@ -192,9 +191,10 @@ def _bind(directory: str, address: str, sysfs: str) -> None:
 # --- the container's spec
 
 
-def _forget(path: str, linux: MutableMapping[str, Any]) -> None:
-    """Take the host's node out, and the rule for its number, which means another device here."""
-    for entry in [entry for entry in linux.get("devices", []) if entry["path"] == path]:
+def forget(devices: Iterable[agent_pb2.Device], linux: MutableMapping[str, Any]) -> None:
+    """Take the host's nodes of these devices out, and the rules for their numbers, which mean others here."""
+    paths = {device.container_path for device in devices if device.type in KINDS}
+    for entry in [entry for entry in linux.get("devices", []) if entry["path"] in paths]:
         linux["devices"].remove(entry)
         old = (entry["type"], entry.get("major"), entry.get("minor"))
         rules = linux.get("resources", {}).get("devices", [])

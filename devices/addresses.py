@@ -9,6 +9,7 @@ Invariants:
 - `Place.guest_path` is what the guest's sysfs says: the slots from the root bus, hexadecimal, as in
   "02/00". Functions other than 0 are not used.
 - A root bus hot-plugs nothing; ports and bridges do. A port has one slot, 0; a bridge 1 to 31.
+- A port that was opened for one device before the start (`open_port`) is never another's.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from dataclasses import dataclass
 
 from devices.errors import BugError, HypervisorError
 
-__all__ = ["FlatSpace", "PciTopology", "Place", "Port", "ccw_space"]
+__all__ = ["PORT_KINDS", "FlatSpace", "PciTopology", "Place", "Port", "ccw_space"]
+
+PORT_KINDS = {"root-port": "root-port", "switch-port": "switch-downstream", "bridge-port": "bridge"}
+"""Kata's names of what a device can sit behind -> `Port.kind`."""
 
 _ROOT = "pcie.0"
 _ROOT_SLOTS = range(0x1, 0x1F)  # 0 is the host bridge, 1f the ISA bridge
 _PORT_SLOTS = range(1)
+_SWITCH_SLOTS = range(32)
 _BRIDGE_SLOTS = range(0x1, 0x20)  # 0 is for a hot-plug controller that we do not have
 
 
@@ -61,8 +66,11 @@ class Port:
 class _Bus:
     """The slots below one port, or those of the root."""
 
-    def __init__(self, name: str, slots: range, above: tuple[int, ...], *, hotplug: bool) -> None:
+    def __init__(
+        self, name: str, slots: range, above: tuple[int, ...], *, hotplug: bool, kind: str = ""
+    ) -> None:
         self.name = name
+        self.kind = kind
         self.slots = slots
         self.above = above
         self.hotplug = hotplug
@@ -83,24 +91,28 @@ class PciTopology:
         self._buses = {_ROOT: _Bus(_ROOT, _ROOT_SLOTS, (), hotplug=False)}
         self._places: dict[str, Place] = {}
         self.ports: list[Port] = []
+        self.kept_for_vfio = ""
+        """A key of `PORT_KINDS`: other devices are plugged behind such ports when nothing else is free."""
 
-    def allocate(self, owner: str, *, hotplug: bool = False) -> Place:
+    def allocate(self, owner: str, *, hotplug: bool = False, behind: str = "") -> Place:
         """A slot for a device: on the root bus, or with `hotplug` behind a port or a bridge, ports first.
 
-        Raises HypervisorError when none is free, BugError when `owner` has a place.
+        `behind`: a key of `PORT_KINDS`, and no other will do. Raises HypervisorError when none is free,
+        BugError when `owner` has a place.
         """
         if owner in self._places:
             raise BugError(f"{owner} has a PCI slot already")
-        for bus in self._candidates(hotplug):
+        for bus in self._candidates(hotplug, behind):
             place = bus.take(owner)
             if place is not None:
                 self._places[owner] = place
                 return place
         if not hotplug:
             raise HypervisorError(f"no free PCI slot for {owner}: a VM has {len(_ROOT_SLOTS)}")
-        count = sum(len(bus.slots) for bus in self._candidates(hotplug))
+        count = sum(len(bus.slots) for bus in self._candidates(hotplug, behind))
+        which = f" behind a {behind}" if behind else ""
         raise HypervisorError(
-            f"no free PCI slot to plug {owner} into: all {count} of the running VM are taken",
+            f"no free PCI slot{which} to plug {owner} into: all {count} of the running VM are taken",
             hint="raise pcie_root_port, pcie_switch_port or default_bridges",
             code="RESOURCE_EXHAUSTED",
         )
@@ -111,6 +123,32 @@ class PciTopology:
         if place is not None:
             del self._buses[place.bus].taken[place.slot]
 
+    def open_port(self, owner: str, behind: str) -> Place:
+        """A port of its own for a device that the VM starts with; its slot. `behind`: root-port, switch-port.
+
+        Raises HypervisorError when the root bus is full, BugError when `owner` has a place.
+        """
+        if owner in self._places:
+            raise BugError(f"{owner} has a PCI slot already")
+        number = sum(port.name.startswith("cp") for port in self.ports)
+        name, kind = f"cp{number}", PORT_KINDS[behind]
+        if kind == "root-port":
+            where = self.allocate(name)
+        elif kind == "switch-downstream":
+            if "cup0" not in self._buses:
+                self._open_switch("crp0", "cup0", _SWITCH_SLOTS)
+            taken = self._buses["cup0"].take(name)
+            if taken is None:
+                raise HypervisorError(f"no free port of the PCIe switch for {owner}: it has 32")
+            where = taken
+        else:
+            raise HypervisorError(f"no device starts behind a {behind}", code="UNIMPLEMENTED")
+        self._open(name, kind, number, where, _PORT_SLOTS, hotplug=False)
+        place = self._buses[name].take(owner)
+        assert place is not None
+        self._places[owner] = place
+        return place
+
     def add_root_ports(self, count: int) -> None:
         """PCI Express ports on the root bus, one slot each. Raises HypervisorError when it is full."""
         for number in range(count):
@@ -120,11 +158,7 @@ class PciTopology:
         """A root port, a switch below it, and `ports` downstream ports, one slot each."""
         if ports == 0:
             return
-        root = self.allocate("swrp0")
-        self._open("swrp0", "root-port", len(self.ports), root, _PORT_SLOTS, hotplug=False)
-        up = self._buses["swrp0"].take("swup0")
-        assert up is not None
-        self._open("swup0", "switch-upstream", 0, up, range(ports), hotplug=False)
+        self._open_switch("swrp0", "swup0", range(ports))
         for number in range(ports):
             down = self._buses["swup0"].take(f"swdp{number}")
             assert down is not None
@@ -140,17 +174,28 @@ class PciTopology:
         """How many more devices can be hot-plugged."""
         return sum(len(bus.slots) - len(bus.taken) for bus in self._candidates(True))
 
+    def _open_switch(self, root: str, up: str, slots: range) -> None:
+        self._open(root, "root-port", len(self.ports), self.allocate(root), _PORT_SLOTS, hotplug=False)
+        place = self._buses[root].take(up)
+        assert place is not None
+        self._open(up, "switch-upstream", 0, place, slots, hotplug=False)
+
     def _open(
         self, name: str, kind: str, number: int, place: Place, slots: range, *, hotplug: bool = True
     ) -> None:
         self.ports.append(Port(name, kind, number, place))
-        self._buses[name] = _Bus(name, slots, (*place.above, place.slot), hotplug=hotplug)
+        self._buses[name] = _Bus(name, slots, (*place.above, place.slot), hotplug=hotplug, kind=kind)
 
-    def _candidates(self, hotplug: bool) -> Iterator[_Bus]:
+    def _candidates(self, hotplug: bool, behind: str = "") -> Iterator[_Bus]:
         if not hotplug:
             yield self._buses[_ROOT]
             return
-        yield from (bus for bus in self._buses.values() if bus.hotplug)
+        buses = [bus for bus in self._buses.values() if bus.hotplug]
+        if behind:
+            yield from (bus for bus in buses if bus.kind == PORT_KINDS[behind])
+            return
+        kept = PORT_KINDS.get(self.kept_for_vfio)
+        yield from sorted(buses, key=lambda bus: bus.kind == kept)
 
 
 class FlatSpace:

@@ -27,13 +27,16 @@ __all__ = [
     "NetworkConfig",
     "RngConfig",
     "ShareFsConfig",
+    "VfioConfig",
     "VsockConfig",
 ]
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+_PORT = re.compile(r"root-port|switch-port|bridge-port")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
 _TAP = re.compile(r"[A-Za-z0-9_.-]{0,15}")
+_BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 
 
@@ -154,6 +157,32 @@ class NetworkConfig(_Device):
         _check(_TAP, self.tap, "name of a tap device")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfioConfig(_Device):
+    """A PCI function of the host, which is bound to vfio-pci.
+
+    `port`: what it sits behind: "root-port", "switch-port" or "bridge-port". `iommufd`: through /dev/iommu
+    and the function's own node instead of its group's.
+    """
+
+    kind: ClassVar[Kind] = Kind.VFIO
+    address: str
+    port: str = "root-port"
+    iommufd: bool = False
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_BDF, self.address, "PCI address")
+        _check(_PORT, self.port, "kind of port")
+
+
 DeviceConfig = (
-    BlockConfig | ShareFsConfig | VsockConfig | RngConfig | BalloonConfig | ConsoleConfig | NetworkConfig
+    BlockConfig
+    | ShareFsConfig
+    | VsockConfig
+    | RngConfig
+    | BalloonConfig
+    | ConsoleConfig
+    | NetworkConfig
+    | VfioConfig
 )

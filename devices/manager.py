@@ -25,7 +25,7 @@ from devices.kinds import Kind
 __all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
 # How the agent calls what has a place of its own in the guest; a disk without PCI is "mmioblk".
-_AGENT_TYPES = {Kind.BLK: "blk"}
+_AGENT_TYPES = {Kind.BLK: "blk", Kind.VFIO: "vfio-pci-gk"}
 
 Source = tuple[object, ...]  # what makes two requests mean the same device
 

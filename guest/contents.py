@@ -70,6 +70,8 @@ OTHER_MODULES = (
     "virtio_pmem",
     "nd_pmem",
     "nfit",
+    "vfio_pci",
+    "vfio_iommu_type1",
 )
 
 # Not in the image: tools, tests, GUIs, and what needs libraries that are not worth their size.

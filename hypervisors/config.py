@@ -92,6 +92,9 @@ class HypervisorConfig(VhostUserSection):
     pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each
     pcie_switch_port: int = 0  # the same below one switch
     default_bridges: int = 1  # PCI bridges for hot-plug, 31 devices each
+    cold_plug_vfio: str = "no-port"  # what VFIO devices sit behind: no-port (none) | root-port | switch-port
+    hot_plug_vfio: str = "no-port"  # the same while it runs, or bridge-port; one of the two only
+    enable_iommu: bool = False  # an IOMMU in the VM: what vfio_mode = "vfio" needs
 
     # --- security
     disable_seccomp: bool = False

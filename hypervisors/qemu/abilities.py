@@ -26,6 +26,7 @@ _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
 MOST: Mapping[Kind, Support] = {
     Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its size is read once"),
     Kind.NET: Support(cold=YES, hot=YES, unplug=YES),
+    Kind.VFIO: Support(cold=YES, hot=YES, unplug=YES),
     Kind.SHARE_FS: _STAYS,
     Kind.VSOCK: _STAYS,
     Kind.RNG: _STAYS,
@@ -43,6 +44,7 @@ def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
     hot = _why_no_hotplug(section)
     for kind in (Kind.BLK, Kind.NET):
         able[kind] = _unless(hot, able[kind])
+    able[Kind.VFIO] = _vfio(section)
     if section.shared_fs == "none":
         able[Kind.SHARE_FS] = Support(*['shared_fs = "none"'] * 3)
     able[Kind.VCPU] = _vcpus(plan, able[Kind.VCPU])
@@ -60,6 +62,17 @@ def _why_no_hotplug(section: HypervisorConfig) -> str:
 def _unless(reason: str, support: Support) -> Support:
     """The same, but what happens while the VM runs is refused if there is a reason."""
     return Support(cold=support.cold, hot=reason, unplug=reason, resize=support.resize) if reason else support
+
+
+def _vfio(section: HypervisorConfig) -> Support:
+    """An administrator says whether the host's devices go to guests, by saying where."""
+    if section.machine_type not in HOTPLUG_MACHINES:
+        return Support(*[f"a {MICROVM} has no PCI"] * 3)
+    cold, hot = (
+        f'{key} = "no-port"' if getattr(section, key) == "no-port" else YES
+        for key in ("cold_plug_vfio", "hot_plug_vfio")
+    )
+    return Support(cold=cold, hot=hot, unplug=hot)
 
 
 def _vcpus(plan: Plan, most: Support) -> Support:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devices.addresses import Place, Port
-from devices.config import ConsoleConfig
+from devices.config import ConsoleConfig, VfioConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.recipes import Placed, argv, recipe
@@ -76,6 +76,8 @@ def kernel_command_line(plan: Plan) -> str:
         words.append("quiet")
     if plan.max_memory > section.default_memory:
         words += ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"]
+    if section.enable_iommu:
+        words += ["intel_iommu=on", "iommu=pt"]
     if section.image:
         words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
     if plan.home_port:
@@ -110,10 +112,16 @@ def arguments(plan: Plan) -> list[str]:
     words += ["-rtc", "base=utc,clock=host"]
     if plan.microvm:
         words += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0
+    if section.enable_iommu:  # before what it translates for; caching-mode: VFIO has to hear of each mapping
+        words += ["-device", "intel-iommu,intremap=on,device-iotlb=on,caching-mode=on"]
+    behind_ports = [placed for placed in plan.devices if isinstance(placed.device, VfioConfig)]
     for placed in plan.devices:
-        words += _device(placed, plan.microvm)
+        if placed not in behind_ports:
+            words += _device(placed, plan.microvm)
     for chassis, port in enumerate(plan.ports, 1):
         words += ["-device", _port(port, chassis)]
+    for placed in behind_ports:
+        words += _device(placed, plan.microvm)
     if plan.virtio_mem is not None:
         words += _virtio_mem(plan, plan.virtio_mem)
     return words
@@ -162,6 +170,8 @@ def _machine(plan: Plan) -> str:
     parts = [plan.section.machine_type, f"accel={plan.accelerator.value}"]
     if plan.microvm:
         parts.append("pic=off,rtc=on")
+    if plan.section.enable_iommu:
+        parts.append("kernel_irqchip=split")  # the IOMMU remaps interrupts
     if plan.section.machine_accelerators:
         parts.append(plan.section.machine_accelerators.strip(","))
     parts.append(f"memory-backend={_MEMORY_ID}")

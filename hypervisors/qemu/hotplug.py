@@ -21,6 +21,7 @@ from typing import Any
 import structlog
 
 from devices.addresses import PciTopology, Place
+from devices.config import VfioConfig
 from devices.errors import BugError, CallerError, HypervisorError, KataError
 from hypervisors.qemu.events import deleted
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError
@@ -78,7 +79,9 @@ class Plugger:
             if there.whole:
                 raise BugError(f"there is a device {name} already")
             await self.remove(name)  # what an earlier attempt could not undo
-        plugged = _Plugged(self._topology.allocate(name, hotplug=True))
+        vfio = placed.device if isinstance(placed.device, VfioConfig) else None
+        behind = vfio.port if vfio else ""
+        plugged = _Plugged(self._topology.allocate(name, hotplug=True, behind=behind))
         self._plugged[name] = plugged
         try:
             made = recipe(replace(placed, at=plugged.place.properties))
@@ -88,7 +91,8 @@ class Plugger:
             # Legacy virtio needs I/O ports, of which a bridge has few.
             if front["driver"].startswith(("virtio-", "vhost-")):
                 front["disable-legacy"] = "on"
-            await self._qmp.execute("device_add", front)
+            # All of the guest's memory is pinned for a device of VFIO before QEMU answers.
+            await self._qmp.execute("device_add", front, timeout=max(5.0, self._deadline if vfio else 0.0))
             plugged.whole = True
         except BaseException:
             try:

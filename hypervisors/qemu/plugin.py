@@ -40,6 +40,13 @@ _MOST = {  # QEMU's own limit of DIMMs; Kata's of ports and bridges
     "default_bridges": 5,
 }
 _MACHINES = ("q35", MICROVM)
+_COLD_PORTS = ("no-port", "root-port", "switch-port")
+_HOT_PORTS = {  # and how many of each there are
+    "no-port": "",
+    "root-port": "pcie_root_port",
+    "switch-port": "pcie_switch_port",
+    "bridge-port": "default_bridges",
+}
 
 
 class QemuPlugin:
@@ -57,6 +64,8 @@ class QemuPlugin:
             adjust_sandbox_section(section, max_vcpus=most),
             path=section.path or shutil.which(_PROGRAM) or f"/usr/bin/{_PROGRAM}",
             machine_type=section.machine_type or "q35",
+            cold_plug_vfio=section.cold_plug_vfio or "no-port",
+            hot_plug_vfio=section.hot_plug_vfio or "no-port",
             default_maxvcpus=most,
             default_maxmemory=min(section.default_maxmemory or host_memory, host_memory),
         )
@@ -73,9 +82,15 @@ class QemuPlugin:
             value = getattr(section, key)
             if not 0 <= value <= most:
                 raise wrong(self.name, key, value, f"is not in 0..{most}")
-        ports = section.pcie_root_port
-        if ports and section.machine_type == MICROVM:
-            raise wrong(self.name, "pcie_root_port", ports, f"needs PCI, which {MICROVM} lacks")
+        for key in ("pcie_root_port", "cold_plug_vfio", "hot_plug_vfio", "enable_iommu"):
+            value = getattr(section, key)
+            if section.machine_type == MICROVM and value not in (0, False, "no-port"):
+                raise wrong(self.name, key, value, f"needs PCI, which {MICROVM} lacks")
+        check_word(self.name, "cold_plug_vfio", section.cold_plug_vfio, _COLD_PORTS)
+        check_word(self.name, "hot_plug_vfio", section.hot_plug_vfio, tuple(_HOT_PORTS))
+        needs = _HOT_PORTS[section.hot_plug_vfio]
+        if needs and not getattr(section, needs):
+            raise wrong(self.name, "hot_plug_vfio", section.hot_plug_vfio, f"needs {needs} to be 1 or more")
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a QEMU sandbox needs on this host."""

@@ -24,6 +24,7 @@ from devices.config import (
     NetworkConfig,
     RngConfig,
     ShareFsConfig,
+    VfioConfig,
     VsockConfig,
 )
 from devices.errors import BugError, UnsupportedByHypervisor
@@ -99,6 +100,8 @@ def recipe(placed: Placed, bus: str = "pci") -> Recipe:
             made = Recipe({"driver": f"virtio-rng-{bus}", "rng": source["id"]}, (BackEnd("object", source),))
         case BalloonConfig():
             made = Recipe({"driver": f"virtio-balloon-{bus}", "free-page-reporting": True})
+        case VfioConfig():
+            made = _vfio(device)
         case _:
             raise BugError(f"{type(device).__name__} is no device on a bus")
     return Recipe({**made.front, "id": device.id, **placed.at}, made.back_ends)
@@ -146,6 +149,14 @@ def _network(device: NetworkConfig, bus: str) -> Recipe:
     if queues > 1:
         front |= {"mq": True, **({} if bus == "device" else {"vectors": 2 * queues + 2})}
     return Recipe(front, (BackEnd("netdev", netdev, fds),))
+
+
+def _vfio(device: VfioConfig) -> Recipe:
+    front: dict[str, Any] = {"driver": "vfio-pci", "host": device.address}
+    if not device.iommufd:
+        return Recipe(front)
+    context = {"qom-type": "iommufd", "id": f"iommufd-{device.id}"}
+    return Recipe({**front, "iommufd": context["id"]}, (BackEnd("object", context),))
 
 
 def _on_socket(device_id: str, fd: int, front: Mapping[str, Any]) -> Recipe:

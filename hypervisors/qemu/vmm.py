@@ -21,7 +21,7 @@ import structlog
 
 from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time
-from devices.config import ConsoleConfig, DeviceConfig
+from devices.config import ConsoleConfig, DeviceConfig, VfioConfig
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.undo import UndoLog
@@ -67,6 +67,7 @@ class Qemu:
         self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
         self._topology = PciTopology()
+        self._passed: set[str] = set()  # ids of the devices of VFIO, once they were here
         self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
         self._sizer: Sizer | None = None  # from `start_vm` on
         self._plugger: Plugger | None = None  # likewise
@@ -175,7 +176,7 @@ class Qemu:
         if isinstance(device, ConsoleConfig):
             self._parts.placed.append(await self._prepare(device))
             return ""
-        at, guest_path = self._allocate(device.id)
+        at, guest_path = self._allocate(device)
         try:
             self._parts.placed.append(dataclasses.replace(await self._prepare(device), at=at))
         except BaseException:
@@ -184,12 +185,29 @@ class Qemu:
         return guest_path
 
     async def _prepare(self, device: DeviceConfig) -> Placed:
+        if isinstance(device, VfioConfig):
+            await self._admit(device)
         return await prepare(
             self._parts,
             device,
             state_dir=self._state_dir,
             undo=self._undo,
             debug=self._section.enable_debug,
+        )
+
+    async def _admit(self, device: VfioConfig) -> None:
+        from hypervisors.qemu.vfio import admit  # few VMs have such a device
+
+        assert self._plan is not None  # `capabilities` needed it
+        # Behind an IOMMU in the guest each device has mappings of its own.
+        self._passed.add(device.id)
+        times = len(self._passed) if self._section.enable_iommu else 1
+        await admit(
+            device,
+            program=self._section.path,
+            memory=self._plan.max_memory * times,
+            qmp=self._parts.qmp,
+            pid=self._parts.process.pid if self._parts.process else 0,
         )
 
     async def remove_device(self, device_id: str) -> None:
@@ -310,11 +328,14 @@ class Qemu:
 
     # --- how it is done
 
-    def _allocate(self, device_id: str) -> tuple[dict[str, str], str]:
+    def _allocate(self, device: DeviceConfig) -> tuple[dict[str, str], str]:
         """A slot of the machine's bus, and the guest's PCI path to it, "" on a machine without PCI."""
         if self._section.machine_type == MICROVM:
-            return {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device_id)}"}, ""
-        place = self._topology.allocate(device_id)
+            return {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device.id)}"}, ""
+        if isinstance(device, VfioConfig):
+            place = self._topology.open_port(device.id, device.port)
+        else:
+            place = self._topology.allocate(device.id)
         return place.properties, place.guest_path
 
     def _release(self, device_id: str) -> None:

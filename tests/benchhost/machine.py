@@ -35,12 +35,29 @@ from testing.guest import PROJECT
 
 from .image import initramfs, prepare
 
-__all__ = ["MODULES", "BenchHost", "Event", "Result", "Settings", "events", "run", "soft_lockup"]
+__all__ = [
+    "MODULES",
+    "SPARE_DISK",
+    "BenchHost",
+    "Event",
+    "Result",
+    "Settings",
+    "events",
+    "run",
+    "soft_lockup",
+]
 
 MODULES = ("kvm_amd", "vhost_vsock", "vhost_net", "tun", "loop")
 _LOCK = "/tmp/kata-bench-host.lock"  # shared by all clones on this machine
 _PREFIX = "kata-bench-host-"
 _BOOT_LIMIT = 180.0  # seconds from QEMU's start to the job's; 5 s on a quiet machine
+SPARE_DISK = b"the bench host's spare disk\n"
+"""What the NVMe disk begins with; then zeros, 16 MiB in all."""
+_SPARE_DEVICES = (
+    "edu",
+    "nvme,serial=spare,drive=spare",
+    "virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on",
+)
 _CONSOLE_LIMIT = 1 << 20
 _OUTPUT_LIMIT = 4 << 20
 _KERNEL_WORDS = (
@@ -226,9 +243,15 @@ class BenchHost:
         argv += ["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
         argv += ["-object", f"memory-backend-memfd,id=memory,size={size},share=on"]
         argv += ["-M", "q35,memory-backend=memory,kernel-irqchip=split"]
-        # An IOMMU, which must come before what it serves, and a device alone in its group, for VFIO.
+        # An IOMMU, which must come before what it serves, and devices alone in their groups, for VFIO.
         argv += ["-device", "intel-iommu,intremap=on"]
-        argv += ["-device", "pcie-root-port,id=edu,chassis=99,slot=99", "-device", "edu,bus=edu"]
+        spare = self._directory / "spare"
+        spare.write_bytes(SPARE_DISK.ljust(16 << 20, b"\0"))
+        argv += ["-drive", f"file={spare},format=raw,if=none,id=spare,cache=unsafe"]
+        argv += ["-netdev", "user,id=net,restrict=on"]
+        for number, spare_device in enumerate(_SPARE_DEVICES, 97):
+            port = f"pcie-root-port,id=vfio{number},chassis={number},slot={number}"
+            argv += ["-device", port, "-device", f"{spare_device},bus=vfio{number}"]
         argv += ["-kernel", str(self._files.kernel), "-initrd", str(self._directory / "initrd")]
         argv += ["-append", f"{_KERNEL_WORDS} {self._settings.append}".strip()]
         argv += ["-chardev", f"socket,id=share,fd={share.fileno()}"]
@@ -371,7 +394,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _remove(directory: Path) -> None:
     """The machine's directory, name by name: / is mounted below it, though in no namespace of ours."""
-    for name in ("initrd", "disk", "share.sock", "share.log", "qemu.log"):
+    for name in ("initrd", "disk", "spare", "share.sock", "share.log", "qemu.log"):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):
         (directory / "root").rmdir()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent import vfio
-from agent.vfio import attach, rename
+from agent.vfio import attach, forget, rename
 from proto import agent_pb2
 from ttrpc import Code, RpcError
 
@@ -78,6 +78,7 @@ class Guest:
         device = agent_pb2.Device(
             id="7", type=kind, container_path="/dev/vfio/7", options=options or [f"0000:65:00.0={DISK}"]
         )
+        forget([device], config["linux"])
         config["addresses"] = await attach(
             [device],
             config,
@@ -114,9 +115,7 @@ async def test_the_guests_driver_makes_nodes_for_the_container(guest: Guest) -> 
     guest.drive()
     guest.child("nvme/nvme0", "nvme", "nvme0")
     guest.child("nvme/nvme0/nvme0n1", "block", "nvme0n1")
-    config = spec()
-    config["linux"]["devices"] = []  # the shim has taken it out
-    config = await guest.attach("vfio-pci-gk", config=config)
+    config = await guest.attach("vfio-pci-gk")
     assert [entry["path"] for entry in config["linux"]["devices"]] == ["/dev/nvme0", "/dev/nvme0n1"]
     disk = config["linux"]["devices"][1]
     assert (disk["uid"], disk["gid"], disk["fileMode"]) == (7, 8, 0o660)
@@ -145,7 +144,7 @@ async def test_device_and_disk_are_waited_for(guest: Guest, monkeypatch: pytest.
 
     monkeypatch.setattr(vfio, "on_uevent", on_uevent)
     config = await guest.attach("vfio-pci-gk")
-    assert [entry["path"] for entry in config["linux"]["devices"]][1:] == ["/dev/nvme0n1"]
+    assert [entry["path"] for entry in config["linux"]["devices"]] == ["/dev/nvme0n1"]
     assert guest.modules == ["pci:v1"]
 
 
@@ -153,7 +152,7 @@ async def test_a_network_card_and_what_has_no_driver_by_nature(guest: Guest) -> 
     guest.plug(code="0x020000")
     guest.drive()
     guest.child("virtio3/net/eth0", "net")
-    assert len((await guest.attach("vfio-pci-gk"))["linux"]["devices"]) == 1
+    assert (await guest.attach("vfio-pci-gk"))["linux"]["devices"] == []
     (guest.directory / "class").write_text("0x00ff00\n")
     (guest.directory / "driver").unlink()
     assert (await guest.attach("vfio-pci-gk"))["addresses"] == {"0000:65:00.0": "0000:01:00.0"}
@@ -169,7 +168,7 @@ async def test_a_disk_without_a_driver_is_an_error_and_one_without_media_is_not(
     guest.drive()
     guest.child("nvme/nvme0", "nvme", "nvme0")
     config = await guest.attach("vfio-pci-gk")
-    assert [entry["path"] for entry in config["linux"]["devices"]][1:] == ["/dev/nvme0"]
+    assert [entry["path"] for entry in config["linux"]["devices"]] == ["/dev/nvme0"]
 
 
 async def test_vfio_gives_the_guests_group_and_takes_the_hosts_away(guest: Guest) -> None:

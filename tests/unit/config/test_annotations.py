@@ -199,7 +199,7 @@ def test_hashes_and_host_mounts_are_never_taken(load: Callable[..., Config]) -> 
 
 
 def test_a_key_without_effect_is_listed_and_changes_nothing(load: Callable[..., Config]) -> None:
-    config = load("hypervisor.enable_iommu", "true", enabled("enable_iommu"))
+    config = load("hypervisor.enable_iommu_platform", "true", enabled("enable_iommu_platform"))
     (note,) = config.inactive
     assert str(note).startswith(
         f"annotation {PREFIX}hypervisor.enable_iommu: [hypervisor.qemu] enable_iommu = true has no effect"

@@ -100,3 +100,50 @@ def test_a_flat_space_has_an_end() -> None:
 def test_channel_devices_have_a_number() -> None:
     space = ccw_space()
     assert [space.allocate(name) for name in "ab"] == [0, 1]
+
+
+def test_a_device_that_starts_behind_a_port_has_one_of_its_own() -> None:
+    topology = PciTopology()
+    topology.allocate("image")
+    places = [topology.open_port("a", "root-port"), topology.open_port("b", "switch-port")]
+    places += [topology.open_port("c", "switch-port"), topology.open_port("d", "root-port")]
+    topology.add_root_ports(1)
+
+    assert [place.guest_path for place in places] == ["02/00", "03/00/00/00", "03/00/01/00", "04/00"]
+    assert [place.properties for place in places[:2]] == [
+        {"bus": "cp0", "addr": "0x0"},
+        {"bus": "cp1", "addr": "0x0"},
+    ]
+    kinds = {port.name: port.kind for port in topology.ports}
+    assert kinds["cp0"] == "root-port"
+    assert kinds["cp1"] == kinds["cp2"] == "switch-downstream"
+    assert topology.free() == 1
+    topology.release("a")  # its port stays its own
+    assert topology.allocate("later", hotplug=True).guest_path == "05/00"
+    with pytest.raises(BugError):
+        topology.open_port("b", "root-port")
+    with pytest.raises(HypervisorError, match="no device starts behind a bridge-port"):
+        topology.open_port("e", "bridge-port")
+
+
+def test_a_switch_is_full_with_32_ports() -> None:
+    topology = PciTopology()
+    paths = [topology.open_port(f"d{number}", "switch-port").guest_path for number in range(32)]
+    assert paths[-1] == "01/00/1f/00"
+    with pytest.raises(HypervisorError, match="no free port of the PCIe switch for late: it has 32"):
+        topology.open_port("late", "switch-port")
+
+
+def test_ports_that_are_kept_for_vfio_are_the_last_for_others() -> None:
+    topology = PciTopology()
+    topology.kept_for_vfio = "root-port"
+    topology.add_root_ports(2)
+    topology.add_bridges(1)
+    disks = [topology.allocate(f"disk{number}", hotplug=True).guest_path for number in range(2)]
+    assert disks == ["03/01", "03/02"]
+    assert topology.allocate("gpu", hotplug=True, behind="root-port").guest_path == "01/00"
+    for number in range(2, 31):
+        topology.allocate(f"disk{number}", hotplug=True)
+    assert topology.allocate("disk31", hotplug=True).guest_path == "02/00"
+    with pytest.raises(HypervisorError, match="no free PCI slot behind a root-port to plug nic into: all 2"):
+        topology.allocate("nic", hotplug=True, behind="root-port")
