@@ -1,8 +1,8 @@
 """PCI devices of the host that the VM was given: from their guest PCI paths to what a container uses.
 
 What: `forget` takes the host's nodes out of a container's spec. `attach` serves two types of devices:
-"vfio-pci-gk" (guest-kernel: the guest's own driver has it; the container gets the nodes that the driver makes,
-a disk for example) and "vfio-pci" (it is bound to vfio-pci here; the container gets /dev/vfio/<group>).
+"vfio-pci-gk" (guest-kernel: the guest's own driver has it; the container gets the nodes that the driver
+makes, a disk for example) and "vfio-pci" (it is bound to vfio-pci here; the container gets its group's node).
 `rename` turns the host's PCI addresses in PCIDEVICE_* variables into the guest's.
 Why nodes in guest-kernel mode: whoever was given a whole device may use all that the kernel makes of it, and
 without a node and a rule the container could see it in /sys only. (Kata's agent leaves that to the image.)

@@ -147,7 +147,8 @@ def _read_group(number: int, sysfs: str) -> IommuGroup:
         ) from error
     if not 0 < len(names) <= _MAX_GROUP:
         raise HostError(f"IOMMU group {number} has {len(names)} devices", phase=_PHASE)
-    functions, bridges = [], []
+    functions: list[PciFunction] = []
+    bridges: list[PciFunction] = []
     for name in names:
         device = f"{directory}/{name}"
         _check_kind(device, name)

@@ -50,7 +50,8 @@ async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
 def take() -> Iterator[Take]:
     """Give a device to vfio-pci; at the end each has its old driver."""
     subprocess.run(["modprobe", "virtio_net"], check=True, timeout=60)
-    undo, before = MemoryUndo(), {}
+    undo = MemoryUndo()
+    before: dict[str, str] = {}
 
     def _take(ids: tuple[int, int]) -> tuple[str, Entry]:
         address = find(ids)

@@ -57,7 +57,13 @@ class TestMicrovmTcg(HypervisorContract):
 class TestQemuKvm(HypervisorContract):
     """The bench host's accelerator, and its kernel's vsock."""
 
-    subject = _subject(accelerator="kvm", kernel_params=KERNEL_PARAMS)
+    subject = _subject(
+        accelerator="kvm",
+        kernel_params=KERNEL_PARAMS,
+        cold_plug_vfio="root-port",
+        hot_plug_vfio="root-port",
+        pcie_root_port=2,
+    )
 
 
 @pytest.mark.benchhost

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,10 @@ class Guest:
         config["addresses"] = await attach(
             [device],
             config,
-            None,
+            None,  # type: ignore[arg-type]
             sysfs=str(self.root),
             dev=str(self.root / "dev"),
-            timeout=timeout,  # type: ignore[arg-type]
+            timeout=timeout,
         )
         return config
 
@@ -130,12 +131,12 @@ async def test_the_guests_driver_makes_nodes_for_the_container(guest: Guest) -> 
 
 async def test_device_and_disk_are_waited_for(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each comes with an event of its own; a module is loaded for a device that no driver has yet."""
-    steps = iter(
-        [
-            guest.plug,
-            lambda: (guest.drive(), guest.child("nvme/nvme0/nvme0n1", "block", "nvme0n1")),
-        ]
-    )
+
+    def found() -> None:
+        guest.drive()
+        guest.child("nvme/nvme0/nvme0n1", "block", "nvme0n1")
+
+    steps: Iterator[Callable[[], None]] = iter([guest.plug, found])
 
     async def on_uevent(look: Any, timeout: float) -> Any:
         assert look() is None

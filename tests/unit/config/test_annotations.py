@@ -202,7 +202,7 @@ def test_a_key_without_effect_is_listed_and_changes_nothing(load: Callable[..., 
     config = load("hypervisor.enable_iommu_platform", "true", enabled("enable_iommu_platform"))
     (note,) = config.inactive
     assert str(note).startswith(
-        f"annotation {PREFIX}hypervisor.enable_iommu: [hypervisor.qemu] enable_iommu = true has no effect"
+        f"annotation {PREFIX}hypervisor.enable_iommu_platform: [hypervisor.qemu] enable_iommu_platform = true"
     )
     assert not note.harmless
 

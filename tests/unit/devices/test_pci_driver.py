@@ -150,7 +150,7 @@ class TestInUse:
             assert flags & os.O_EXCL
             raise OSError(errno.EBUSY, "busy")
 
-        monkeypatch.setattr(pci_driver.os, "open", busy)
+        monkeypatch.setattr(os, "open", busy)
         self.check(sysfs, "nvme0n1 is taken")
 
     def test_network_links(self, sysfs: Sysfs) -> None:

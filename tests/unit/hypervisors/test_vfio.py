@@ -49,7 +49,7 @@ def test_a_function_is_its_address_and_with_iommufd_a_context_of_its_own() -> No
 )
 def test_nothing_else_gets_into_qemus_syntax(wrong: dict[str, str]) -> None:
     with pytest.raises(BugError):
-        dataclasses.replace(GPU, **wrong)
+        dataclasses.replace(GPU, **wrong)  # type: ignore[arg-type]
 
 
 def test_ports_come_before_what_sits_behind_them_and_the_iommu_before_all() -> None:
@@ -162,7 +162,7 @@ async def test_a_process_that_must_not_lock_gets_the_limit_raised(monkeypatch: p
             limits[pid] = wanted
         return before
 
-    monkeypatch.setattr(vfio.resource, "prlimit", prlimit)
+    monkeypatch.setattr(resource, "prlimit", prlimit)
     monkeypatch.setattr(vfio, "may_lock", lambda: False)
     needed = (256 << 20) + (1 << 30)
     for pid, hard in ((7, needed), (8, resource.RLIM_INFINITY)):
