@@ -40,40 +40,46 @@ _UP = 1  # IFF_UP
 _PHASE = "devices"
 
 
-def give_to_vfio(function: PciFunction, undo: UndoLog, sysfs: str = "/sys") -> Entry:
-    """Bind it to vfio-pci; the entry whose release gives it back. Blocks.
+async def give_to_vfio(function: PciFunction, undo: UndoLog, sysfs: str = "/sys") -> Entry:
+    """Bind it to vfio-pci; the entry whose release gives it back.
 
     Raises CallerError when the host uses it (`check_unused`), HostError when the kernel refuses; its driver
     is the old one then.
     """
-    check_unused(function, sysfs)
-    directory = f"{sysfs}/bus/pci/devices/{function.address}"
-    old = _text(f"{directory}/driver_override").strip()
+    await asyncio.to_thread(check_unused, function, sysfs)
+    old = _text(f"{sysfs}/bus/pci/devices/{function.address}/driver_override").strip()
     facts = {
         "address": function.address,
         "driver": function.driver,
         "override": "" if old == "(null)" else old,
     }
     entry = undo.record(KIND, lambda: asyncio.to_thread(restore, facts, sysfs), **facts)
+    binding = asyncio.ensure_future(asyncio.to_thread(_bind, function, sysfs))
     try:
-        if not os.path.isdir(f"{sysfs}/bus/pci/drivers/{VFIO_PCI}"):
-            _load_module()
-        _write(f"{directory}/driver_override", VFIO_PCI)
-        if function.driver:
-            _bounded(lambda: _write(f"{directory}/driver/unbind", function.address), function.address)
-        _bounded(lambda: _write(f"{sysfs}/bus/pci/drivers_probe", function.address), function.address)
-        now = read_function(function.address, sysfs).driver
-        if now != VFIO_PCI:
-            raise HostError(
-                f"the PCI device {function.address} did not come to vfio-pci but to {now or 'no driver'}",
-                phase=_PHASE,
-                hint="modprobe vfio-pci; see the kernel's log",
-            )
+        await asyncio.shield(binding)
     except BaseException:
-        restore(facts, sysfs)
+        await asyncio.wait({binding})  # who gave up must not be overtaken by what he began
+        await asyncio.to_thread(restore, facts, sysfs)
         undo.forget(entry)
         raise
     return entry
+
+
+def _bind(function: PciFunction, sysfs: str) -> None:
+    directory, address = f"{sysfs}/bus/pci/devices/{function.address}", function.address
+    if not os.path.isdir(f"{sysfs}/bus/pci/drivers/{VFIO_PCI}"):
+        _load_module()
+    _write(f"{directory}/driver_override", VFIO_PCI)
+    if function.driver:
+        _bounded(lambda: _write(f"{directory}/driver/unbind", address), address)
+    _bounded(lambda: _write(f"{sysfs}/bus/pci/drivers_probe", address), address)
+    now = read_function(address, sysfs).driver
+    if now != VFIO_PCI:
+        raise HostError(
+            f"the PCI device {address} did not come to vfio-pci but to {now or 'no driver'}",
+            phase=_PHASE,
+            hint="modprobe vfio-pci; see the kernel's log",
+        )
 
 
 def restore(facts: Mapping[str, str | int], sysfs: str = "/sys", timeout: float = TIMEOUT) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.benchhost
 
 PARAMS = f"agent.stream_port={STREAM_PORT} {KERNEL_PARAMS}"
 DISK, CARD, EDU = (0x1B36, 0x0010), (0x1AF4, 0x1041), (0x1234, 0x11E8)
-Take = Callable[[tuple[int, int]], tuple[str, Entry]]
+Take = Callable[[tuple[int, int]], Awaitable[tuple[str, Entry]]]
 
 
 def find(ids: tuple[int, int]) -> str:
@@ -53,10 +53,10 @@ def take() -> Iterator[Take]:
     undo = MemoryUndo()
     before: dict[str, str] = {}
 
-    def _take(ids: tuple[int, int]) -> tuple[str, Entry]:
+    async def _take(ids: tuple[int, int]) -> tuple[str, Entry]:
         address = find(ids)
         before.setdefault(address, driver(address))
-        entry = give_to_vfio(read_function(address), undo)
+        entry = await give_to_vfio(read_function(address), undo)
         find_group(address).check_bound()
         return address, entry
 
@@ -90,7 +90,7 @@ def here(address: str) -> Path:
 
 async def test_devices_come_and_go_and_the_guest_uses_them(boot: Boot, take: Take) -> None:
     """edu is there from the start; disk and card come, go and come again while the VM runs."""
-    (edu, _), (disk, taken), (card, _) = take(EDU), take(DISK), take(CARD)
+    (edu, _), (disk, taken), (card, _) = await take(EDU), await take(DISK), await take(CARD)
     vm, guest, manager = await boot(
         also=[config("edu", edu)],
         kernel_params=PARAMS,
@@ -141,7 +141,7 @@ async def test_devices_come_and_go_and_the_guest_uses_them(boot: Boot, take: Tak
         assert node.read(len(SPARE_DISK)) == SPARE_DISK
         node.seek(8 * 512)
         assert node.read(21) == b"written by the guest\n"
-    take(DISK)
+    await take(DISK)
     await manager.try_add_device(config("disk", disk), vm)
     code, out, _ = await guest.run(
         spec=make_spec("dd", "if=/dev/nvme0n1", "bs=21", "count=1"),
@@ -159,7 +159,7 @@ async def mac(guest: Guest) -> str:
 
 async def test_a_container_gets_the_group_where_the_guest_has_an_iommu(boot: Boot, take: Take) -> None:
     """vfio mode: the guest binds the device to its own vfio-pci; the container opens /dev/vfio/<group>."""
-    disk, _ = take(DISK)
+    disk, _ = await take(DISK)
     _, guest, manager = await boot(
         also=[config("disk", disk)],
         kernel_params=PARAMS,
@@ -181,16 +181,16 @@ async def test_a_container_gets_the_group_where_the_guest_has_an_iommu(boot: Boo
     assert control == "/dev/vfio/vfio"
 
 
-def test_what_this_machine_uses_is_not_taken(take: Take) -> None:
+async def test_what_this_machine_uses_is_not_taken(take: Take) -> None:
     """A disk that somebody has for himself, as a mount in any namespace has; a link that is up."""
     node, card = here(find(DISK)), find(CARD)
     holder = os.open(node, os.O_RDONLY | os.O_EXCL)
     with pytest.raises(CallerError, match=f"{node.name} is taken"):
-        take(DISK)
+        await take(DISK)
     os.close(holder)
     (link,) = [p.name for p in Path("/sys/class/net").iterdir() if f"/{card}/" in os.path.realpath(p)]
     subprocess.run(["ip", "link", "set", link, "up"], check=True, timeout=60)
     with pytest.raises(CallerError, match=f"the network link {link} is up"):
-        take(CARD)
+        await take(CARD)
     subprocess.run(["ip", "link", "set", link, "down"], check=True, timeout=60)
-    take(CARD)
+    await take(CARD)

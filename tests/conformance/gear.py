@@ -9,7 +9,6 @@ through) is named by `missing`, and the suite skips by that name.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
 import os
@@ -150,7 +149,7 @@ async def _passed(gear: Gear, name: str) -> DeviceConfig:
     address = _spare(gear.taken)[0]
     gear.taken.add(address)
     gear.stack.callback(gear.taken.discard, address)
-    await asyncio.to_thread(give_to_vfio, read_function(address), undo)
+    await give_to_vfio(read_function(address), undo)
     return VfioConfig(id=name, address=address)
 
 

@@ -34,7 +34,7 @@ async def test_it_goes_to_vfio_and_back_and_was_written_down_before(sysfs: Sysfs
             return super().record(*args, **facts)  # type: ignore[arg-type]
 
     undo = Log()
-    entry = give_to_vfio(read_function(NVME, str(sysfs)), undo, str(sysfs))
+    entry = await give_to_vfio(read_function(NVME, str(sysfs)), undo, str(sysfs))
     assert (entry.kind, entry.facts) == (KIND, {"address": NVME, "driver": "nvme", "override": ""})
     assert (sysfs.bound(NVME), sysfs.override(NVME)) == ("vfio-pci", "vfio-pci")
     assert sysfs.log == [
@@ -46,10 +46,10 @@ async def test_it_goes_to_vfio_and_back_and_was_written_down_before(sysfs: Sysfs
     assert (sysfs.bound(NVME), sysfs.override(NVME)) == ("nvme", "(null)")
 
 
-def test_one_without_a_driver_gets_none_again_and_an_override_comes_back(sysfs: Sysfs) -> None:
+async def test_one_without_a_driver_gets_none_again_and_an_override_comes_back(sysfs: Sysfs) -> None:
     sysfs.function("0000:03:00.0", 10, code=0x00FF00)
     sysfs.write(f"{sysfs}/bus/pci/devices/0000:03:00.0/driver_override", "mine")
-    entry = give_to_vfio(read_function("0000:03:00.0", str(sysfs)), MemoryUndo(), str(sysfs))
+    entry = await give_to_vfio(read_function("0000:03:00.0", str(sysfs)), MemoryUndo(), str(sysfs))
     assert entry.facts == {"address": "0000:03:00.0", "driver": "", "override": "mine"}
     restore(entry.facts, str(sysfs))
     assert (sysfs.bound("0000:03:00.0"), sysfs.override("0000:03:00.0")) == ("", "mine")
@@ -82,24 +82,26 @@ def test_what_is_somebody_elses_by_now_is_left(sysfs: Sysfs) -> None:
             restore({"address": NVME, **facts}, str(sysfs))
 
 
-def test_a_kernel_that_refuses_leaves_the_old_driver_and_no_entry(sysfs: Sysfs) -> None:
+async def test_a_kernel_that_refuses_leaves_the_old_driver_and_no_entry(sysfs: Sysfs) -> None:
     sysfs.refuses.add("vfio-pci")
     undo = MemoryUndo()
     with pytest.raises(OSError, match="No such device"):
-        give_to_vfio(read_function(NVME, str(sysfs)), undo, str(sysfs))
+        await give_to_vfio(read_function(NVME, str(sysfs)), undo, str(sysfs))
     assert (sysfs.bound(NVME), sysfs.override(NVME), undo.entries) == ("nvme", "(null)", [])
 
 
-def test_a_driver_that_does_not_come_back_is_told(sysfs: Sysfs) -> None:
-    facts = give_to_vfio(read_function(NVME, str(sysfs)), MemoryUndo(), str(sysfs)).facts
+async def test_a_driver_that_does_not_come_back_is_told(sysfs: Sysfs) -> None:
+    facts = (await give_to_vfio(read_function(NVME, str(sysfs)), MemoryUndo(), str(sysfs))).facts
     sysfs.refuses.add("nvme")
     with pytest.raises(HostError, match=f"{NVME} did not go back to its driver nvme: No such device"):
         restore(facts, str(sysfs))
 
 
-def test_a_driver_that_does_not_let_go_keeps_nobody(sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_driver_that_does_not_let_go_keeps_nobody(
+    sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go = threading.Event()
-    facts = give_to_vfio(read_function(NVME, str(sysfs)), MemoryUndo(), str(sysfs)).facts
+    facts = (await give_to_vfio(read_function(NVME, str(sysfs)), MemoryUndo(), str(sysfs))).facts
     monkeypatch.setattr(pci_driver, "_write", lambda path, _: "unbind" in path and go.wait(60))
     with pytest.raises(HostError, match=r"did not let go of it within 0\.05 s"):
         restore(facts, str(sysfs), 0.05)
