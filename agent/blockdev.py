@@ -10,6 +10,7 @@ waiting ends at `HOTPLUG_DEADLINE`.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import stat
@@ -35,6 +36,7 @@ T = TypeVar("T")
 
 HOTPLUG_DEADLINE = deadlines.HOTPLUG  # seconds
 SYSFS = "/sys"
+_MODULES = {"scsi": ("virtio_scsi", "sd_mod"), "nvdimm": ("nfit", "nd_pmem")}  # nobody else loads them
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_GROUP = 1
 
@@ -104,12 +106,39 @@ def _node(source: str) -> str | None:
     return source if os.path.exists(source) else None
 
 
+def _pmem(source: str, sysfs: str) -> str | None:
+    """The host predicts /dev/pmemN from the slot for memory, N, but the kernel counts in the order in which
+    it finds them. The slot is in the handle that the firmware gives the device: QEMU has one more than it."""
+    node = _node(source)
+    slot = source.removeprefix("/dev/pmem")
+    base = f"{sysfs}/bus/nd/devices"
+    if not slot.isdigit():
+        return node
+    for region in (name for name in _listdir(base) if name.startswith("region")):
+        dimm = _text(f"{base}/{region}/mapping0").split(",")[0]
+        if _text(f"{base}/{dimm}/nfit/handle") == hex(int(slot) + 1):
+            for below in _listdir(f"{base}/{region}"):
+                for name in _listdir(f"{base}/{region}/{below}/block"):
+                    return f"/dev/{name}"
+    return None if _listdir(base) else node
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def _find(driver: str, source: str, sysfs: str) -> str | None:
     if driver == "blk":
         return _blk(source, sysfs)
     if driver == "scsi":
         return _scsi(source, sysfs)
-    if driver in ("mmioblk", "nvdimm"):
+    if driver == "nvdimm":
+        return _pmem(source, sysfs)
+    if driver == "mmioblk":
         return _node(source)
     raise RpcError(Code.UNIMPLEMENTED, f"block driver {driver[:40]!r} is not supported by this agent")
 
@@ -120,10 +149,14 @@ async def find_device(
     """The device node. Raises RpcError(NOT_FOUND) when it does not appear in `timeout` seconds."""
     found = _find(driver, source, sysfs)
     if found is None:
+        loop = asyncio.get_running_loop()
+        if driver in _MODULES:
+            from agent.insmod import load
+
+            await loop.run_in_executor(None, load, _MODULES[driver])
+        scan = functools.partial(_scan_scsi, source, sysfs) if driver == "scsi" else None
         try:
-            found = await on_uevent(
-                lambda: _find(driver, source, sysfs), timeout, begin=lambda: _rescan_scsi(driver, sysfs)
-            )
+            found = await on_uevent(lambda: _find(driver, source, sysfs), timeout, begin=scan)
         except TimeoutError:
             raise RpcError(
                 Code.NOT_FOUND, f"no {driver} device {source[:80]} appeared within {timeout:g} s"
@@ -143,15 +176,16 @@ async def wait_for_link(path: str, *, sysfs: str = SYSFS, timeout: float = HOTPL
 
 
 async def wait_for_size(
-    device: str, size: int, *, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE
+    device: str, size: int, *, exactly: bool = True, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE
 ) -> None:
-    """Return when the disk `device` has `size` bytes: a disk in a slot that was empty grows when the VMM's
-    interrupt has come. Raises RpcError(DEADLINE_EXCEEDED)."""
+    """Return when the disk `device` has `size` bytes, or more unless `exactly`: a disk grows when the VMM's
+    interrupt has come, also one in a slot that was empty. Raises RpcError(DEADLINE_EXCEEDED)."""
     path = f"{sysfs}/class/block/{os.path.basename(device)}/size"
 
     def has_it() -> bool | None:
         with open(path, encoding="ascii") as file:
-            return int(file.read()) == size // 512 or None
+            sectors = int(file.read())
+        return sectors == size // 512 or (sectors > size // 512 and not exactly) or None
 
     if not has_it():
         try:
@@ -172,7 +206,7 @@ async def on_uevent(
         events.bind((0, _KERNEL_GROUP))
         events.setblocking(False)
         if begin is not None:
-            begin()
+            await loop.run_in_executor(None, begin)
         async with asyncio.timeout(timeout):
             # Listen first, look then: an event between the two is not missed.
             while (found := look()) is None:
@@ -182,14 +216,14 @@ async def on_uevent(
         events.close()
 
 
-def _rescan_scsi(driver: str, sysfs: str) -> None:
-    """A SCSI host does not look by itself."""
-    if driver != "scsi":
-        return
+def _scan_scsi(source: str, sysfs: str) -> None:
+    """A SCSI host does not look by itself (`agent.insmod`). Only at this address: to look at all of the 256
+    targets takes seconds under emulation."""
+    target, _, lun = source.partition(":")
     for host in _listdir(f"{sysfs}/class/scsi_host"):
         try:
             with open(f"{sysfs}/class/scsi_host/{host}/scan", "w", encoding="ascii") as file:
-                file.write("- - -")
+                file.write(f"0 {int(target)} {int(lun)}")
         except OSError:
             pass  # a host without scanning
 

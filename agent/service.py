@@ -352,6 +352,27 @@ class AgentService:
 
         return volume_stats(request.volume_guest_path)
 
+    async def resize_volume(self, _: CallContext, request: agent_pb2.ResizeVolumeRequest) -> Empty:
+        """Grow a volume's file system to its disk's size (Kata's agent does not)."""
+        from agent.volumes import resize_volume
+
+        await resize_volume(request.volume_guest_path, request.size)
+        return Empty()
+
+    async def add_swap(self, _: CallContext, request: agent_pb2.AddSwapRequest) -> Empty:
+        """Swap to the disk at this PCI path."""
+        from agent.volumes import add_swap, pci_path
+
+        await add_swap(pci_path(request.PCIPath))
+        return Empty()
+
+    async def add_swap_path(self, _: CallContext, request: agent_pb2.AddSwapPathRequest) -> Empty:
+        """Swap to the disk of this name."""
+        from agent.volumes import add_swap
+
+        await add_swap(request.path)
+        return Empty()
+
     # --- network ------------------------------------------------------------------------------
 
     async def update_interface(
@@ -404,18 +425,6 @@ class AgentService:
     async def set_ip_tables(self, _: CallContext, __: object) -> Empty:
         """There is no iptables in our image."""
         raise _unimplemented("SetIPTables (the image has no iptables)")
-
-    async def add_swap(self, _: CallContext, __: object) -> Empty:
-        """The guest has no swap."""
-        raise _unimplemented("AddSwap")
-
-    async def add_swap_path(self, _: CallContext, __: object) -> Empty:
-        """The guest has no swap."""
-        raise _unimplemented("AddSwapPath")
-
-    async def resize_volume(self, _: CallContext, __: object) -> Empty:
-        """As in Kata's own agent."""
-        raise _unimplemented("ResizeVolume")
 
     async def set_policy(self, _: CallContext, __: object) -> Empty:
         """This agent has no policy engine, and must not pretend to have one."""

@@ -22,7 +22,7 @@ from ttrpc import Code, RpcError
 if TYPE_CHECKING:
     from proto import agent_pb2
 
-__all__ = ["DRIVERS", "ROOTS", "Storages", "in_thread", "update_ephemeral"]
+__all__ = ["DRIVERS", "ROOTS", "Storages", "checked", "in_thread", "update_ephemeral"]
 
 ROOTS = ("/run/kata-containers/",)
 MOUNT_DEADLINE = 30.0  # seconds; a dead virtiofsd would make mount(2) wait for ever
@@ -173,7 +173,8 @@ _DRIVERS: dict[str, Callable[[agent_pb2.Storage], Awaitable[None]]] = {
 DRIVERS = tuple(_DRIVERS)
 
 
-def _checked(target: str) -> str:
+def checked(target: str) -> str:
+    """`target` if it lies below one of `ROOTS`. Raises RpcError(INVALID_ARGUMENT)."""
     if not target.startswith(ROOTS) or os.path.normpath(target) != target.rstrip("/"):
         raise RpcError(Code.INVALID_ARGUMENT, f"storage: {target[:200]!r} is no place to mount")
     return target
@@ -199,7 +200,7 @@ class Storages:
         return done
 
     async def _add(self, storage: agent_pb2.Storage) -> None:
-        target = _checked(storage.mount_point)
+        target = checked(storage.mount_point)
         driver = _DRIVERS.get(storage.driver)
         if driver is None:
             raise RpcError(
@@ -231,7 +232,7 @@ async def update_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
     for storage in storages:
         if storage.driver != "ephemeral":
             raise RpcError(Code.INVALID_ARGUMENT, f"storage driver {storage.driver[:60]!r} cannot be updated")
-        target = _checked(storage.mount_point)
+        target = checked(storage.mount_point)
         _, options = _split(storage.options, "fsgid")
         options.append("remount")
         what = f"remounting {target}"

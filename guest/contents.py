@@ -62,11 +62,13 @@ LATE_MODULES = ("overlay", "virtio_net", "virtio_console", "virtio_balloon", "vi
 OTHER_MODULES = (
     "erofs",
     "squashfs",
+    "xfs",
     "loop",
     "tun",
     "veth",
     "bridge",
     "virtio_scsi",
+    "sd_mod",
     "virtio_pmem",
     "nd_pmem",
     "nfit",

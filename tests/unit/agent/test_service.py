@@ -27,7 +27,7 @@ def test_each_rpc_has_a_handler() -> None:
     assert set(_MAY_BE_CANCELLED) <= set(_AGENT.methods_by_name)
 
 
-@pytest.mark.parametrize("name", ["add_swap", "resize_volume", "set_policy", "get_ip_tables"])
+@pytest.mark.parametrize("name", ["mem_agent_memcg_set", "set_policy", "get_ip_tables"])
 async def test_what_cannot_be_done_says_so(name: str) -> None:
     with pytest.raises(RpcError) as caught:
         await getattr(AgentService(-1), name)(_CONTEXT, None)
