@@ -21,9 +21,11 @@ __all__ = [
     "BalloonConfig",
     "BlockConfig",
     "BlockFormat",
+    "BlockOptions",
     "CacheMode",
     "ConsoleConfig",
     "DeviceConfig",
+    "IoLimits",
     "NetworkConfig",
     "RngConfig",
     "ShareFsConfig",
@@ -35,6 +37,8 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 _PORT = re.compile(r"root-port|switch-port|bridge-port")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
+_AIO = ("", "threads", "native", "io_uring")
+_DISKS = (Kind.BLK, Kind.SCSI, Kind.PMEM)
 _TAP = re.compile(r"[A-Za-z0-9_.-]{0,15}")
 _BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _MAC = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
@@ -70,18 +74,71 @@ class _Device:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BlockConfig(_Device):
-    """A disk from an image file or a block device of the host."""
+class IoLimits:
+    """The most that a guest may do with a disk, per second; 0 is no limit. A burst is what may come at once
+    after a rest."""
 
-    kind: ClassVar[Kind] = Kind.BLK
+    bytes: int = 0  # read and written together
+    bytes_burst: int = 0
+    read_bytes: int = 0
+    write_bytes: int = 0
+    ops: int = 0
+    ops_burst: int = 0
+    read_ops: int = 0
+    write_ops: int = 0
+
+    def __bool__(self) -> bool:
+        return any((self.bytes, self.read_bytes, self.write_bytes, self.ops, self.read_ops, self.write_ops))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOptions:
+    """How a disk is served; what is left at its default is the VMM's choice."""
+
+    direct: bool = False  # past the host's page cache
+    no_flush: bool = False  # the guest's flushes are dropped: only for disks that nobody needs after a crash
+    aio: str = ""  # "threads", "native" (needs `direct`), "io_uring"
+    discard: bool = True  # what the guest gives up is freed on the host
+    queues: int = 0
+    queue_size: int = 0  # a power of two, 2..1024
+    logical_sector: int = 0  # bytes, a power of two, 512..65536
+    physical_sector: int = 0
+    io_thread: bool = False  # a thread of the VMM's of its own
+    limits: IoLimits = IoLimits()
+
+    def __post_init__(self) -> None:
+        if self.aio not in _AIO:
+            raise BugError(f"{self.aio!r} is no way of I/O")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockConfig(_Device):
+    """A disk from an image file or a block device of the host.
+
+    `driver`: how the guest sees it: Kind.BLK, SCSI, or PMEM, which is read-only memory. `size`: bytes that a
+    plugged disk shall have, for `Hypervisor.update_device`; 0 is what its file or device has. `ours`: a file
+    that nobody but this project uses, such as the guest's image: it is not looked for in the host's mounts.
+    """
+
     path: str
     read_only: bool = False
     format: BlockFormat = BlockFormat.RAW
     serial: str = ""  # at most 20 bytes; what /sys/block/*/serial shows in the guest
+    driver: Kind = Kind.BLK
+    options: BlockOptions = BlockOptions()
+    size: int = 0
+    ours: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        """What it is to the VMM."""
+        return self.driver
 
     def __post_init__(self) -> None:
         _check(_ID, self.id, "device id")
         _check(_SERIAL, self.serial, "disk serial")
+        if self.driver not in _DISKS:
+            raise BugError(f"{self.driver.value} is no kind of disk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Protocol
 from devices.config import BlockConfig, DeviceConfig
 from devices.errors import BugError, CallerError, UnsupportedByHypervisor
 
-__all__ = ["Device", "DeviceHost", "PluggedDevice"]
+__all__ = ["ChangingHost", "Device", "DeviceHost", "PluggedDevice"]
 
 
 class DeviceHost(Protocol):
@@ -33,6 +33,14 @@ class DeviceHost(Protocol):
 
     async def remove_device(self, device_id: str) -> None:
         """Unplug it."""
+        ...
+
+
+class ChangingHost(DeviceHost, Protocol):
+    """One that can change what is plugged."""
+
+    async def update_device(self, device: DeviceConfig) -> None:
+        """Make the plugged device what is asked for now."""
         ...
 
 
@@ -62,6 +70,7 @@ class PluggedDevice:
         self.guest_path = ""
         self.plugged = False
         self.leaving = False
+        self.claim = -1  # a disk's, see `devices.in_use`; whoever knows the device closes it
 
     async def attach(self, h: DeviceHost) -> None:
         """Plug it into the VM, unless it is plugged already. Raises what the hypervisor raises."""
@@ -104,6 +113,14 @@ class PluggedDevice:
         if self._count or self.plugged:
             raise CallerError(f"device {self._config.id} is in use")
         self._config = replace(device_info, id=self._config.id)
+
+    async def update(self, h: ChangingHost, device_info: DeviceConfig) -> None:
+        """Change it while it is plugged, as far as the hypervisor can. Raises CallerError while it is not."""
+        if not self.plugged:
+            raise CallerError(f"device {self._config.id} is not attached")
+        changed = replace(device_info, id=self._config.id)
+        await h.update_device(changed)
+        self._config = changed
 
     async def get_device_info(self) -> DeviceConfig:
         """Its configuration."""

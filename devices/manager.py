@@ -15,17 +15,17 @@ import asyncio
 import os
 import stat
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from devices.config import BlockConfig, DeviceConfig
-from devices.device import DeviceHost, PluggedDevice
+from devices.config import BlockConfig, DeviceConfig, IoLimits
+from devices.device import ChangingHost, DeviceHost, PluggedDevice
 from devices.errors import BugError, CallerError, HostError
 from devices.kinds import Kind
 
 __all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
 # How the agent calls what has a place of its own in the guest; a disk without PCI is "mmioblk".
-_AGENT_TYPES = {Kind.BLK: "blk", Kind.VFIO: "vfio-pci-gk"}
+_AGENT_TYPES = {Kind.BLK: "blk", Kind.SCSI: "scsi", Kind.PMEM: "nvdimm", Kind.VFIO: "vfio-pci-gk"}
 
 Source = tuple[object, ...]  # what makes two requests mean the same device
 
@@ -34,9 +34,9 @@ Source = tuple[object, ...]  # what makes two requests mean the same device
 class AgentDevice:
     """What the agent is told of a device: its `Device` message without protobuf."""
 
-    id: str  # PCI slots from the root, "02/00", or the node of a virtio-mmio disk: how the agent finds it
-    type: str  # "blk" or "mmioblk"
-    vm_path: str  # "/dev/vda"; "" for what is no disk
+    id: str  # PCI slots from the root, "02/00"; "0:5" of a SCSI disk; the node where there is no bus
+    type: str  # "blk", "mmioblk", "scsi", "nvdimm"
+    vm_path: str  # "/dev/vda"; "" for what is no disk, and for a SCSI disk, whose name is the guest's choice
 
 
 def disk_name(index: int) -> str:
@@ -60,8 +60,8 @@ class DeviceManager:
     async def try_add_device(self, dev_info: DeviceConfig, h: DeviceHost) -> str:
         """Plug it, or use what is plugged for the same source; the id to remove it by.
 
-        Raises HostError when a disk's source is not there, CallerError when it is in use with other
-        properties, BugError when the id is another device's, and what the hypervisor raises.
+        Raises HostError when a disk's source is not there, CallerError when it is in use on the host, or here
+        with other properties, BugError when the id is another device's, and what the hypervisor raises.
         """
         source = await asyncio.to_thread(_source, dev_info)
         async with self._lock(source):
@@ -78,11 +78,13 @@ class DeviceManager:
                 return name
             if dev_info.id in self._devices:
                 raise BugError(f"two devices are called {dev_info.id}")
-            device = PluggedDevice(
-                dev_info, self._free_index() if isinstance(dev_info, BlockConfig) else None
-            )
+            device = PluggedDevice(dev_info, self._free_index() if dev_info.kind is Kind.BLK else None)
             self._devices[dev_info.id], self._sources[dev_info.id] = device, source
             try:
+                if isinstance(dev_info, BlockConfig) and not dev_info.ours:
+                    from devices.in_use import hold  # not on the usual start path
+
+                    device.claim = await hold(dev_info.path, read_only=dev_info.read_only)
                 await device.attach(h)
             except BaseException:
                 self._forget(dev_info.id)
@@ -104,6 +106,27 @@ class DeviceManager:
                 self._forget(device_id)
             return freed
 
+    async def update_disk(
+        self, device_id: str, h: ChangingHost, *, size: int = 0, limits: IoLimits | None = None
+    ) -> None:
+        """Have a plugged disk of `size` bytes (0: what its file or device has by now), with these limits.
+
+        Raises CallerError for an unknown id and for what is no disk, and what the hypervisor raises.
+        """
+        self._known(device_id)
+        async with self._lock(self._sources[device_id]):
+            device = self._known(device_id)
+            config = await device.get_device_info()
+            if not isinstance(config, BlockConfig):
+                raise CallerError(f"device {device_id} is no disk", code="INVALID_ARGUMENT")
+            options = config.options if limits is None else replace(config.options, limits=limits)
+            await device.update(h, replace(config, size=size, options=options))
+
+    def close(self) -> None:
+        """The VM is gone, and with it all that was plugged: whoever wants its disks can have them."""
+        for name in list(self._devices):
+            self._forget(name)
+
     async def generate_agent_device(self, device_id: str) -> AgentDevice:
         """How the agent finds it. Raises CallerError for an unknown id, and for what the agent is told of
         otherwise, such as a network card."""
@@ -114,8 +137,9 @@ class DeviceManager:
             raise CallerError(
                 f"device {device_id} ({config.kind.value}) is none of the agent's", code="INVALID_ARGUMENT"
             )
-        if device.guest_path.startswith("/dev/"):  # no PCI: the VMM says the node's name itself
-            return AgentDevice(device.guest_path, "mmioblk", device.guest_path)
+        if device.guest_path.startswith("/dev/"):  # on no bus: the VMM says the node's name itself
+            node = device.guest_path
+            return AgentDevice(node, kind if config.kind is Kind.PMEM else "mmioblk", node)
         path = "" if device.index is None else f"/dev/{disk_name(device.index)}"
         return AgentDevice(device.guest_path, kind, path)
 
@@ -137,7 +161,11 @@ class DeviceManager:
         return self._locks.setdefault(source, asyncio.Lock())
 
     def _forget(self, device_id: str) -> None:
-        del self._devices[device_id], self._sources[device_id]
+        device = self._devices.pop(device_id)
+        del self._sources[device_id]
+        if device.claim >= 0:
+            os.close(device.claim)
+            device.claim = -1
 
     def _known(self, device_id: str) -> PluggedDevice:
         device = self._devices.get(device_id)
@@ -165,4 +193,4 @@ def _source(config: DeviceConfig) -> Source:
 
 def _properties(config: DeviceConfig) -> dict[str, object]:
     """What two requests for one device must agree on: all but its names."""
-    return {name: value for name, value in asdict(config).items() if name not in ("id", "path")}
+    return {name: value for name, value in asdict(config).items() if name not in ("id", "path", "size")}

@@ -87,6 +87,23 @@ class HypervisorConfig(VhostUserSection):
     enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
     hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
 
+    # --- disks of containers
+    block_device_driver: str = ""  # virtio-blk-pci | virtio-blk-mmio | virtio-scsi | virtio-pmem
+    block_device_aio: str = "threads"  # threads | native | io_uring
+    block_device_cache_set: bool = False  # whether the next two count
+    block_device_cache_direct: bool = False
+    block_device_cache_noflush: bool = False
+    block_device_logical_sector_size: int = 0  # bytes; 0 is 512
+    block_device_physical_sector_size: int = 0
+    num_queues: int = 1
+    queue_size: int = 128
+    enable_iothreads: bool = False
+    disk_rate_limiter_bw_max_rate: int = 0  # bits/s of each disk, both ways together; 0: no limit
+    disk_rate_limiter_bw_one_time_burst: int = 0  # bits
+    disk_rate_limiter_ops_max_rate: int = 0
+    disk_rate_limiter_ops_one_time_burst: int = 0
+    vm_rootfs_driver: str = ""  # of the image; virtio-blk-pci, or virtio-blk-mmio
+
     # --- devices
     reclaim_guest_freed_memory: bool = False
     pcie_root_port: int = 0  # PCI Express ports for hot-plug, one device each

@@ -1,10 +1,11 @@
 """Device nodes and device rules of an OCI spec, as far as they can mean the same in the guest.
 
-What: `check_devices` refuses the nodes that cannot be given to a container in a VM; `guest_nodes` and
-`guest_rules` turn nodes and cgroup rules into those for the guest.
+What: `check_devices` refuses the nodes that cannot be given to a container in a VM; `host_devices` are those
+of the host that have to be plugged into the VM for it; `guest_nodes` and `guest_rules` turn nodes and cgroup
+rules into those for the guest.
 Why: a device's number is the kernel's that gave it out. Numbers that Linux registers (null, fuse, tun)
-are the same in every kernel; the others, and all of block devices, name something else in the guest,
-or nothing.
+are the same in every kernel; the others name something else in the guest, or nothing. What is plugged keeps
+the host's number here: the agent puts the guest's in its place, in nodes and rules alike.
 Invariants: a node never reaches the guest under a number that may be another device there; a rule
 about a number that is not the guest's is left out, and listed. A node that somebody asked for is
 refused; of a privileged container, for which containerd lists whatever the host has, it is left out
@@ -15,17 +16,36 @@ Source: Documentation/admin-guide/devices.txt; drivers/char/misc.c (dynamic mino
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError
 
-__all__ = ["check_devices", "guest_nodes", "guest_rules"]
+__all__ = ["HostDevice", "check_devices", "guest_nodes", "guest_rules", "host_devices"]
 
 MAX_DEVICES = 1024
 
 _MISC = 10
 _DYNAMIC_MAJORS = (range(234, 255), range(384, 512))
+
+
+@dataclass(frozen=True, slots=True)
+class HostDevice:
+    """A node of the spec that stands for a device of the host. `path`: where the container finds it; `kind`:
+    "b"; `access`: what its rules allow, of "r", "w" and "m"."""
+
+    path: str
+    kind: str
+    major: int
+    minor: int
+    access: frozenset[str]
+
+    @property
+    def number(self) -> tuple[str, int, int]:
+        """As rules name it."""
+        return self.kind, self.major, self.minor
 
 
 def _registered(major: int, minor: int) -> bool:
@@ -50,10 +70,9 @@ def check_devices(spec: Mapping[str, Any]) -> None:
             raise _wrong(f"{place}.type of {path[:200]} must be b, c, u or p, not {str(kind)[:20]!r}")
         if not isinstance(major, int) or not isinstance(minor, int):
             raise _wrong(f"{place} ({path[:200]}) needs whole numbers")
-        if not _meant_for_guest(device) and not _privileged(spec):
-            what = "block device" if kind == "b" else "character device"
+        if not _meant_for_guest(device) and not _plugged(device) and not _privileged(spec):
             raise CallerError(
-                f"config.json: {place}: {path[:200]} is a {what} of the host ({major}:{minor}), "
+                f"config.json: {place}: {path[:200]} is a character device of the host ({major}:{minor}), "
                 "which the guest does not have",
                 phase="bundle",
                 hint="leave it out of the container's devices",
@@ -66,6 +85,61 @@ def _meant_for_guest(device: Mapping[str, Any]) -> bool:
     return kind == "p" or (kind != "b" and _registered(device.get("major", 0), device.get("minor", 0)))
 
 
+def _plugged(device: Mapping[str, Any]) -> bool:
+    """What can be plugged into the VM: disks."""
+    return bool(device["type"] == "b")
+
+
+def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
+    """The devices of the host that this container is to have, after `check_devices`.
+
+    Of a privileged container only those that somebody asked for: with a rule of their own, or at another path
+    than the host's. containerd lists all that the host has, and a VM that takes the host's disks is a choice.
+    """
+    linux = spec.get("linux") or {}
+    rules = [
+        rule for rule in (linux.get("resources") or {}).get("devices") or [] if isinstance(rule, Mapping)
+    ]
+    privileged = _privileged(spec)
+    found = []
+    for node in linux.get("devices") or []:
+        if not _plugged(node):
+            continue
+        device = HostDevice(
+            node["path"], node["type"], node.get("major", 0), node.get("minor", 0), _access(node, rules)
+        )
+        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(device):
+            found.append(device)
+    return found
+
+
+def _access(node: Mapping[str, Any], rules: list[Mapping[str, Any]]) -> frozenset[str]:
+    """What the rules, the last of which counts, leave of the device."""
+    allowed: set[str] = set()
+    for rule in rules:
+        numbers = (rule.get("major"), rule.get("minor"))
+        wanted = (node.get("major", 0), node.get("minor", 0))
+        if (rule.get("type") or "a") in ("a", node["type"]) and all(
+            number in (None, -1, mine) for number, mine in zip(numbers, wanted, strict=True)
+        ):
+            what = set(str(rule.get("access") or "rwm"))
+            allowed = allowed | what if rule.get("allow") is True else allowed - what
+    return frozenset(allowed & {"r", "w", "m"})
+
+
+def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
+    mine = (node["type"], node.get("major", 0), node.get("minor", 0))
+    return rule.get("allow") is True and (rule.get("type"), rule.get("major"), rule.get("minor")) == mine
+
+
+def _is_the_hosts_name(device: HostDevice) -> bool:
+    try:
+        number = os.stat(device.path).st_rdev
+    except OSError:
+        return False
+    return number == os.makedev(device.major, device.minor)
+
+
 def _privileged(spec: Mapping[str, Any]) -> bool:
     """A rule opens all devices: then containerd lists those of the host without being asked for each."""
     rules = ((spec.get("linux") or {}).get("resources") or {}).get("devices") or []
@@ -75,24 +149,37 @@ def _privileged(spec: Mapping[str, Any]) -> bool:
     )
 
 
-def guest_nodes(devices: list[dict[str, Any]], left_out: list[str]) -> list[dict[str, Any]]:
-    """linux.devices for the guest, after `check_devices`."""
-    kept = [device for device in devices if _meant_for_guest(device)]
+def guest_nodes(
+    devices: list[dict[str, Any]], left_out: list[str], plugged: Collection[HostDevice] = ()
+) -> list[dict[str, Any]]:
+    """linux.devices for the guest, after `check_devices`. `plugged`: those of the host that it gets."""
+    paths = {device.path for device in plugged}
+    kept = [device for device in devices if _meant_for_guest(device) or device["path"] in paths]
     left_out += [f"linux.devices {device['path']}" for device in devices if device not in kept]
     return kept
 
 
-def guest_rules(rules: list[dict[str, Any]], left_out: list[str]) -> list[dict[str, Any]]:
+def guest_rules(
+    rules: list[dict[str, Any]], left_out: list[str], plugged: Collection[HostDevice] = ()
+) -> list[dict[str, Any]]:
     """linux.resources.devices for the guest. The agent's protocol says "any" with -1."""
     kept = []
+    numbers = {device.number for device in plugged}
     for index, rule in enumerate(rules):
         kind = rule.get("type") or "a"
         major, minor = (-1 if rule.get(key) is None else rule[key] for key in ("major", "minor"))
         named = isinstance(major, int) and major >= 0
-        if (kind == "b" and named) or (kind == "c" and named and not _registered(major, minor)):
+        unknown = (kind == "b" and named) or (kind == "c" and named and not _registered(major, minor))
+        if unknown and (kind, major, minor) not in numbers:
             left_out.append(f"linux.resources.devices[{index}] (the host's {kind} {major}:{minor})")
         else:
             kept.append({**rule, "major": major, "minor": minor})
+    have = {(rule.get("type"), rule["major"], rule["minor"]) for rule in kept}
+    for device in plugged:  # allowed by a rule about many of the host's
+        if device.number not in have and device.access:
+            have.add(device.number)
+            number = {"type": device.kind, "major": device.major, "minor": device.minor}
+            kept.append({"allow": True, **number, "access": "".join(sorted(device.access))})
     return kept
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError
-from shim.guest_devices import guest_nodes, guest_rules
+from shim.guest_devices import HostDevice, guest_nodes, guest_rules
 
 __all__ = [
     "CONTAINER_TYPE",
@@ -132,12 +132,13 @@ def guest_spec(
     volumes: Sequence[Volume],
     disable_seccomp: bool = False,
     keep_cpuset: bool = False,
+    devices: Sequence[HostDevice] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """The spec as the agent gets it, and what was left out (for the log).
 
     `container_type` is "single_container", OWN (a pod's own container, which does nothing: it gets no
     volumes) or MEMBER. `keep_cpuset`: the agent knows the host's CPU numbers from the guest's, as ours
-    does (`agent.fit`).
+    does (`agent.fit`). `devices`: those of the host that it gets.
     """
     left_out: list[str] = []
     guest: dict[str, Any] = copy.deepcopy(dict(spec))
@@ -162,7 +163,7 @@ def guest_spec(
     if isinstance(linux, dict):
         if container_type != MEMBER:  # there is nobody in the guest to share with yet
             left_out.extend(f"linux.namespaces.{kind}.path" for kind in sorted(_shared_kinds(spec)))
-        _guest_linux(linux, left_out, disable_seccomp, keep_cpuset)
+        _guest_linux(linux, left_out, disable_seccomp, keep_cpuset, devices)
     return guest, left_out
 
 
@@ -179,7 +180,11 @@ def _private_namespaces(spec: Mapping[str, Any]) -> list[str]:
 
 
 def _guest_linux(
-    linux: dict[str, Any], left_out: list[str], disable_seccomp: bool, keep_cpuset: bool
+    linux: dict[str, Any],
+    left_out: list[str],
+    disable_seccomp: bool,
+    keep_cpuset: bool,
+    devices: Sequence[HostDevice],
 ) -> None:
     spaces = []
     for space in linux.get("namespaces") or []:
@@ -195,9 +200,9 @@ def _guest_linux(
         spaces.append({"type": "cgroup"})
     linux["namespaces"] = spaces
     resources = linux.get("resources") or {}
-    resources["devices"] = guest_rules(resources.get("devices") or [], left_out)
+    resources["devices"] = guest_rules(resources.get("devices") or [], left_out, devices)
     if linux.get("devices"):
-        linux["devices"] = guest_nodes(linux["devices"], left_out)
+        linux["devices"] = guest_nodes(linux["devices"], left_out, devices)
     if isinstance(resources.get("cpu"), dict) and not keep_cpuset:
         _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
     linux["resources"] = resources

@@ -42,10 +42,12 @@ from shim.bundle import share_dir
 from shim.config import Config, load_config
 from shim.container_manager import ContainerManager
 from shim.context import DaemonContext
-from shim.guest_devices import check_devices
-from shim.guest_spec import MEMBER, OWN
+from shim.guest_devices import check_devices, host_devices
+from shim.guest_spec import MEMBER, OWN, plan_volumes
 from shim.procfs import start_time
 from shim.protocols import Deadlines
+from shim.resources.direct_volumes import check as check_direct
+from shim.resources.disks import disk_style
 from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.sandbox import SandboxSettings, VirtSandbox
@@ -149,6 +151,7 @@ class VirtContainer:
                 _log.warning("configuration key without effect", key=str(key))
         self._config = config
         self._check(spec)
+        await self._check_disks(spec)
         return self.new_instance(config, spec, pod)
 
     def _check(self, spec: Mapping[str, Any]) -> None:
@@ -161,6 +164,18 @@ class VirtContainer:
             from shim.hook_process import read_hooks
 
             read_hooks(spec)
+
+    async def _check_disks(self, spec: Mapping[str, Any]) -> None:
+        """Refuse disks that the first container cannot have, before its VM is started. Those of a running
+        VM are checked when they are plugged: some of them it may have itself."""
+        wanted = [] if _container_type(spec) == OWN else host_devices(spec)
+        volumes = [] if _container_type(spec) == OWN else plan_volumes(spec, self._context.id)
+        if wanted:
+            from shim.resources.container_devices import check
+
+            await asyncio.to_thread(check, wanted)
+        if volumes:
+            await asyncio.to_thread(check_direct, volumes)
 
     def new_instance(
         self, config: Config, spec: Mapping[str, Any], pod: PodDefaults | None = None
@@ -193,6 +208,7 @@ class VirtContainer:
             direct_stdio=config.runtime.use_passfd_io,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
+            disks=disk_style(section),
             host_mounts=context.host_mounts,
         )
         _log.info(
@@ -338,7 +354,7 @@ def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
     """What every sandbox is cold-plugged with, in the order of the guest's PCI slots."""
     devices: list[DeviceConfig] = []
     if section.image:
-        devices.append(BlockConfig(id="image", path=section.image, read_only=True))
+        devices.append(BlockConfig(id="image", path=section.image, read_only=True, ours=True))
     devices.append(VsockConfig(home_call=config.agent.home_call, daemon=_key(section, "vsock_daemon")))
     if _key(section, "shared_fs") != "none":
         devices.append(

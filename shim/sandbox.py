@@ -18,7 +18,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -33,6 +33,7 @@ from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
+from shim.guest_devices import HostDevice, host_devices
 from shim.guest_spec import GUEST_SHM, MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.limits import Size
 from shim.oci import spec_from_json
@@ -41,6 +42,7 @@ from shim.resources.container_files import ContainerFiles, SharedFiles
 from shim.resources.direct_volumes import DirectVolumes
 from shim.resources.direct_volumes import find as find_direct
 from shim.resources.direct_volumes import rewrite as rewrite_direct
+from shim.resources.disks import DiskStyle
 from shim.resources.network.pod import PodNetwork
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.shared_dir import SharedDir
@@ -65,7 +67,8 @@ class SandboxSettings:
     `network`: see `shim.resources.network`. `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
-    `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
+    `disks`: how its containers' disks are served. `pod`: what each container gets that does not bring it, for
+    sandboxes of the Sandbox API.
     """
 
     sandbox_id: str
@@ -83,6 +86,7 @@ class SandboxSettings:
     guest_hook_path: str = ""
     disable_guest_seccomp: bool = False
     pod: PodDefaults | None = None
+    disks: DiskStyle = field(default_factory=DiskStyle)
     host_mounts: int | None = None  # see `shim.context`
 
 
@@ -108,7 +112,7 @@ class VirtSandbox:
         self._undo = undo
         self._hooks: dict[str, HostHooks] = {}
         self._holdings = Holdings(self._devices, hypervisor)
-        self._direct = DirectVolumes(self._devices, self._holdings)
+        self._direct = DirectVolumes(self._devices, self._holdings, settings.disks)
         self._network = PodNetwork(settings.network, hypervisor, self._devices, undo, trace)
         self._sizing = Sizing(
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
@@ -119,7 +123,9 @@ class VirtSandbox:
         else:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 
-            self._files = BlockFiles(settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent)
+            self._files = BlockFiles(
+                settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
+            )
         self._writing: set[str] = set()  # containers with disks of their own
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
@@ -206,6 +212,7 @@ class VirtSandbox:
         volumes = [] if kind == OWN else plan_volumes(spec, container_id)
         direct = await asyncio.to_thread(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
+        disks = [] if kind == OWN else host_devices(spec)
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         volumes = await self._files.name(volumes)
         document, left_out = guest_spec(
@@ -216,6 +223,7 @@ class VirtSandbox:
             volumes=volumes,
             disable_seccomp=self.settings.disable_guest_seccomp,
             keep_cpuset=self.settings.direct_stdio,
+            devices=disks,
         )
         rewrite_direct(document, direct)
         message, rest = spec_from_json(document)
@@ -231,12 +239,25 @@ class VirtSandbox:
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
+        devices = await self._add_devices(container_id, disks) if disks else []
         if any(storage.driver in _DISK_DRIVERS and "ro" not in storage.options for storage in storages):
             self._writing.add(container_id)
         await self._run_hooks(container_id, bundle, spec)
         return GuestContainer(
-            spec=message, storages=storages, sandbox_pidns=wants_sandbox_pidns(spec), beyond=rest.beyond
+            spec=message,
+            storages=storages,
+            devices=devices,
+            sandbox_pidns=wants_sandbox_pidns(spec),
+            beyond=rest.beyond,
         )
+
+    async def _add_devices(self, container_id: str, wanted: Sequence[HostDevice]) -> list[agent_pb2.Device]:
+        """Plug the host's devices that the container is to have."""
+        from shim.resources.container_devices import ContainerDevices  # not on the usual start path
+
+        plugged = ContainerDevices(self._devices, self._holdings, self.settings.disks)
+        with self._trace.phase("devices", id=container_id):
+            return await plugged.add(container_id, wanted)
 
     async def _run_hooks(self, container_id: str, bundle: str, spec: Mapping[str, Any]) -> None:
         if not spec.get("hooks"):
@@ -365,6 +386,7 @@ class VirtSandbox:
                 dns=settings.dns,
                 storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
                 guest_hook_path=settings.guest_hook_path,
+                kernel_modules=settings.disks.modules(),
             )
         await self._network.configure(self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
@@ -415,6 +437,7 @@ class VirtSandbox:
             await asyncio.wait(self._watchers)
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
+        self._devices.close()
         for error in [*await self._network.close(), *await self._files.tear_down()]:
             _log.error("not released", error=str(error))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from devices.kinds import YES, Kind, Support
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.cmdline import MICROVM, Plan
+from hypervisors.qemu.cmdline import MICROVM, PMEM_DRIVER, Plan
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.plan import HOTPLUG_MACHINES
 
@@ -23,8 +23,14 @@ _NO_PCI = f"a {MICROVM} has no PCI, and nothing is plugged while it runs"
 TCG_KEEPS_VCPUS = "QEMU 7.2 corrupts its memory then under TCG"
 _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
 
+_PMEM = Support(
+    cold=YES, hot=YES, unplug="QEMU 7.2 cannot unplug an nvdimm", resize="an nvdimm has its size for good"
+)
+
 MOST: Mapping[Kind, Support] = {
-    Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its size is read once"),
+    Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize=YES),
+    Kind.SCSI: Support(cold=YES, hot=YES, unplug=YES, resize=YES),
+    Kind.PMEM: _PMEM,
     Kind.NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.VFIO: Support(cold=YES, hot=YES, unplug=YES),
     Kind.SHARE_FS: _STAYS,
@@ -45,6 +51,8 @@ def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
     for kind in (Kind.BLK, Kind.NET):
         able[kind] = _unless(hot, able[kind])
     able[Kind.VFIO] = _vfio(section)
+    able[Kind.SCSI] = _unless(hot, able[Kind.SCSI]) if section.machine_type != MICROVM else _all(_NO_PCI)
+    able[Kind.PMEM] = _pmem(section, plan)
     if section.shared_fs == "none":
         able[Kind.SHARE_FS] = Support(*['shared_fs = "none"'] * 3)
     able[Kind.VCPU] = _vcpus(plan, able[Kind.VCPU])
@@ -73,6 +81,23 @@ def _vfio(section: HypervisorConfig) -> Support:
         for key in ("cold_plug_vfio", "hot_plug_vfio")
     )
     return Support(cold=cold, hot=hot, unplug=hot)
+
+
+def _all(reason: str) -> Support:
+    return Support(cold=reason, hot=reason, unplug=reason, resize=reason)
+
+
+def _pmem(section: HypervisorConfig, plan: Plan) -> Support:
+    """A disk as memory takes one of the slots for memory, and a part of the room for it."""
+    if section.machine_type not in HOTPLUG_MACHINES:
+        return _all(f"a {MICROVM} has no slots for memory")
+    if section.block_device_driver != PMEM_DRIVER:
+        return _all(f'block_device_driver is not "{PMEM_DRIVER}"')
+    if section.enable_virtio_mem:
+        return _all("virtio-mem takes all the room for memory (enable_virtio_mem)")
+    if plan.max_memory <= section.default_memory:
+        return _all("there is no room for memory (default_maxmemory, memory_slots)")
+    return _PMEM
 
 
 def _vcpus(plan: Plan, most: Support) -> Support:

@@ -10,6 +10,7 @@ device is to QEMU: `hypervisors.qemu.recipes`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,17 @@ from devices.addresses import Place, Port
 from devices.config import ConsoleConfig, VfioConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
-from hypervisors.qemu.recipes import Placed, argv, recipe
+from hypervisors.qemu.recipes import IO_THREAD, Placed, argv, recipe, scsi_controller
 
-__all__ = ["MICROVM", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
+__all__ = ["MICROVM", "PMEM_DRIVER", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 VIRTIO_MEM = "virtio-mem0"
 """Id of the VM's one virtio-mem device."""
 MICROVM = "microvm"
 """The machine type without PCI: devices on virtio-mmio, no hot-plug, less to probe at boot."""
+PMEM_DRIVER = "virtio-pmem"
+"""The block_device_driver that makes disks memory of the guest: Kata's word for it, an NVDIMM with QEMU."""
 _MEMORY_ID = "mem0"
 
 
@@ -35,6 +38,7 @@ class Plan:
 
     `max_vcpus`, `max_memory` (MiB): what the VM can grow to; not more than it starts with means that it
     cannot. `virtio_mem`: its PCI slot, if memory grows so. `ports`: what opens PCI buses for hot-plug.
+    `scsi`: where the SCSI controller sits, if disks behind it are there from the start.
     `tsc_khz`: the host's clock, for a microvm under TCG, which hangs now and then while it measures it
     (facts/guest-vm.md); else 0.
     """
@@ -51,6 +55,7 @@ class Plan:
     virtio_mem: Place | None = None
     ports: Sequence[Port] = ()
     tsc_khz: int = 0
+    scsi: Place | None = None
 
     @property
     def microvm(self) -> bool:
@@ -115,6 +120,11 @@ def arguments(plan: Plan) -> list[str]:
     if section.enable_iommu:  # before what it translates for; caching-mode: VFIO has to hear of each mapping
         words += ["-device", "intel-iommu,intremap=on,device-iotlb=on,caching-mode=on"]
     behind_ports = [placed for placed in plan.devices if isinstance(placed.device, VfioConfig)]
+    if section.enable_iothreads:
+        words += ["-object", f"iothread,id={IO_THREAD}"]
+    if plan.scsi is not None:
+        controller = scsi_controller(plan.scsi.properties, io_thread=section.enable_iothreads)
+        words += ["-device", json.dumps(controller)]
     for placed in plan.devices:
         if placed not in behind_ports:
             words += _device(placed, plan.microvm)
@@ -172,6 +182,8 @@ def _machine(plan: Plan) -> str:
         parts.append("pic=off,rtc=on")
     if plan.section.enable_iommu:
         parts.append("kernel_irqchip=split")  # the IOMMU remaps interrupts
+    if plan.section.block_device_driver == PMEM_DRIVER and not plan.microvm:
+        parts.append("nvdimm=on")
     if plan.section.machine_accelerators:
         parts.append(plan.section.machine_accelerators.strip(","))
     parts.append(f"memory-backend={_MEMORY_ID}")

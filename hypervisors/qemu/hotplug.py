@@ -15,19 +15,24 @@ Source: qapi/{block-core,net,qdev}.json of QEMU 7.2.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
 
-from devices.addresses import PciTopology, Place
-from devices.config import VfioConfig
+from devices.addresses import FlatSpace, PciTopology
+from devices.config import BlockConfig, VfioConfig
 from devices.errors import BugError, CallerError, HypervisorError, KataError
+from devices.kinds import Kind
 from hypervisors.qemu.events import deleted
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError
-from hypervisors.qemu.recipes import BackEnd, Placed, recipe
+from hypervisors.qemu.recipes import SCSI, BackEnd, Placed, Recipe, recipe, scsi_controller
 
-__all__ = ["Plugger"]
+__all__ = ["LUNS", "Plugger", "scsi_seat"]
+
+LUNS = range(256)
+"""Of the SCSI controller: its one target has as many, and the guest finds them all."""
 
 # By the option that does the same on the command line: the commands that make it and remove it, and the key
 # of its name.
@@ -45,28 +50,59 @@ _ABSENT = ("not found", "Failed to find node")  # and its words, where it has no
 _log = structlog.get_logger("qemu.hotplug")
 
 
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """Where a device sits: what QEMU is told of it, and the guest's path, "" if only QEMU knows it."""
+
+    properties: Mapping[str, str | int]
+    guest_path: str
+
+
 @dataclass(slots=True)
 class _Plugged:
     """`back_end`: the commands that remove what the device stands on, in the order of its making. `whole`:
-    it came, and nobody has tried to remove it."""
+    it came, and nobody has tried to remove it. `placed`: None for the SCSI controller."""
 
-    place: Place
+    placed: Placed | None = None
+    guest_path: str = ""
     back_end: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     whole: bool = False
     device_gone: bool = False
 
 
 class Plugger:
-    """Everything hot-plugged into one VM. `deadline`: seconds for the guest to let go of a device."""
+    """Everything hot-plugged into one VM. `deadline`: seconds for the guest to let go of a device. `luns`:
+    of the SCSI controller, which is there already if `scsi`, else comes with the first disk behind it."""
 
-    def __init__(self, qmp: QmpClient, topology: PciTopology, deadline: float) -> None:
+    def __init__(
+        self,
+        qmp: QmpClient,
+        topology: PciTopology,
+        deadline: float,
+        *,
+        luns: FlatSpace | None = None,
+        scsi: bool = False,
+    ) -> None:
         self._qmp = qmp
         self._topology = topology
         self._deadline = deadline
+        self._luns = luns or FlatSpace("SCSI addresses", LUNS)
         self._plugged: dict[str, _Plugged] = {}
+        self._controller = asyncio.Lock()
+        if scsi:
+            self._plugged[SCSI] = _Plugged(whole=True)
 
     def __contains__(self, device_id: str) -> bool:
         return device_id in self._plugged
+
+    def placed(self, device_id: str) -> Placed | None:
+        """What is plugged under this id, as it was asked for or last changed."""
+        plugged = self._plugged.get(device_id)
+        return plugged.placed if plugged is not None else None
+
+    def changed(self, placed: Placed) -> None:
+        """A plugged device is like this now."""
+        self._plugged[placed.device.id].placed = placed
 
     async def add(self, placed: Placed) -> str:
         """Plug it, wherever there is room; its guest path. QEMU has realised it then, the guest's driver may
@@ -74,17 +110,33 @@ class Plugger:
 
         Raises HypervisorError when QEMU refuses or no slot is free; nothing is left then.
         """
-        name = placed.device.id
+        device = placed.device
+        if isinstance(device, BlockConfig) and device.kind is Kind.SCSI:
+            await self._have_controller(io_thread=device.options.io_thread)
+        return await self._plug(device.id, device.kind, lambda at: recipe(replace(placed, at=at)), placed)
+
+    async def _have_controller(self, *, io_thread: bool) -> None:
+        async with self._controller:
+            there = self._plugged.get(SCSI)
+            if there is None or not there.whole:
+                await self._plug(SCSI, None, lambda at: Recipe(scsi_controller(at, io_thread=io_thread)))
+
+    async def _plug(
+        self,
+        name: str,
+        kind: Kind | None,
+        make: Callable[[Mapping[str, str | int]], Recipe],
+        placed: Placed | None = None,
+    ) -> str:
         if (there := self._plugged.get(name)) is not None:
             if there.whole:
                 raise BugError(f"there is a device {name} already")
             await self.remove(name)  # what an earlier attempt could not undo
-        vfio = placed.device if isinstance(placed.device, VfioConfig) else None
-        behind = vfio.port if vfio else ""
-        plugged = _Plugged(self._topology.allocate(name, hotplug=True, behind=behind))
-        self._plugged[name] = plugged
+        vfio = placed.device if placed is not None and isinstance(placed.device, VfioConfig) else None
+        seat = self._seat(name, kind, behind=vfio.port if vfio else "")
+        plugged = self._plugged[name] = _Plugged(placed, seat.guest_path)
         try:
-            made = recipe(replace(placed, at=plugged.place.properties))
+            made = make(seat.properties)
             for back_end in made.back_ends:
                 await self._make(back_end, plugged)
             front = dict(made.front)
@@ -93,6 +145,8 @@ class Plugger:
                 front["disable-legacy"] = "on"
             # All of the guest's memory is pinned for a device of VFIO before QEMU answers.
             await self._qmp.execute("device_add", front, timeout=max(5.0, self._deadline if vfio else 0.0))
+            if kind is Kind.PMEM:
+                plugged.guest_path = f"/dev/pmem{await self._dimm_slot(name)}"
             plugged.whole = True
         except BaseException:
             try:
@@ -100,7 +154,22 @@ class Plugger:
             except KataError as error:
                 _log.error("what was plugged half did not go", device=name, error=str(error))
             raise
-        return plugged.place.guest_path
+        return plugged.guest_path
+
+    def _seat(self, name: str, kind: Kind | None, *, behind: str) -> _Seat:
+        match kind:
+            case Kind.SCSI:
+                return _Seat(*scsi_seat(self._luns.allocate(name)))
+            case Kind.PMEM:  # QEMU takes the first free slot for memory
+                return _Seat({}, "")
+        place = self._topology.allocate(name, hotplug=True, behind=behind)
+        return _Seat(place.properties, place.guest_path)
+
+    async def _dimm_slot(self, name: str) -> int:
+        for found in await self._qmp.execute("query-memory-devices"):
+            if found["data"].get("id") == name:
+                return int(found["data"]["slot"])
+        raise HypervisorError(f"QEMU does not list {name} among the VM's memory", phase="devices")
 
     async def remove(self, device_id: str) -> None:
         """Unplug it. Raises HypervisorError when the guest does not let go in time: it stays plugged then."""
@@ -116,6 +185,7 @@ class Plugger:
             plugged.back_end.pop()
         del self._plugged[device_id]
         self._topology.release(device_id)
+        self._luns.release(device_id)
 
     async def _unplug(self, device_id: str) -> None:
         with self._qmp.expect(deleted(device_id)) as gone:
@@ -171,3 +241,8 @@ class Plugger:
                 await asyncio.sleep(_MOMENT)  # nothing announces it
             else:
                 return
+
+
+def scsi_seat(lun: int) -> tuple[dict[str, str | int], str]:
+    """What QEMU is told of a disk with this number behind the controller, and the agent's address of it."""
+    return {"bus": f"{SCSI}.0", "scsi-id": 0, "lun": lun}, f"0:{lun}"

@@ -18,7 +18,7 @@ from devices.vsock_daemon import find_vsock_daemon
 from hypervisors.base import Capabilities, CheckResult
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import MOST
-from hypervisors.qemu.cmdline import MICROVM
+from hypervisors.qemu.cmdline import MICROVM, PMEM_DRIVER
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
 from hypervisors.rules import (
@@ -39,6 +39,8 @@ _MOST = {  # QEMU's own limit of DIMMs; Kata's of ports and bridges
     "pcie_switch_port": 16,
     "default_bridges": 5,
 }
+_MAX_QUEUES = 256
+_MAX_RATE = 10**15  # QEMU's own
 _MACHINES = ("q35", MICROVM)
 _COLD_PORTS = ("no-port", "root-port", "switch-port")
 _HOT_PORTS = {  # and how many of each there are
@@ -66,6 +68,11 @@ class QemuPlugin:
             machine_type=section.machine_type or "q35",
             cold_plug_vfio=section.cold_plug_vfio or "no-port",
             hot_plug_vfio=section.hot_plug_vfio or "no-port",
+            block_device_driver=section.block_device_driver or _blk(section),
+            block_device_aio=section.block_device_aio or "threads",
+            vm_rootfs_driver=section.vm_rootfs_driver or _blk(section),
+            num_queues=section.num_queues or 1,
+            queue_size=section.queue_size or 128,
             default_maxvcpus=most,
             default_maxmemory=min(section.default_maxmemory or host_memory, host_memory),
         )
@@ -91,6 +98,7 @@ class QemuPlugin:
         needs = _HOT_PORTS[section.hot_plug_vfio]
         if needs and not getattr(section, needs):
             raise wrong(self.name, "hot_plug_vfio", section.hot_plug_vfio, f"needs {needs} to be 1 or more")
+        _check_disks(self.name, section)
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a QEMU sandbox needs on this host."""
@@ -111,6 +119,44 @@ class QemuPlugin:
     def create(self, section: HypervisorConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> Qemu:
         """A VM that does not run yet."""
         return Qemu(section, sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
+
+
+def _blk(section: HypervisorConfig) -> str:
+    return "virtio-blk-mmio" if section.machine_type == MICROVM else "virtio-blk-pci"
+
+
+def _check_disks(name: str, section: HypervisorConfig) -> None:
+    """How disks are served. Raises ConfigError."""
+    # The image is the guest's /dev/vda (`hypervisors.qemu.cmdline`): it is nothing else.
+    check_word(name, "vm_rootfs_driver", section.vm_rootfs_driver, (_blk(section),))
+    drivers: tuple[str, ...] = (_blk(section),)
+    if section.machine_type != MICROVM:
+        drivers += ("virtio-scsi", PMEM_DRIVER)
+    check_word(name, "block_device_driver", section.block_device_driver, drivers)
+    check_word(name, "block_device_aio", section.block_device_aio, ("threads", "native", "io_uring"))
+    direct = section.block_device_cache_set and section.block_device_cache_direct
+    if section.block_device_aio == "native" and not direct:
+        why = "needs block_device_cache_set and block_device_cache_direct, both true"
+        raise wrong(name, "block_device_aio", section.block_device_aio, why)
+    for key, least, most in (
+        ("queue_size", 2, 1024),
+        ("block_device_logical_sector_size", 512, 65536),
+        ("block_device_physical_sector_size", 512, 65536),
+    ):
+        value = getattr(section, key)
+        if value and (value & (value - 1) or not least <= value <= most):
+            raise wrong(name, key, value, f"is no power of two from {least} to {most}")
+    logical, physical = section.block_device_logical_sector_size, section.block_device_physical_sector_size
+    if physical and physical < logical:
+        raise wrong(
+            name, "block_device_physical_sector_size", physical, f"is less than the logical {logical}"
+        )
+    if not 1 <= section.num_queues <= _MAX_QUEUES:
+        raise wrong(name, "num_queues", section.num_queues, f"is not in 1..{_MAX_QUEUES}")
+    for key in ("bw_max_rate", "bw_one_time_burst", "ops_max_rate", "ops_one_time_burst"):
+        rate = getattr(section, f"disk_rate_limiter_{key}")
+        if not 0 <= rate <= _MAX_RATE:
+            raise wrong(name, f"disk_rate_limiter_{key}", rate, f"is not in 0..{_MAX_RATE}")
 
 
 def _found(name: str, find: object) -> CheckResult:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 
 import structlog
 
-from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, ShareFsConfig, VsockConfig
+from devices.config import BlockConfig, BlockFormat, ConsoleConfig, DeviceConfig, ShareFsConfig, VsockConfig
 from devices.console import Console
+from devices.errors import CallerError, HostError
+from devices.kinds import Kind
 from devices.share_fs import Virtiofsd, is_noise
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock, KernelVsock, reserve_cid
@@ -45,7 +47,8 @@ async def prepare(
             return await _vsock(parts, device, state_dir, undo)
         case BlockConfig():
             host_device = await asyncio.to_thread(is_block_device, device.path)
-            return Placed(device=device, host_device=host_device)
+            size = await asyncio.to_thread(memory_size, device) if device.kind is Kind.PMEM else 0
+            return Placed(device=device, host_device=host_device, bytes=size)
         case ConsoleConfig():
             parts.console = Console(_log_console if debug else None)
             return Placed(device=device, fd=parts.console.guest_end)
@@ -71,6 +74,29 @@ def is_block_device(path: str) -> bool:
         return stat.S_ISBLK(os.stat(path).st_mode)
     except OSError:
         return False
+
+
+def memory_size(device: BlockConfig) -> int:
+    """Bytes of an image that becomes memory. Raises CallerError for one that cannot."""
+    try:
+        info = os.stat(device.path)
+    except OSError as error:
+        raise HostError(f"{device.path} cannot be used: {error.strerror}", phase="devices") from error
+    page = os.sysconf("SC_PAGE_SIZE")
+    why = ""
+    if not device.read_only:
+        why = "an nvdimm is read-only"
+    elif not stat.S_ISREG(info.st_mode) or device.format is not BlockFormat.RAW:
+        why = "an nvdimm is a raw image in a file"
+    elif info.st_size == 0 or info.st_size % page:
+        why = f"its size is {info.st_size} bytes, an nvdimm's a multiple of {page}"
+    if why:
+        raise CallerError(
+            f"{device.path} cannot be an nvdimm: {why}",
+            phase="devices",
+            hint="choose another block_device_driver",
+        )
+    return info.st_size
 
 
 def log_output(name: str) -> Callable[[bytes], None]:

@@ -21,6 +21,7 @@ from devices.config import (
     BlockConfig,
     BlockFormat,
     DeviceConfig,
+    IoLimits,
     NetworkConfig,
     RngConfig,
     ShareFsConfig,
@@ -28,8 +29,26 @@ from devices.config import (
     VsockConfig,
 )
 from devices.errors import BugError, UnsupportedByHypervisor
+from devices.kinds import Kind
 
-__all__ = ["BackEnd", "Placed", "Recipe", "argv", "recipe"]
+__all__ = [
+    "IO_THREAD",
+    "SCSI",
+    "BackEnd",
+    "Placed",
+    "Recipe",
+    "argv",
+    "limits_name",
+    "node_name",
+    "recipe",
+    "scsi_controller",
+    "throttle",
+]
+
+SCSI = "scsi0"
+"""Id of the VM's one SCSI controller."""
+IO_THREAD = "disks"
+"""Id of the thread that serves the disks which ask for one of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +57,15 @@ class Placed:
 
     `at`: the properties that say where it sits, bus and address; none for what sits nowhere. `fd`: the
     connected socket of its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only,
-    else 0. `host_device`: a disk that is a block device of the host.
+    else 0. `host_device`: a disk that is a block device of the host. `bytes`: of a disk that becomes memory.
     """
 
     device: DeviceConfig
-    at: Mapping[str, str] = field(default_factory=dict)
+    at: Mapping[str, str | int] = field(default_factory=dict)
     fd: int = -1
     cid: int = 0
     host_device: bool = False
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,20 +140,131 @@ def argv(made: Recipe) -> list[str]:
     return [*words, "-device", json.dumps(made.front)]
 
 
-def _block(device: BlockConfig, placed: Placed, bus: str) -> Recipe:
-    driver = "host_device" if placed.host_device else "file"
-    node: dict[str, Any] = {
-        "driver": device.format.value,
-        "node-name": f"node-{device.id}",
-        "read-only": device.read_only,
-        "file": {"driver": driver, "filename": device.path, "read-only": device.read_only},
+def node_name(device_id: str) -> str:
+    """What the disk's device reads: the node on top."""
+    return f"node-{device_id}"
+
+
+def limits_name(device_id: str) -> str:
+    """The object with the disk's limits, if it has some."""
+    return f"limits-{device_id}"
+
+
+def throttle(limits: IoLimits) -> dict[str, int]:
+    """QEMU's ThrottleLimits. A burst below its rate would be refused, and means nothing."""
+    words = {
+        "bps-total": limits.bytes,
+        "bps-total-max": limits.bytes_burst if limits.bytes_burst > limits.bytes else 0,
+        "bps-read": limits.read_bytes,
+        "bps-write": limits.write_bytes,
+        "iops-total": limits.ops,
+        "iops-total-max": limits.ops_burst if limits.ops_burst > limits.ops else 0,
+        "iops-read": limits.read_ops,
+        "iops-write": limits.write_ops,
     }
-    if device.format is BlockFormat.QCOW2:
-        node["backing"] = None
-    front: dict[str, Any] = {"driver": f"virtio-blk-{bus}", "drive": node["node-name"]}
+    # A rate that is a share of the total is refused beside it; a burst needs its rate.
+    for kind in ("bps", "iops"):
+        if words[f"{kind}-read"] or words[f"{kind}-write"]:
+            words[f"{kind}-total"] = 0
+        if not words[f"{kind}-total"]:
+            words[f"{kind}-total-max"] = 0
+    return words
+
+
+def scsi_controller(at: Mapping[str, str | int], *, io_thread: bool) -> dict[str, Any]:
+    """What device_add takes for it."""
+    made: dict[str, Any] = {"driver": "virtio-scsi-pci", "id": SCSI, **at}
+    return made | ({"iothread": IO_THREAD} if io_thread else {})
+
+
+def _block(device: BlockConfig, placed: Placed, bus: str) -> Recipe:
+    match device.driver:
+        case Kind.PMEM:
+            return _pmem(device, placed)
+        case Kind.SCSI:
+            return _scsi(device, placed)
+    options = device.options
+    front: dict[str, Any] = {"driver": f"virtio-blk-{bus}", "drive": node_name(device.id)}
     if device.serial:
         front["serial"] = device.serial
-    return Recipe(front, (BackEnd("blockdev", node),))
+    if options.queues:
+        front["num-queues"] = options.queues
+    if options.queue_size:
+        front["queue-size"] = options.queue_size
+    if options.io_thread:
+        front["iothread"] = IO_THREAD
+    return Recipe(front | _sectors(device), _nodes(device, placed))
+
+
+def _scsi(device: BlockConfig, placed: Placed) -> Recipe:
+    """Behind the one controller, whose threads and queues are its own."""
+    front: dict[str, Any] = {"driver": "scsi-hd", "drive": node_name(device.id)}
+    if device.serial:
+        front["serial"] = device.serial
+    return Recipe(front | _sectors(device), _nodes(device, placed))
+
+
+def _pmem(device: BlockConfig, placed: Placed) -> Recipe:
+    """The file itself is the guest's memory: QEMU sees no reads of it, and no writes could be refused one by
+    one; so it is never writable."""
+    backend = {
+        "qom-type": "memory-backend-file",
+        "id": f"mem-{device.id}",
+        "mem-path": device.path,
+        "size": placed.bytes,
+        "share": True,
+        "readonly": True,
+    }
+    front = {"driver": "nvdimm", "memdev": backend["id"], "unarmed": True}
+    return Recipe(front, (BackEnd("object", backend),))
+
+
+def _sectors(device: BlockConfig) -> dict[str, int]:
+    options = device.options
+    sizes = {"logical_block_size": options.logical_sector, "physical_block_size": options.physical_sector}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def _nodes(device: BlockConfig, placed: Placed) -> tuple[BackEnd, ...]:
+    """File or device, format, and above them the limits."""
+    options = device.options
+    file: dict[str, Any] = {
+        "driver": "host_device" if placed.host_device else "file",
+        "filename": device.path,
+        "read-only": device.read_only,
+    }
+    node: dict[str, Any] = {
+        "driver": device.format.value,
+        "node-name": node_name(device.id),
+        "read-only": device.read_only,
+        "file": file,
+    }
+    if options.aio:
+        file["aio"] = options.aio
+    if options.discard and not device.read_only:
+        file["discard"] = node["discard"] = "unmap"
+    if options.direct or options.no_flush:
+        file["cache"] = node["cache"] = {"direct": options.direct, "no-flush": options.no_flush}
+    if device.format is BlockFormat.QCOW2:
+        node["backing"] = None
+    if not options.limits:
+        return (BackEnd("blockdev", node),)
+    group = {
+        "qom-type": "throttle-group",
+        "id": limits_name(device.id),
+        "limits": throttle(options.limits),
+    }
+    node["node-name"] = f"image-{device.id}"
+    above = {
+        "driver": "throttle",
+        "node-name": node_name(device.id),
+        "throttle-group": group["id"],
+        "file": node["node-name"],
+        "read-only": device.read_only,
+    }
+    if options.discard and not device.read_only:
+        above["discard"] = "unmap"
+    return (BackEnd("object", group), BackEnd("blockdev", node), BackEnd("blockdev", above))
 
 
 def _network(device: NetworkConfig, bus: str) -> Recipe:

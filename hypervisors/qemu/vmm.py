@@ -15,15 +15,17 @@ import contextlib
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 import structlog
 
 from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time
-from devices.config import ConsoleConfig, DeviceConfig, VfioConfig
-from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
-from devices.kinds import Op
+from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, VfioConfig
+from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.kinds import Kind, Op
+from devices.manager import disk_name
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
@@ -31,14 +33,15 @@ from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import abilities
 from hypervisors.qemu.cmdline import MICROVM, Plan
 from hypervisors.qemu.death import Death
-from hypervisors.qemu.hotplug import Plugger
+from hypervisors.qemu.disks import update_disk
+from hypervisors.qemu.hotplug import LUNS, Plugger, scsi_seat
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.plan import first_plan, with_ports
 from hypervisors.qemu.prepare import VHOST_VSOCK, log_output, prepare
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
-from hypervisors.qemu.recipes import Placed
+from hypervisors.qemu.recipes import SCSI, Placed
 from hypervisors.qemu.sizing import Sizer
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
@@ -69,6 +72,8 @@ class Qemu:
         self._topology = PciTopology()
         self._passed: set[str] = set()  # ids of the devices of VFIO, once they were here
         self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
+        self._luns = FlatSpace("SCSI addresses", LUNS)
+        self._dimms = FlatSpace("slots for memory", range(section.memory_slots))
         self._sizer: Sizer | None = None  # from `start_vm` on
         self._plugger: Plugger | None = None  # likewise
         self._death: Death | None = None  # from `start_vm` on
@@ -213,6 +218,8 @@ class Qemu:
     async def remove_device(self, device_id: str) -> None:
         """What was hot-plugged; before `start_vm` what has no daemon."""
         if self._plugger is not None and device_id in self._plugger:
+            if (placed := self._plugger.placed(device_id)) is not None:
+                (await self.capabilities()).require(_NAME, placed.device.kind, Op.UNPLUG)
             await self._plugger.remove(device_id)
             return
         placed = next((one for one in self._parts.placed if one.device.id == device_id), None)
@@ -222,8 +229,21 @@ class Qemu:
         self._release(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
-        """Nothing here can be changed while it is plugged."""
-        raise UnsupportedByHypervisor(_NAME, f"changing device {device.id}")
+        """A plugged disk has another size, or other limits."""
+        hot = self._plugger.placed(device.id) if self._plugger is not None else None
+        cold = next((one for one in self._parts.placed if one.device.id == device.id), None)
+        placed = hot or cold
+        if not isinstance(device, BlockConfig):
+            raise UnsupportedByHypervisor(_NAME, f"changing device {device.id}")
+        if placed is None or not isinstance(placed.device, BlockConfig):
+            raise CallerError(f"no disk {device.id} is plugged", code="NOT_FOUND")
+        (await self.capabilities()).require(_NAME, placed.device.kind, Op.RESIZE)
+        await update_disk(self._qmp(), placed.device, device)
+        changed = dataclasses.replace(placed, device=device)
+        if hot is not None and self._plugger is not None:
+            self._plugger.changed(changed)
+        elif cold is not None:
+            self._parts.placed[self._parts.placed.index(cold)] = changed
 
     # --- knowledge
 
@@ -328,19 +348,33 @@ class Qemu:
 
     # --- how it is done
 
-    def _allocate(self, device: DeviceConfig) -> tuple[dict[str, str], str]:
-        """A slot of the machine's bus, and the guest's PCI path to it, "" on a machine without PCI."""
+    def _allocate(self, device: DeviceConfig) -> tuple[Mapping[str, str | int], str]:
+        """A place for a device that is there from the start, and the guest's path to it, "" for none."""
+        match device.kind:
+            case Kind.SCSI:
+                self._have_controller()
+                return scsi_seat(self._luns.allocate(device.id))
+            case Kind.PMEM:
+                slot = self._dimms.allocate(device.id)
+                return {"slot": slot}, f"/dev/pmem{slot}"
         if self._section.machine_type == MICROVM:
-            return {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device.id)}"}, ""
+            at = {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device.id)}"}
+            disks = sum(placed.device.kind is Kind.BLK for placed in self._parts.placed)
+            return at, f"/dev/{disk_name(disks)}" if device.kind is Kind.BLK else ""
         if isinstance(device, VfioConfig):
             place = self._topology.open_port(device.id, device.port)
         else:
             place = self._topology.allocate(device.id)
         return place.properties, place.guest_path
 
+    def _have_controller(self) -> None:
+        assert self._plan is not None
+        if self._plan.scsi is None:
+            self._plan = dataclasses.replace(self._plan, scsi=self._topology.allocate(SCSI))
+
     def _release(self, device_id: str) -> None:
-        self._mmio.release(device_id)
-        self._topology.release(device_id)
+        for space in (self._mmio, self._luns, self._dimms, self._topology):
+            space.release(device_id)
 
     async def _launch(self, timeout: float) -> None:
         assert self._plan is not None
@@ -359,7 +393,13 @@ class Qemu:
         )
         assert self._parts.qmp is not None
         self._sizer = Sizer(plan, self._parts.qmp)
-        self._plugger = Plugger(self._parts.qmp, self._topology, self._section.hotplug_timeout)
+        self._plugger = Plugger(
+            self._parts.qmp,
+            self._topology,
+            self._section.hotplug_timeout,
+            luns=self._luns,
+            scsi=plan.scsi is not None,
+        )
 
     def _on_event(self, event: QmpEvent) -> None:
         _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])

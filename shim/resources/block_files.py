@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 import structlog
 
 from devices import mounts
-from devices.config import BlockConfig
 from devices.errors import HostError, KataError
 from devices.manager import DeviceManager
 from devices.undo import Entry, UndoLog
@@ -31,6 +30,7 @@ from shim.guest_spec import Volume, guest_rootfs
 from shim.protocols import RootfsMount
 from shim.resources.copied_volumes import FileCopier, copy_volume
 from shim.resources.disk_images import DATA_DIR, ImageStore, make_scratch, rootfs_digest
+from shim.resources.disks import DiskStyle
 
 __all__ = ["BlockFiles"]
 
@@ -57,8 +57,11 @@ class BlockFiles:
         undo: UndoLog,
         agent: Callable[[], FileCopier],
         *,
+        style: DiskStyle = DiskStyle(),  # noqa: B008
         data_dir: str = DATA_DIR,
     ) -> None:
+        self._style = style
+        self._data_dir = data_dir
         self._folder = f"{data_dir}/sandboxes/{sandbox_id}"
         self._devices = devices
         self._hypervisor = hypervisor
@@ -183,9 +186,9 @@ class BlockFiles:
         read_only = "ro" in options
         name = "d" + hashlib.sha256(mount_point.encode()).hexdigest()[:16]
         info = await asyncio.to_thread(os.stat, path)
-        device = await self._devices.try_add_device(
-            BlockConfig(id=name, path=path, read_only=read_only), self._hypervisor
-        )
+        ours = path.startswith(f"{self._data_dir}/")
+        config = await self._style.disk(name, path, read_only=read_only, ours=ours)
+        device = await self._devices.try_add_device(config, self._hypervisor)
         held.disks.append(device)
         found = await self._devices.generate_agent_device(device)
         storage = agent_pb2.Storage(

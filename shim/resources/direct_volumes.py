@@ -21,14 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from devices.config import BlockConfig
 from devices.errors import CallerError, HostError
 from devices.holdings import Holdings
 from devices.manager import DeviceManager
 from proto import agent_pb2, types_pb2
 from shim.guest_spec import Volume
+from shim.resources.disks import DiskStyle
 
-__all__ = ["DIRECTORY", "Assigned", "DirectVolumes", "find", "rewrite"]
+__all__ = ["DIRECTORY", "Assigned", "DirectVolumes", "check", "find", "rewrite"]
 
 DIRECTORY = "/run/kata-containers/shared/direct-volumes"
 _GUEST = "/run/kata-containers/sandbox/storage"
@@ -80,6 +80,14 @@ def find(volumes: Sequence[Volume], directory: str = DIRECTORY) -> dict[int, Ass
     return found
 
 
+def check(volumes: Sequence[Volume], directory: str = DIRECTORY) -> None:
+    """Raise CallerError or HostError for the first disk among them that cannot be had. Blocks."""
+    for volume in find(volumes, directory).values():
+        from devices.in_use import probe
+
+        probe(volume.device, read_only=volume.read_only)
+
+
 def _assigned(volume: Volume, path: str, text: bytes) -> Assigned:
     try:
         info = json.loads(text)
@@ -118,16 +126,6 @@ def _check_disk(device: str, path: str) -> None:
         ) from error
     if info is None or not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise HostError(f"{device[:200]!r}, named by {path}, is neither a disk nor an image", phase=_PHASE)
-    if stat.S_ISBLK(info.st_mode):
-        number = f"{os.major(info.st_rdev)}:{os.minor(info.st_rdev)}"
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as table:
-            where = next((line.split()[4] for line in table if line.split()[2] == number), "")
-        if where:
-            raise CallerError(
-                f"{device} is mounted on the host, at {where}: two kernels must not write one file system",
-                phase=_PHASE,
-                hint=f"umount {where}",
-            )
 
 
 def rewrite(document: Mapping[str, Any], assigned: Mapping[int, Assigned]) -> None:
@@ -141,9 +139,15 @@ def rewrite(document: Mapping[str, Any], assigned: Mapping[int, Assigned]) -> No
 class DirectVolumes:
     """The plugged ones of one sandbox."""
 
-    def __init__(self, devices: DeviceManager, holdings: Holdings) -> None:
+    def __init__(
+        self,
+        devices: DeviceManager,
+        holdings: Holdings,
+        style: DiskStyle = DiskStyle(),  # noqa: B008
+    ) -> None:
         self._devices = devices
         self._holdings = holdings
+        self._style = style
 
     async def add(self, container_id: str, assigned: Mapping[int, Assigned]) -> list[agent_pb2.Storage]:
         """Plug the disks; what the agent must mount. Raises KataError; releasing the container's holdings
@@ -151,7 +155,7 @@ class DirectVolumes:
         storages = []
         for volume in assigned.values():
             name = "v" + hashlib.sha256(volume.device.encode()).hexdigest()[:16]
-            config = BlockConfig(id=name, path=volume.device, read_only=volume.read_only)
+            config = await self._style.disk(name, volume.device, read_only=volume.read_only)
             held = await self._holdings.take(container_id, config)
             disk = await self._devices.generate_agent_device(held)
             storage = agent_pb2.Storage(

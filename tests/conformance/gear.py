@@ -94,6 +94,14 @@ async def _disk(gear: Gear, name: str) -> DeviceConfig:
     return BlockConfig(id=name, path=str(gear.image(name)))
 
 
+async def _scsi(gear: Gear, name: str) -> DeviceConfig:
+    return BlockConfig(id=name, path=str(gear.image(name)), driver=Kind.SCSI)
+
+
+async def _pmem(gear: Gear, name: str) -> DeviceConfig:
+    return BlockConfig(id=name, path=str(gear.image(name)), driver=Kind.PMEM, read_only=True)
+
+
 def _open_tap(name: bytes) -> tuple[int, str]:
     fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
@@ -163,6 +171,8 @@ def _spare(taken: set[str]) -> list[str]:
 
 _MAKERS: dict[Kind, Maker] = {
     Kind.BLK: _disk,
+    Kind.SCSI: _scsi,
+    Kind.PMEM: _pmem,
     Kind.NET: _card,
     Kind.SHARE_FS: _share,
     Kind.VSOCK: _vsock,
@@ -174,5 +184,5 @@ _MAKERS: dict[Kind, Maker] = {
 KINDS = tuple(_MAKERS)
 """Those that are devices; with `PLUGGED_AS_SIZE` and `TO_COME` they are all there are."""
 
-TO_COME = frozenset({Kind.SCSI, Kind.PMEM, Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.PROTECTION})
+TO_COME = frozenset({Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.PROTECTION})
 """Kinds that no VMM has yet. Who adds one moves it from here to `_MAKERS`."""

@@ -42,9 +42,9 @@ def _subject(**changes: object) -> Subject:
 
 
 class TestQemuTcg(HypervisorContract):
-    """This machine's accelerator."""
+    """This machine's accelerator; disks may be memory, which needs a machine with nvdimm."""
 
-    subject = _subject(accelerator="tcg")
+    subject = _subject(accelerator="tcg", block_device_driver="virtio-pmem")
 
 
 class TestMicrovmTcg(HypervisorContract):

@@ -590,7 +590,7 @@ def device(path: str, kind: str, major: int, minor: int) -> Change:
         (put("linux.resources.cpu", {"realtimeRuntime": 9}), "UNIMPLEMENTED", "cpu.realtimeRuntime"),
         (put("linux.seccomp", {"listenerPath": "/run/x"}), "UNIMPLEMENTED", "linux.seccomp.listenerPath"),
         (put("linux.rootfsPropagation", "fancy"), "INVALID_ARGUMENT", "linux.rootfsPropagation"),
-        (device("/dev/sda", "b", 8, 0), "UNIMPLEMENTED", "/dev/sda"),
+        (device("/dev/sda", "b", 4000, 0), "FAILED_PRECONDITION", "/dev/sda"),
         (device("/dev/mine", "c", 241, 0), "UNIMPLEMENTED", "/dev/mine"),
         (device("/dev/kvm", "c", 10, 232), "INVALID_ARGUMENT", "/dev/kvm"),
         (put("linux.resources.unified", {"nosuch.max": "1"}), "INVALID_ARGUMENT", "nosuch"),

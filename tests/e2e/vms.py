@@ -56,7 +56,7 @@ class Calls:
 @contextlib.asynccontextmanager
 async def booting(tmp_path: Path) -> AsyncIterator[Boot]:
     """A VM of 256 MB and one vCPU with its agent; keywords change the section, `also` are further devices to
-    start with. Nothing is left of it."""
+    start with, `modules` the guest's kernel's. Nothing is left of it."""
     state, share = tmp_path / "state", tmp_path / "share"
     for path in (state, share):
         path.mkdir(mode=0o700)
@@ -76,7 +76,7 @@ async def booting(tmp_path: Path) -> AsyncIterator[Boot]:
     guests: list[Guest] = []
 
     async def _boot(
-        also: Sequence[DeviceConfig] = (), **changes: object
+        also: Sequence[DeviceConfig] = (), modules: Sequence[str] = (), **changes: object
     ) -> tuple[Qemu, Guest, DeviceManager]:
         section = plugin.adjust_config(dataclasses.replace(base, **changes))  # type: ignore[arg-type]
         vm = plugin.create(section, sandbox_id="e2e", state_dir=str(state), undo=undo)
@@ -98,7 +98,10 @@ async def booting(tmp_path: Path) -> AsyncIterator[Boot]:
         sock, _ = await Calls(vm).connect(1024)
         clients.append(Client(sock))
         guests.append(Guest(Calls(vm), clients[-1]))
-        await guests[-1].agent.create_sandbox(sandbox_request())
+        request = sandbox_request()
+        for module in modules:
+            request.kernel_modules.add(name=module)
+        await guests[-1].agent.create_sandbox(request)
         return vm, guests[-1], manager
 
     yield _boot

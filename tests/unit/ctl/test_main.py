@@ -75,7 +75,7 @@ def test_config_check_tells_everything(
     out, err = capsys.readouterr()
     assert out == ""
     assert [line.split(": ")[0] for line in err.splitlines()] == [f"{path}:2", f"{path}:5", "try"]
-    path.write_text("[runtime]\nenable_tracing = true\n[hypervisor.qemu]\nqueue_size = 128\n")
+    path.write_text("[runtime]\nenable_tracing = true\n[hypervisor.qemu]\nenable_hugepages = false\n")
     assert main(["config", "check", "c.toml"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"note: {path}:2: [runtime] enable_tracing = true has no effect yet: kata-shim behaves as with false",

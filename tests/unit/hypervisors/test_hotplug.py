@@ -61,6 +61,7 @@ async def test_a_disk_comes_and_goes(vm: Vm) -> None:
         "driver": "file",
         "filename": "/nope/disk.img",
         "read-only": False,
+        "discard": "unmap",
     }
     node = vm.machine.nodes["node-other"]
     assert (node["driver"], node["backing"], node["read-only"]) == ("qcow2", None, True)

@@ -50,6 +50,19 @@ def test_a_sound_section_passes(section: HypervisorConfig) -> None:
         ({"machine_type": "microvm", "pcie_root_port": 1}, "needs PCI"),
         ({"virtio_fs_daemon": "/nope/virtiofsd"}, "virtio_fs_daemon .* does not exist"),
         ({"path": "/"}, 'path = "/" is not executable'),
+        ({"machine_type": "microvm"}, "vm_rootfs_driver .* allowed: virtio-blk-mmio"),
+        ({"vm_rootfs_driver": "virtio-pmem"}, "vm_rootfs_driver .* allowed: virtio-blk-pci"),
+        ({"block_device_driver": "virtio-blk-mmio"}, "allowed: virtio-blk-pci, virtio-scsi, virtio-pmem"),
+        ({"block_device_aio": "posix"}, "allowed: threads, native, io_uring"),
+        ({"block_device_aio": "native", "block_device_cache_direct": True}, "needs block_device_cache_set"),
+        ({"queue_size": 100}, "queue_size = 100 is no power of two from 2 to 1024"),
+        ({"block_device_logical_sector_size": 256}, "no power of two from 512"),
+        (
+            {"block_device_logical_sector_size": 4096, "block_device_physical_sector_size": 512},
+            "is less than the logical 4096",
+        ),
+        ({"num_queues": 0}, "num_queues = 0 is not in 1..256"),
+        ({"disk_rate_limiter_ops_max_rate": -1}, "disk_rate_limiter_ops_max_rate = -1"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -16,7 +16,7 @@ from devices.errors import CallerError, HostError, HypervisorError, KataError
 from devices.holdings import Holdings
 from devices.manager import DeviceManager
 from shim.guest_spec import plan_volumes
-from shim.resources.direct_volumes import Assigned, DirectVolumes, find, rewrite
+from shim.resources.direct_volumes import Assigned, DirectVolumes, check, find, rewrite
 
 
 class Assignments:
@@ -108,8 +108,8 @@ def test_a_disk_that_is_mounted_on_the_host_is_refused(given: Assignments, tmp_p
     major, minor = map(int, number.split(":"))
     os.mknod(tmp_path / "node", 0o600 | stat.S_IFBLK, os.makedev(major, minor))
     given.assign("/var/vol", device=str(tmp_path / "node"))
-    with pytest.raises(CallerError, match="is mounted on the host, at /"):
-        given.find(bind("/var/vol"))
+    with pytest.raises(CallerError, match="is in use on this host: mounted at /"):
+        check(plan_volumes({"mounts": [bind("/var/vol")]}, "c"), str(given.directory))
 
 
 def test_the_spec_binds_it_from_where_the_guest_mounts_it(given: Assignments) -> None:

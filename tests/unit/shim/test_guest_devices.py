@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from devices.errors import CallerError
-from shim.guest_devices import check_devices, guest_nodes
+from shim import guest_devices
+from shim.guest_devices import check_devices, guest_nodes, guest_rules, host_devices
 
 
 def spec(*devices: Any) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def test_a_fifo_needs_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "major", "minor"), [("b", 8, 0), ("c", 241, 0), ("u", 511, 3), ("c", 10, 60), ("c", 0, 0)]
+    ("kind", "major", "minor"), [("c", 241, 0), ("u", 511, 3), ("c", 10, 60), ("c", 0, 0)]
 )
 def test_numbers_of_the_hosts_kernel_are_refused(kind: str, major: int, minor: int) -> None:
     good = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}
@@ -63,3 +64,64 @@ def test_of_a_privileged_container_they_are_left_out_and_listed() -> None:
 def test_too_many_are_invalid() -> None:
     with pytest.raises(CallerError):
         check_devices(spec(*[{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}] * 2000))
+
+
+DISK = {"path": "/dev/data", "type": "b", "major": 7, "minor": 3, "fileMode": 0o660}
+
+
+def rules(*rules: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"allow": False, "access": "rwm"}, *rules]
+
+
+def allow(access: str, **fields: Any) -> dict[str, Any]:
+    return {"allow": True, "access": access, **fields}
+
+
+@pytest.mark.parametrize(
+    ("given", "access"),
+    [
+        ([allow("rwm", type="b", major=7, minor=3)], "rwm"),
+        ([allow("rm", type="b", major=7, minor=3)], "rm"),
+        ([allow("rwm", type="b", major=7)], "rwm"),
+        ([allow("r", type="b"), allow("w", type="c", major=7, minor=3)], "r"),
+        ([allow("rwm", type="b", major=7, minor=4)], ""),
+        ([allow("rwm", type="b", major=7, minor=3), {"allow": False, "access": "w", "type": "b"}], "rm"),
+    ],
+)
+def test_a_disk_is_had_as_its_rules_say(given: list[dict[str, Any]], access: str) -> None:
+    document = spec(DISK, {"path": "/dev/null", "type": "c", "major": 1, "minor": 3})
+    document["linux"]["resources"] = {"devices": rules(*given)}
+    check_devices(document)
+    (device,) = host_devices(document)
+
+    assert (device.path, device.number) == ("/dev/data", ("b", 7, 3))
+    assert device.access == set(access)
+
+
+def test_a_disk_that_is_plugged_keeps_its_node_and_gets_a_rule_of_its_own() -> None:
+    document = spec(DISK, {"path": "/dev/null", "type": "c", "major": 1, "minor": 3})
+    document["linux"]["resources"] = {"devices": rules(allow("rw", type="b", major=7))}
+    plugged, left_out = host_devices(document), list[str]()
+    nodes = guest_nodes(document["linux"]["devices"], left_out, plugged)
+    kept = guest_rules(document["linux"]["resources"]["devices"], left_out, plugged)
+
+    assert [node["path"] for node in nodes] == ["/dev/data", "/dev/null"]
+    assert kept[-1] == {"allow": True, "type": "b", "major": 7, "minor": 3, "access": "rw"}
+    assert left_out == ["linux.resources.devices[1] (the host's b 7:-1)"]
+
+
+def test_of_a_privileged_container_the_disks_that_somebody_asked_for_are_plugged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a rule of its own, or at a path that is not the host's."""
+    listed = {"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}
+    ruled = {"path": "/dev/sdb", "type": "b", "major": 8, "minor": 16}
+    moved = {"path": "/dev/xvda", "type": "b", "major": 8, "minor": 32}
+    document = spec(listed, ruled, moved)
+    everything = {"allow": True, "access": "rwm"}
+    document["linux"]["resources"] = {"devices": [everything, allow("rwm", type="b", major=8, minor=16)]}
+    monkeypatch.setattr(guest_devices, "_is_the_hosts_name", lambda device: device.path != "/dev/xvda")
+    check_devices(document)
+
+    assert [device.path for device in host_devices(document)] == ["/dev/sdb", "/dev/xvda"]
+    assert all(device.access == set("rwm") for device in host_devices(document))
