@@ -30,6 +30,8 @@ __all__ = [
     "RngConfig",
     "ShareFsConfig",
     "VfioConfig",
+    "VhostUserBlkConfig",
+    "VhostUserNetConfig",
     "VsockConfig",
 ]
 
@@ -63,6 +65,12 @@ def _check(pattern: re.Pattern[str], value: str, what: str) -> None:
     """These values end up in VMM syntax: refuse whatever could mean something there."""
     if not pattern.fullmatch(value):
         raise BugError(f"{value!r} is no {what}")
+
+
+def _check_queues(queues: int, size: int, least: int) -> None:
+    """What virtio and every VMM take: more would be refused with fewer words."""
+    if not 1 <= queues <= 256 or not least <= size <= 1024 or size & (size - 1):
+        raise BugError(f"{queues} queues of {size} entries: 1 to 256, a power of two from {least} to 1024")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +241,39 @@ class VfioConfig(_Device):
         _check(_PORT, self.port, "kind of port")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserBlkConfig(_Device):
+    """A disk that another process of this host serves (SPDK, qemu-storage-daemon), which also decides whether
+    it can be written."""
+
+    kind: ClassVar[Kind] = Kind.VHOST_USER_BLK
+
+    path: str  # of the unix socket that the back end listens on
+    queues: int = 1
+    queue_size: int = 128  # a power of two, 2 to 1024
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check_queues(self.queues, self.queue_size, 2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostUserNetConfig(_Device):
+    """A network card whose packets another process of this host carries (a DPDK switch, passt)."""
+
+    kind: ClassVar[Kind] = Kind.VHOST_USER_NET
+
+    path: str  # of the unix socket that the back end listens on
+    mac: str
+    queues: int = 1  # pairs, one for receiving and one for sending each
+    queue_size: int = 256  # a power of two, 256 to 1024
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_MAC, self.mac, "MAC address")
+        _check_queues(self.queues, self.queue_size, 256)
+
+
 DeviceConfig = (
     BlockConfig
     | ShareFsConfig
@@ -242,4 +283,6 @@ DeviceConfig = (
     | ConsoleConfig
     | NetworkConfig
     | VfioConfig
+    | VhostUserBlkConfig
+    | VhostUserNetConfig
 )

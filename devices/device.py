@@ -18,7 +18,7 @@ import stat
 from dataclasses import replace
 from typing import Protocol
 
-from devices.config import BlockConfig, DeviceConfig
+from devices.config import BlockConfig, DeviceConfig, VhostUserBlkConfig, VhostUserNetConfig
 from devices.errors import BugError, CallerError, UnsupportedByHypervisor
 
 __all__ = ["ChangingHost", "Device", "DeviceHost", "PluggedDevice"]
@@ -135,8 +135,9 @@ class PluggedDevice:
         return (os.major(info.st_rdev), os.minor(info.st_rdev))
 
     async def get_host_path(self) -> str:
-        """The file or block device behind it; "" for kinds without."""
-        return self._config.path if isinstance(self._config, BlockConfig) else ""
+        """The file, block device or socket behind it; "" for kinds without."""
+        behind = BlockConfig | VhostUserBlkConfig | VhostUserNetConfig
+        return self._config.path if isinstance(self._config, behind) else ""
 
     async def get_bdf(self) -> str | None:
         """Its PCI path in the guest; None while it is not plugged and for what is no PCI device."""

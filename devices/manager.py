@@ -17,7 +17,7 @@ import stat
 import weakref
 from dataclasses import asdict, dataclass, replace
 
-from devices.config import BlockConfig, DeviceConfig, IoLimits
+from devices.config import BlockConfig, DeviceConfig, IoLimits, VhostUserBlkConfig, VhostUserNetConfig
 from devices.device import ChangingHost, DeviceHost, PluggedDevice
 from devices.errors import BugError, CallerError, HostError
 from devices.kinds import Kind
@@ -25,7 +25,16 @@ from devices.kinds import Kind
 __all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
 # How the agent calls what has a place of its own in the guest; a disk without PCI is "mmioblk".
-_AGENT_TYPES = {Kind.BLK: "blk", Kind.SCSI: "scsi", Kind.PMEM: "nvdimm", Kind.VFIO: "vfio-pci-gk"}
+_AGENT_TYPES = {
+    Kind.BLK: "blk",
+    Kind.VHOST_USER_BLK: "blk",
+    Kind.SCSI: "scsi",
+    Kind.PMEM: "nvdimm",
+    Kind.VFIO: "vfio-pci-gk",
+}
+
+# Whose nodes in the guest are /dev/vdX, X by their number.
+_LETTERED = frozenset({Kind.BLK, Kind.VHOST_USER_BLK})
 
 Source = tuple[object, ...]  # what makes two requests mean the same device
 
@@ -78,7 +87,7 @@ class DeviceManager:
                 return name
             if dev_info.id in self._devices:
                 raise BugError(f"two devices are called {dev_info.id}")
-            device = PluggedDevice(dev_info, self._free_index() if dev_info.kind is Kind.BLK else None)
+            device = PluggedDevice(dev_info, self._free_index() if dev_info.kind in _LETTERED else None)
             self._devices[dev_info.id], self._sources[dev_info.id] = device, source
             try:
                 if isinstance(dev_info, BlockConfig) and not dev_info.ours:
@@ -179,8 +188,8 @@ class DeviceManager:
 
 
 def _source(config: DeviceConfig) -> Source:
-    """For a disk the thing itself, not the path to it."""
-    if not isinstance(config, BlockConfig):
+    """For what is behind a path the thing itself, not the path to it."""
+    if not isinstance(config, BlockConfig | VhostUserBlkConfig | VhostUserNetConfig):
         return (type(config).__name__, config.id)
     try:
         info = os.stat(config.path)

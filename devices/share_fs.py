@@ -15,8 +15,10 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Callable
 from enum import Enum
@@ -116,12 +118,12 @@ class Virtiofsd:
         undo: UndoLog,
         on_output: Callable[[bytes], None] | None = None,
     ) -> Virtiofsd:
-        """Start it on `<state_dir>/virtiofsd.sock`; it need not be waited for. Raises HostError."""
+        """Start it on `<state_dir>/<id>.sock`; it need not be waited for. Raises HostError."""
         program = find_virtiofsd(config.daemon)
         if not os.path.isdir(config.source):
             raise BugError(f"the directory to share, {config.source}, does not exist")
         flavour = await flavour_of(program, undo)
-        path = f"{state_dir}/virtiofsd.sock"
+        path = f"{state_dir}/{config.id}.sock"
         listener = listen(path)
         try:
             # In the listener's backlog before the daemon exists: nothing has to be waited for, and
@@ -143,6 +145,32 @@ class Virtiofsd:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         return cls(child, connection)
+
+    @property
+    def lost(self) -> asyncio.Future[int]:
+        """Done when it has ended, for whatever reason."""
+        return self.child.exited
+
+    def describe_loss(self) -> str:
+        """One sentence, once it has ended."""
+        return f"virtiofsd {self.child.describe()}"
+
+    def evidence(self) -> dict[str, str]:
+        """What it said last."""
+        return {"virtiofsd stderr": self.stderr_tail()}
+
+    @property
+    def pids(self) -> list[int]:
+        """Its process, while it lives."""
+        return [self.child.pid] if self.child.alive else []
+
+    def handed_over(self) -> None:
+        """The VMM has the connection; virtiofsd is to see its end with the VMM's."""
+        self.connection.close()
+
+    def abort(self) -> None:
+        """End whatever the VMM waits for from it."""
+        self.child.send_signal(signal.SIGKILL)
 
     def stderr_tail(self, lines: int = 10) -> str:
         """Its last lines, without what it says at every end."""

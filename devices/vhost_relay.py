@@ -63,7 +63,7 @@ class Relay:
         try:
             listener = listen(path, backlog=1)
         except BaseException:
-            back_end.close()
+            back_end.abandon()
             raise
         listener.setblocking(False)
         return cls(back_end, path, listener)
@@ -78,12 +78,28 @@ class Relay:
         self._end()
         self.back_end.abort()
 
-    def close(self) -> None:
+    def describe_loss(self) -> str:
+        """See `BackEnd.describe_loss`."""
+        return self.back_end.describe_loss()
+
+    def evidence(self) -> dict[str, str]:
+        """See `BackEnd.evidence`."""
+        return {}
+
+    @property
+    def pids(self) -> list[int]:
+        """None of ours."""
+        return []
+
+    def handed_over(self) -> None:
+        """We keep it all: see the module's docstring."""
+
+    async def stop(self) -> None:
         """Let go of everything. Idempotent."""
         self._end()
         if self._vmm is not None:
             self._vmm.close()
-        self.back_end.close()
+        await self.back_end.stop()
 
     def _accept(self) -> None:
         assert self._listener is not None

@@ -8,7 +8,7 @@ Invariants:
 - Exactly one connection is made: a probe would be taken for the VMM, and some serve one only.
 - Nothing here blocks: a back end that does not accept is refused, one that does not answer can be given up
   (`abort`).
-- The connection is the back end's until `close`: it must come after the VMM has let go.
+- The connection is the back end's until `stop`: it must come after the VMM has let go.
 Source: unix(7), epoll_ctl(2); docs/interop/vhost-user.rst of QEMU 7.2.
 """
 
@@ -31,7 +31,7 @@ _WHY = {
 
 
 class BackEnd:
-    """One connection. `lost` is done when the back end has closed it; neither `abort` nor `close` do that."""
+    """One connection. `lost` is done when the back end closes it; neither `abort` nor `stop` does that."""
 
     def __init__(self, path: str, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -71,8 +71,28 @@ class BackEnd:
         if self.connection.fileno() >= 0:
             self.connection.shutdown(socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def describe_loss(self) -> str:
+        """One sentence, once `lost` is done."""
+        return f"the vhost-user back end at {self.path} closed its connection"
+
+    def evidence(self) -> dict[str, str]:
+        """It is not ours: what it says is said elsewhere."""
+        return {}
+
+    @property
+    def pids(self) -> list[int]:
+        """None of ours."""
+        return []
+
+    def handed_over(self) -> None:
+        """We keep it all: see the module's docstring."""
+
+    async def stop(self) -> None:
         """Let go of it. Idempotent."""
+        self.abandon()
+
+    def abandon(self) -> None:
+        """The same, where nothing may be awaited."""
         self._unwatch()
         self.connection.close()
 

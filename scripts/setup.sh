@@ -86,12 +86,14 @@ step_venv() {
 # --- 3. What only other Debian releases have --------------------------------------------------------
 # vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.2, the peer of the interop
 # tests for streams; and the containerds of the compatibility tests: trixie's 1.7 and sid's 2.x beside
-# Debian 12's own 1.6 (each with its ctr; runc is the host's). A private apt configuration (own sources,
+# Debian 12's own 1.6 (each with its ctr; runc is the host's); and passt, the vhost-user network's back end of
+# the tests. A private apt configuration (own sources,
 # own lists, own cache) fetches just these, signatures checked; they are unpacked under build/, never
 # installed, so that nothing else can be drawn from there.
 VSOCK=build/vsock/usr/bin/vhost-device-vsock
 GO_TTRPC=build/interop/sid
 CONTAINERDS=build/containerd
+PASST=build/passt
 APT=$PWD/build/apt
 
 from_release() { # DIRECTORY PACKAGE/RELEASE...: unpack the packages into the directory
@@ -137,6 +139,13 @@ step_peers() { # what the tests speak with
     local version
     if [[ ! -d $GO_TTRPC ]]; then
         run go-ttrpc from_release "$GO_TTRPC" golang-github-containerd-ttrpc-dev/sid golang-github-containerd-log-dev/sid
+    fi
+    # passt speaks vhost-user since 2024. It needs a newer libc than Debian 12's: it gets its own, and is run
+    # by that libc's loader.
+    if [[ ! -x $PASST/usr/bin/passt ]]; then
+        run passt from_release "$PASST" passt/trixie libc6/trixie
+        "$PASST/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$PASST/usr/lib/x86_64-linux-gnu" \
+            "$PASST/usr/bin/passt" --version >/dev/null || die "the passt in $PASST does not run here"
     fi
     for version in 1.7/trixie 2/sid; do
         [[ -x $CONTAINERDS/${version%/*}/usr/bin/containerd ]] && continue

@@ -33,7 +33,9 @@ MOST: Mapping[Kind, Support] = {
     Kind.PMEM: _PMEM,
     Kind.NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.VFIO: Support(cold=YES, hot=YES, unplug=YES),
-    Kind.SHARE_FS: _STAYS,
+    Kind.SHARE_FS: Support(cold=YES, hot=YES, unplug=YES),
+    Kind.VHOST_USER_BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its back end resizes it by itself"),
+    Kind.VHOST_USER_NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.VSOCK: _STAYS,
     Kind.RNG: _STAYS,
     Kind.BALLOON: _STAYS,
@@ -48,7 +50,7 @@ def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
     """Of the VM with this section, which is planned like this."""
     able = dict(MOST)
     hot = _why_no_hotplug(section)
-    for kind in (Kind.BLK, Kind.NET):
+    for kind in (Kind.BLK, Kind.NET, Kind.SHARE_FS, Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET):
         able[kind] = _unless(hot, able[kind])
     able[Kind.VFIO] = _vfio(section)
     able[Kind.SCSI] = _unless(hot, able[Kind.SCSI]) if section.machine_type != MICROVM else _all(_NO_PCI)

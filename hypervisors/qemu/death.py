@@ -10,6 +10,7 @@ it resolves by `settle` only.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import structlog
 
@@ -37,6 +38,7 @@ class Death:
         self._section = section
         self._parts = parts
         self._shutdown_reason = ""
+        self._lost: asyncio.Future[str] = self.ended.get_loop().create_future()
         self._watcher: asyncio.Task[None] | None = None
 
     def begin(self, name: str) -> None:
@@ -51,6 +53,11 @@ class Death:
             await self._parts.end_daemons()
             self.settle(VmExit(-9, "QEMU was never started", expected=True))
 
+    def lose(self, reason: str) -> None:
+        """Somebody is gone whom the VM cannot do without; the first time counts."""
+        if not self._lost.done():
+            self._lost.set_result(reason)
+
     def see(self, event: QmpEvent) -> None:
         """Remember what QEMU says of its end."""
         data = event.get("data")
@@ -61,10 +68,13 @@ class Death:
         """Wait for the first death, end the others, tell everybody."""
         parts = self._parts
         assert parts.process is not None
-        exits: set[asyncio.Future[int]] = {child.exited for child in (parts.process, *parts.daemons)}
-        await asyncio.wait(exits, return_when=asyncio.FIRST_COMPLETED)
-        first = None if not parts.process.alive else next(one for one in parts.daemons if not one.alive)
-        if first is not None and not self.stopping:
+        exits: set[asyncio.Future[Any]] = {child.exited for child in (parts.process, *parts.daemons)}
+        await asyncio.wait(exits | {self._lost}, return_when=asyncio.FIRST_COMPLETED)
+        first, lost = None, ""
+        if parts.process.alive:
+            first = next((one for one in parts.daemons if not one.alive), None)
+            lost = self._lost.result() if self._lost.done() else ""
+        if (first is not None or lost) and not self.stopping:
             # Either the daemon died and QEMU follows or hangs, or QEMU is ending in good order and has
             # closed the daemon's socket first: its own end a moment later tells which.
             await asyncio.wait({parts.process.exited}, timeout=GATHER)
@@ -73,7 +83,7 @@ class Death:
         if parts.console is not None:
             parts.console.drain()
         await parts.end_daemons()
-        reason = self._reason(parts.process, first, hung)
+        reason = self._reason(parts.process, first, lost, hung)
         ended = VmExit(
             code=parts.process.exited.result(),
             reason="the VM was stopped" if self.stopping else reason,
@@ -85,15 +95,18 @@ class Death:
             _log.error("the VM died", reason=reason, stderr=ended.stderr_tail)
         self.settle(ended)
 
-    def _reason(self, process: Child, first: Child | None, hung: bool) -> str:
-        """One sentence. `first`: the daemon that died before QEMU; `hung`: QEMU outlived it by far."""
+    def _reason(self, process: Child, first: Child | None, lost: str, hung: bool) -> str:
+        """One sentence. `first`: the daemon that died before QEMU; `lost`: what else went before it; `hung`:
+        QEMU outlived that by far."""
         panic = self._parts.console.panic() if self._parts.console else ""
         if panic:
             return f"the guest kernel panicked: {panic}"
         if self._shutdown_reason:
             return self._shutdown_reason
-        if first is None or (not hung and process.exited.result() < 0):
+        if (first is None and not lost) or (not hung and process.exited.result() < 0):
             return f"{process.name} {process.describe()}"
+        if first is None:
+            return lost if hung else f"{lost}, then {process.name} {process.describe()}"
         if hung or first.exited.result() != 0:
             return f"{first.name} {first.describe()}"
         return f"{first.name} {first.describe()}, then {process.name} {process.describe()}"

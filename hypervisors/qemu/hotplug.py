@@ -45,6 +45,7 @@ _COMMANDS = {
 
 _IN_USE = "is in use"
 _MOMENT = 0.005  # seconds
+_PULSE = 2.0  # seconds in which a QEMU that is not held up answers
 _ABSENT = ("not found", "Failed to find node")  # and its words, where it has none
 
 _log = structlog.get_logger("qemu.hotplug")
@@ -104,6 +105,14 @@ class Plugger:
         """A plugged device is like this now."""
         self._plugged[placed.device.id].placed = placed
 
+    def has(self, device_id: str) -> bool:
+        """Whether it is plugged, whole, and nobody has tried to remove it."""
+        return device_id in self._plugged and self._plugged[device_id].whole
+
+    def present(self, device_id: str) -> bool:
+        """Whether the guest has it, or may have it."""
+        return device_id in self._plugged and not self._plugged[device_id].device_gone
+
     async def add(self, placed: Placed) -> str:
         """Plug it, wherever there is room; its guest path. QEMU has realised it then, the guest's driver may
         still be at it.
@@ -140,8 +149,9 @@ class Plugger:
             for back_end in made.back_ends:
                 await self._make(back_end, plugged)
             front = dict(made.front)
-            # Legacy virtio needs I/O ports, of which a bridge has few.
-            if front["driver"].startswith(("virtio-", "vhost-")):
+            # Legacy virtio needs I/O ports, of which a bridge has few. The newest have no legacy.
+            driver = front["driver"]
+            if driver.startswith(("virtio-", "vhost-")) and not driver.startswith("vhost-user-fs"):
                 front["disable-legacy"] = "on"
             # All of the guest's memory is pinned for a device of VFIO before QEMU answers.
             await self._qmp.execute("device_add", front, timeout=max(5.0, self._deadline if vfio else 0.0))
@@ -178,7 +188,15 @@ class Plugger:
             raise CallerError(f"no device {device_id} is plugged", code="NOT_FOUND")
         plugged.whole = False
         if not plugged.device_gone:
-            await self._unplug(device_id)
+            try:
+                await self._unplug(device_id)
+            except HypervisorError as error:
+                give_up = plugged.placed.give_up if plugged.placed is not None else None
+                if give_up is None or isinstance(error, QmpError) or not await self._held_up():
+                    raise
+                _log.error("QEMU is held up by what serves a device: it is given up", device=device_id)
+                give_up()
+                await self._unplug(device_id)
             plugged.device_gone = True
         while plugged.back_end:
             await self._forget(*plugged.back_end[-1])
@@ -207,6 +225,13 @@ class Plugger:
                     code="DEADLINE_EXCEEDED",
                 ) from None
 
+    async def _held_up(self) -> bool:
+        try:
+            await self._qmp.execute("query-status", timeout=_PULSE)
+        except HypervisorError as error:
+            return error.code == "DEADLINE_EXCEEDED"
+        return False
+
     async def _make(self, back_end: BackEnd, plugged: _Plugged) -> None:
         """One back end, its descriptors first, each noted before it is there."""
         names: dict[str, str] = {}
@@ -220,7 +245,10 @@ class Plugger:
         plugged.back_end.append((delete, {key: back_end.name}))
         arguments = back_end.arguments(names)
         if back_end.option == "chardev":
-            address = {"type": "fd", "data": {"str": arguments.pop("fd")}}
+            if "path" in arguments:
+                address = {"type": "unix", "data": {"path": arguments.pop("path")}}
+            else:
+                address = {"type": "fd", "data": {"str": arguments.pop("fd")}}
             arguments["backend"] = {"type": "socket", "data": {"addr": address, "server": False}}
         await self._qmp.execute(add, arguments)
 

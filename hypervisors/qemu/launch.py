@@ -61,8 +61,6 @@ async def launch(
                 dataclasses.replace(one, fd=vsock.fileno()) if isinstance(one.device, VsockConfig) else one
                 for one in placed
             ]
-        if parts.share_fs is not None:
-            inherited.append(parts.share_fs.connection)
         home_port = parts.channel.home_port if parts.channel else 0
         plan = dataclasses.replace(plan, qmp_fd=listener.fileno(), devices=placed, home_port=home_port)
         fds = [listener.fileno(), *(one.fd for one in placed if one.fd >= 0)]
@@ -86,6 +84,7 @@ async def launch(
     finally:
         for sock in inherited:
             sock.close()
+        parts.helpers.handed_over()
     if parts.console is not None:
         parts.console.handed_over()
     death.begin(f"watch {plan.sandbox_id}")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from devices.child import Child, process_memory, process_stat
 from devices.console import Console
-from devices.share_fs import Virtiofsd
 from devices.vsock import HybridVsock, KernelVsock
 from devices.vsock_daemon import VsockDaemon
+from hypervisors.qemu.helpers import Helpers
 from hypervisors.qemu.qmp import QmpClient
 from hypervisors.qemu.recipes import Placed
 
@@ -24,12 +24,13 @@ __all__ = ["Parts"]
 
 @dataclass(slots=True)
 class Parts:
-    """See the module's docstring. `vhost_fd` is kernel vsock's descriptor, -1 without."""
+    """See the module's docstring. `daemons`: those that every VM needs; `helpers` serve single devices.
+    `vhost_fd` is kernel vsock's descriptor, -1 without."""
 
     placed: list[Placed] = field(default_factory=list)
     daemons: list[Child] = field(default_factory=list)
     vsock: VsockDaemon | None = None
-    share_fs: Virtiofsd | None = None
+    helpers: Helpers = field(default_factory=Helpers)
     vhost_fd: int = -1
     console: Console | None = None
     channel: HybridVsock | KernelVsock | None = None
@@ -37,16 +38,15 @@ class Parts:
     qmp: QmpClient | None = None
 
     async def end_daemons(self) -> None:
-        """Stop vsock daemon and virtiofsd. Idempotent."""
+        """Stop the vsock daemon and what serves the devices. Idempotent."""
         if self.vsock is not None:
             await self.vsock.stop()
-        if self.share_fs is not None:
-            await self.share_fs.stop()
+        await self.helpers.end_all()
 
     def diagnostics(self) -> dict[str, str]:
         """See `Hypervisor.diagnostics`."""
         evidence = {"vmm stderr": self.process.stderr_tail() if self.process else ""}
-        evidence["virtiofsd stderr"] = self.share_fs.stderr_tail() if self.share_fs else ""
+        evidence |= self.helpers.evidence()
         evidence["vhost-device-vsock stderr"] = self.vsock.child.stderr_tail() if self.vsock else ""
         evidence["guest console"] = self.console.tail() if self.console else ""
         return {name: text for name, text in evidence.items() if text}
@@ -54,7 +54,8 @@ class Parts:
     def pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
         children = [self.process, *self.daemons]
-        return [child.pid for child in children if child is not None and child.alive]
+        ours = [child.pid for child in children if child is not None and child.alive]
+        return ours + self.helpers.pids()
 
     def metrics(self) -> dict[str, float]:
         """See `Hypervisor.get_hypervisor_metrics`."""

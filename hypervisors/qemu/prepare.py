@@ -14,7 +14,16 @@ from collections.abc import Callable
 
 import structlog
 
-from devices.config import BlockConfig, BlockFormat, ConsoleConfig, DeviceConfig, ShareFsConfig, VsockConfig
+from devices.config import (
+    BlockConfig,
+    BlockFormat,
+    ConsoleConfig,
+    DeviceConfig,
+    ShareFsConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
+    VsockConfig,
+)
 from devices.console import Console
 from devices.errors import CallerError, HostError
 from devices.kinds import Kind
@@ -33,16 +42,28 @@ _log = structlog.get_logger("qemu")
 
 
 async def prepare(
-    parts: Parts, device: DeviceConfig, *, state_dir: str, undo: UndoLog, debug: bool
+    parts: Parts, device: DeviceConfig, *, state_dir: str, undo: UndoLog, debug: bool, tcg: bool
 ) -> Placed:
-    """Where it will sit is still open. `debug`: what the guest's console says is logged. Raises HostError for
-    what the host lacks."""
+    """Where it will sit is still open. `debug`: what the guest's console says is logged; `tcg`: there is no
+    KVM. Raises HostError for what the host lacks."""
     match device:
         case ShareFsConfig():
             daemon = await Virtiofsd.start(device, state_dir, undo, log_output("virtiofsd"))
-            parts.share_fs = daemon
-            parts.daemons.append(daemon.child)
-            return Placed(device=device, fd=daemon.connection.fileno())
+            parts.helpers.add(device, daemon)
+            return Placed(device=device, fd=daemon.connection.fileno(), give_up=daemon.abort)
+        case VhostUserBlkConfig():
+            from devices.vhost_user import BackEnd  # these two are not on the usual start path
+
+            back_end = BackEnd.connect(device.path)
+            parts.helpers.add(device, back_end)
+            return Placed(device=device, fd=back_end.connection.fileno(), give_up=back_end.abort)
+        case VhostUserNetConfig():
+            from devices.vhost_relay import Relay
+
+            relay = Relay.start(device.path, f"{state_dir}/{device.id}.sock")
+            parts.helpers.add(device, relay)
+            # QEMU 7.2 under TCG dies when the guest sets up this card's message interrupts.
+            return Placed(device=device, path=relay.path, msi=not tcg, give_up=relay.abort)
         case VsockConfig():
             return await _vsock(parts, device, state_dir, undo)
         case BlockConfig():

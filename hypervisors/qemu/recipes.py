@@ -12,7 +12,7 @@ Source: qapi/{block-core,char,net,qom,qdev}.json of QEMU 7.2.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from devices.config import (
     RngConfig,
     ShareFsConfig,
     VfioConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
     VsockConfig,
 )
 from devices.errors import BugError, UnsupportedByHypervisor
@@ -56,16 +58,22 @@ class Placed:
     """A device and what was prepared for it.
 
     `at`: the properties that say where it sits, bus and address; none for what sits nowhere. `fd`: the
-    connected socket of its vhost-user daemon or console, or the vhost descriptor; `cid`: kernel vsock only,
-    else 0. `host_device`: a disk that is a block device of the host. `bytes`: of a disk that becomes memory.
+    connected socket of its vhost-user daemon or console, or the vhost descriptor; `path`: of the socket that
+    QEMU is to connect to itself; `cid`: kernel vsock only, else 0. `host_device`: a disk that is a block
+    device of the host. `bytes`: of a disk that becomes memory. `msi`: whether it may signal by messages.
+    `give_up`: ends the connection to what serves it, for which QEMU may wait with everything else standing
+    still.
     """
 
     device: DeviceConfig
     at: Mapping[str, str | int] = field(default_factory=dict)
     fd: int = -1
+    path: str = ""
     cid: int = 0
     host_device: bool = False
     bytes: int = 0
+    msi: bool = True
+    give_up: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,12 @@ def recipe(placed: Placed, bus: str = "pci") -> Recipe:
             made = _block(device, placed, bus)
         case NetworkConfig():
             made = _network(device, bus)
+        case VhostUserBlkConfig():
+            driver = "vhost-user-blk-pci" if bus == "pci" else "vhost-user-blk"  # the others say "-device"
+            front = {"driver": driver, "num-queues": device.queues}
+            made = _on_socket(device.id, placed.fd, {**front, "queue-size": device.queue_size})
+        case VhostUserNetConfig():
+            made = _vhost_user_network(device, placed, bus)
         case ShareFsConfig():
             front = {"driver": f"vhost-user-fs-{bus}", "tag": device.tag, "queue-size": device.queue_size}
             made = _on_socket(device.id, placed.fd, front)
@@ -133,7 +147,10 @@ def argv(made: Recipe) -> list[str]:
     for back_end in made.back_ends:
         numbers = {key: ":".join(map(str, fds)) for key, fds in back_end.fds.items()}
         if back_end.option == "chardev":  # the one that takes no JSON
-            text = ",".join([f"socket,id={back_end.name}", *(f"{key}={fd}" for key, fd in numbers.items())])
+            parts = back_end.arguments(numbers)
+            text = ",".join(
+                ["socket", *(f"{key}={str(part).replace(',', ',,')}" for key, part in parts.items())]
+            )
         else:
             text = json.dumps(back_end.arguments(numbers))
         words += [f"-{back_end.option}", text]
@@ -276,10 +293,25 @@ def _network(device: NetworkConfig, bus: str) -> Recipe:
     if device.vhost_fds:
         netdev["vhost"] = True
         fds["vhostfds"] = device.vhost_fds
-    front: dict[str, Any] = {"driver": f"virtio-net-{bus}", "netdev": netdev["id"], "mac": device.mac}
+    return Recipe(_card(device.mac, queues, netdev["id"], bus), (BackEnd("netdev", netdev, fds),))
+
+
+def _vhost_user_network(device: VhostUserNetConfig, placed: Placed, bus: str) -> Recipe:
+    """On a socket that QEMU connects to itself: its network takes no other (devices/vhost_relay.py)."""
+    chardev = BackEnd("chardev", {"id": f"char-{device.id}", "path": placed.path})
+    netdev: dict[str, Any] = {"type": "vhost-user", "id": f"net-{device.id}", "chardev": chardev.name}
+    front = _card(device.mac, device.queues, netdev["id"], bus)
+    front |= {"rx_queue_size": device.queue_size, "tx_queue_size": device.queue_size}
+    if not placed.msi and bus == "pci":
+        front["vectors"] = 0
+    return Recipe(front, (chardev, BackEnd("netdev", {**netdev, "queues": device.queues})))
+
+
+def _card(mac: str, queues: int, netdev: str, bus: str) -> dict[str, Any]:
+    front: dict[str, Any] = {"driver": f"virtio-net-{bus}", "netdev": netdev, "mac": mac}
     if queues > 1:
         front |= {"mq": True, **({} if bus == "device" else {"vectors": 2 * queues + 2})}
-    return Recipe(front, (BackEnd("netdev", netdev, fds),))
+    return front
 
 
 def _vfio(device: VfioConfig) -> Recipe:

@@ -35,7 +35,7 @@ from hypervisors.qemu.cmdline import MICROVM, Plan
 from hypervisors.qemu.death import Death
 from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.hotplug import LUNS, Plugger, scsi_seat
-from hypervisors.qemu.kvm import choose_accelerator
+from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.plan import first_plan, with_ports
@@ -48,7 +48,9 @@ __all__ = ["VHOST_VSOCK", "Qemu"]
 
 _NAME = "qemu"
 _QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
-_MMIO = range(1, 24)  # a microvm's transports; the interrupt of number 0 never arrives (QEMU 7.2)
+# A microvm's transports: the guest looks at the last one first, and its first disk has to be vda. The
+# interrupt of number 0 never arrives (QEMU 7.2).
+_MMIO = range(23, 0, -1)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _Part = TypeVar("_Part")
@@ -96,6 +98,7 @@ class Qemu:
             raise BugError("start_vm needs prepare_vm before it, and once")
         parts = self._parts
         self._death = Death(self._section, parts)
+        parts.helpers.on_loss = self._death.lose
         self._starting = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout):
@@ -177,7 +180,7 @@ class Qemu:
         hot = self._death is not None
         (await self.capabilities()).require(_NAME, device.kind, Op.HOT if hot else Op.COLD)
         if hot:
-            return await self._running(self._plugger).add(await self._prepare(device))
+            return await self._add_hot(device)
         if isinstance(device, ConsoleConfig):
             self._parts.placed.append(await self._prepare(device))
             return ""
@@ -189,7 +192,24 @@ class Qemu:
             raise
         return guest_path
 
+    async def _add_hot(self, device: DeviceConfig) -> str:
+        plugger, helpers = self._running(self._plugger), self._parts.helpers
+        if plugger.has(device.id):
+            raise BugError(f"there is a device {device.id} already")
+        with helpers.unsettled(device.id):
+            placed = await self._prepare(device)
+            helper = helpers.of(device.id)
+            try:
+                path = await plugger.add(placed)
+            except BaseException:
+                await helpers.end(device.id)
+                raise
+        if helper is not None:
+            helper.handed_over()
+        return path
+
     async def _prepare(self, device: DeviceConfig) -> Placed:
+        assert self._plan is not None
         if isinstance(device, VfioConfig):
             await self._admit(device)
         return await prepare(
@@ -198,6 +218,7 @@ class Qemu:
             state_dir=self._state_dir,
             undo=self._undo,
             debug=self._section.enable_debug,
+            tcg=self._plan.accelerator is Accelerator.TCG,
         )
 
     async def _admit(self, device: VfioConfig) -> None:
@@ -216,17 +237,25 @@ class Qemu:
         )
 
     async def remove_device(self, device_id: str) -> None:
-        """What was hot-plugged; before `start_vm` what has no daemon."""
+        """What was hot-plugged; before `start_vm` whatever is no part of the VM itself."""
+        helpers = self._parts.helpers
         if self._plugger is not None and device_id in self._plugger:
             if (placed := self._plugger.placed(device_id)) is not None:
                 (await self.capabilities()).require(_NAME, placed.device.kind, Op.UNPLUG)
-            await self._plugger.remove(device_id)
+            with helpers.unsettled(device_id):
+                try:
+                    await self._plugger.remove(device_id)
+                finally:
+                    if not self._plugger.present(device_id):
+                        await helpers.end(device_id)
             return
         placed = next((one for one in self._parts.placed if one.device.id == device_id), None)
-        if self._death is not None or placed is None or placed.fd >= 0:
+        served = helpers.of(device_id) is not None
+        if self._death is not None or placed is None or (placed.fd >= 0 and not served):
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
         self._release(device_id)
+        await helpers.end(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
         """A plugged disk has another size, or other limits."""

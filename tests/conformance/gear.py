@@ -25,12 +25,15 @@ from devices.config import (
     RngConfig,
     ShareFsConfig,
     VfioConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
     VsockConfig,
 )
 from devices.kinds import Kind
 from devices.pci_driver import give_to_vfio
 from devices.undo import MemoryUndo
 from devices.vfio import read_function
+from testing.vhost_user import Passt, StorageDaemon, passt_missing
 
 __all__ = ["KINDS", "PLUGGED_AS_SIZE", "TO_COME", "Gear"]
 
@@ -69,6 +72,8 @@ class Gear:
             return "/dev/net/tun"
         if kind is Kind.VFIO and not _spare(self.taken):
             return "a PCI device to spare (the bench host has some)"
+        if kind is Kind.VHOST_USER_NET:
+            return passt_missing()
         return ""
 
     async def make(self, kind: Kind) -> DeviceConfig:
@@ -169,11 +174,25 @@ def _spare(taken: set[str]) -> list[str]:
     return [one.address for one in found if (one.vendor, one.device) in _SPARE and one.address not in taken]
 
 
+async def _served_disk(gear: Gear, name: str) -> DeviceConfig:
+    daemon = StorageDaemon(gear.image(name), gear.directory / f"{name}.sock")
+    gear.stack.callback(daemon.close)
+    return VhostUserBlkConfig(id=name, path=daemon.path)
+
+
+async def _served_card(gear: Gear, name: str) -> DeviceConfig:
+    passt = Passt(gear.directory / f"{name}.sock")
+    gear.stack.callback(passt.close)
+    return VhostUserNetConfig(id=name, path=passt.path, mac=f"02:00:00:00:01:{gear.count:02x}")
+
+
 _MAKERS: dict[Kind, Maker] = {
     Kind.BLK: _disk,
     Kind.SCSI: _scsi,
     Kind.PMEM: _pmem,
     Kind.NET: _card,
+    Kind.VHOST_USER_BLK: _served_disk,
+    Kind.VHOST_USER_NET: _served_card,
     Kind.SHARE_FS: _share,
     Kind.VSOCK: _vsock,
     Kind.RNG: _rng,
@@ -184,5 +203,5 @@ _MAKERS: dict[Kind, Maker] = {
 KINDS = tuple(_MAKERS)
 """Those that are devices; with `PLUGGED_AS_SIZE` and `TO_COME` they are all there are."""
 
-TO_COME = frozenset({Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.PROTECTION})
+TO_COME = frozenset({Kind.PROTECTION})
 """Kinds that no VMM has yet. Who adds one moves it from here to `_MAKERS`."""

@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,8 +65,8 @@ async def test_its_end_is_noticed_though_the_vmm_holds_the_connection(tmp_path: 
     theirs.close()
     async with asyncio.timeout(20):
         await back_end.lost
-    back_end.close()
-    back_end.close()
+    await back_end.stop()
+    await back_end.stop()
     vmm.close()
     listener.close()
 
@@ -79,7 +79,7 @@ async def test_giving_up_ends_the_vmms_wait_and_is_no_loss(tmp_path: Path) -> No
     back_end.abort()
     assert await asyncio.to_thread(vmm.recv, 10) == b""
     assert not back_end.lost.done()
-    back_end.close()
+    await back_end.stop()
     back_end.abort()
     vmm.close()
     listener.close()
@@ -96,17 +96,17 @@ class Ends:
         for sock in (self.back, self.vmm):
             sock.settimeout(20)
 
-    def close(self) -> None:
-        self.relay.close()
+    async def close(self) -> None:
+        await self.relay.stop()
         for sock in (self.back, self.vmm, self.listener):
             sock.close()
 
 
 @pytest.fixture
-async def ends(tmp_path: Path) -> Iterator[Ends]:  # type: ignore[misc]
+async def ends(tmp_path: Path) -> AsyncIterator[Ends]:
     made = Ends(tmp_path)
     yield made
-    made.close()
+    await made.close()
 
 
 def take(sock: socket.socket, size: int) -> tuple[bytes, list[int]]:

@@ -101,6 +101,9 @@ class Machine:
     def _qmp_capabilities(self, _: dict[str, Any]) -> Any:
         return {}
 
+    def _query_status(self, _: dict[str, Any]) -> Any:
+        return {"status": "running"}
+
     def _query_hotpluggable_cpus(self, _: dict[str, Any]) -> Any:
         entries = [
             {"props": {"core-id": n, "socket-id": 0, "thread-id": 0, "node-id": 0}, "type": "max-x86_64-cpu"}

@@ -35,13 +35,13 @@ class Host:
     """`devices.device.DeviceHost` over a plugger."""
 
     def __init__(self, plugger: Plugger) -> None:
-        self._plugger = plugger
+        self.plugger = plugger
 
     async def add_device(self, device: DeviceConfig) -> str:
-        return await self._plugger.add(Placed(device=device))
+        return await self.plugger.add(Placed(device=device))
 
     async def remove_device(self, device_id: str) -> None:
-        await self._plugger.remove(device_id)
+        await self.plugger.remove(device_id)
 
 
 class Play:
@@ -76,8 +76,10 @@ class Play:
         for number in range(len(self.configs)):
             while self.users[number]:
                 await self.use("unplug", number)
-        # There are fewer places than devices: what is still there goes first.
-        for number in sorted(range(len(self.configs)), key=lambda n: f"d{n}" not in self.machine.devices):
+        # There are fewer places than devices: what still has one goes first, be it only that its removal
+        # was refused.
+        plugger = self.host.plugger
+        for number in sorted(range(len(self.configs)), key=lambda n: f"d{n}" not in plugger):
             await self.finish(number)
         assert (self.machine.devices, self.machine.nodes, self.machine.netdevs) == ({}, {}, {})
         assert self.topology.free() == PLACES
