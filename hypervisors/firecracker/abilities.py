@@ -13,6 +13,8 @@ _NO_API = "Firecracker's API has none"
 _AT_START = "Firecracker takes it before the start only"
 _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
 _NONE = Support(_NO_API, _NO_API, _NO_API, _NO_API)
+_NO_SOCKET = 'its drives with a "socket" are not used here'
+_NO_BALLOON = "its balloon is not used here"
 _FIXED = "Firecracker fixes it at the start"
 
 
@@ -22,6 +24,8 @@ def abilities(slots: int) -> dict[Kind, Support]:
     return {
         **dict.fromkeys(Kind, _NONE),
         Kind.BLK: Support(cold=YES, hot=late, unplug=late, resize=YES),
+        Kind.VHOST_USER_BLK: Support(*[_NO_SOCKET] * 4),
+        Kind.BALLOON: Support(*[_NO_BALLOON] * 4),
         Kind.NET: _STAYS,
         Kind.VSOCK: _STAYS,
         Kind.RNG: _STAYS,
