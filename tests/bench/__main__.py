@@ -12,7 +12,7 @@ from pathlib import Path
 from testing.containerd import Containerd
 from testing.guest import PROJECT, guest_files
 from testing.images import busybox_image
-from tests.bench import report, rows
+from tests.bench import hotplug, report, rows
 from tests.bench.figures import Row
 
 ROWS = {
@@ -22,6 +22,7 @@ ROWS = {
     "d": (rows.round_trip, "ttrpc round trip: ours, Go's"),
     "e": (rows.memory, "PSS of an idle pod"),
     "f": (rows.stdout, "MB/s through stdout: ours, runc"),
+    "g": (hotplug.plugs, "plug and unplug of each kind: ours, raw QMP"),
 }
 
 

@@ -1,0 +1,258 @@
+"""Row (g): how long it takes to plug and to unplug, kind by kind, against raw QMP on a twin of the VM.
+
+What: ours goes through `DeviceManager` or `Hypervisor.resize_*`, the peer sends the commands that ours sent
+last, from a plain socket, to a second VM of the same arguments. A plug ends when QEMU has realised the
+device, or the guest has taken the vCPU or the memory. An unplug ends when the guest has let go and the back
+ends are gone.
+Why twins: what one VM has gone through is what the other has, round by round.
+Invariants: both guests have settled before anything is timed; what is measured is checked to have happened
+by QEMU's own word; a new kind is one line in `_DEVICES` or `_SIZES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import statistics
+import struct
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from devices.config import BlockConfig, DeviceConfig, NetworkConfig
+from devices.kinds import Kind, Op
+from devices.manager import DeviceManager
+from hypervisors.qemu.vmm import Qemu
+from testing.containerd import Containerd
+from tests.bench.figures import Row, Series
+from tests.bench.raw_qmp import Command, RawQmp, Recorder
+from tests.bench.rows import Progress
+from tests.e2e.vms import booting
+
+__all__ = ["plugs"]
+
+_OURS, _PEER = "kata-shim", "raw QMP"
+_LIMIT = 60.0  # seconds for a guest's driver
+_CPUS = frozenset(range(64))  # as if the host had them: each round plugs one more under TCG
+_MIB = 1 << 20
+
+
+# --- what is plugged: one line a kind
+
+
+def _image(folder: Path) -> str:
+    path = folder / "disk"
+    path.write_bytes(b"")
+    os.truncate(path, 8 * _MIB)
+    return str(path)
+
+
+def _tap(stack: contextlib.ExitStack) -> int:
+    """A tap of this host's, which goes with its descriptor."""
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    flags = 0x0002 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+    fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"katabench%d", flags))  # TUNSETIFF
+    return fd
+
+
+_DEVICES: dict[Kind, Callable[[Path, contextlib.ExitStack], DeviceConfig]] = {
+    Kind.BLK: lambda folder, _: BlockConfig(id="disk", path=_image(folder)),
+    Kind.NET: lambda _, stack: NetworkConfig(id="card", mac="02:00:00:00:00:07", tap_fds=(_tap(stack),)),
+}
+_SIZES: dict[Kind, tuple[str, int, int]] = {
+    Kind.VCPU: ("resize_vcpu", 1, 1),
+    Kind.DIMM: ("resize_memory", 256, 128),
+    Kind.VIRTIO_MEM: ("resize_memory", 256, 128),
+}
+"""The method, what the VM starts with, and by how much it grows."""
+
+_SECTIONS: tuple[tuple[dict[str, object], tuple[Kind, ...]], ...] = (
+    ({}, (Kind.BLK, Kind.NET, Kind.VCPU, Kind.DIMM)),
+    ({"enable_virtio_mem": True}, (Kind.VIRTIO_MEM,)),
+)
+"""Which VM has what, beyond the common configuration."""
+
+
+# --- how
+
+
+class _Twins:
+    """Two VMs: ours with its manager, the peer's with a socket."""
+
+    def __init__(self, vm: Qemu, manager: DeviceManager, raw: RawQmp) -> None:
+        self.vm = vm
+        self.manager = manager
+        self.raw = raw
+        self.client = vm._qmp()  # what its plugger and its sizer use
+
+    async def ask_ours(self, command: str, **arguments: Any) -> Any:
+        """Of our VM, by its own connection."""
+        return await self.client.execute(command, arguments)
+
+    async def ask_peer(self, command: str, **arguments: Any) -> Any:
+        """Of the peer's."""
+        return self.raw.execute(command, arguments)
+
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+async def _shape(ask: Ask) -> tuple[Any, ...]:
+    """What the VM has, as QEMU says."""
+    names = sorted(entry["name"] for entry in await ask("qom-list", path="/machine/peripheral"))
+    memory = await ask("query-memory-size-summary")
+    nodes = sorted(node["node-name"] for node in await ask("query-named-block-nodes"))
+    return names, memory, len(await ask("query-cpus-fast")), [n for n in nodes if not n.startswith("#")]
+
+
+async def _driven(ask: Ask, device_id: str) -> None:
+    """Return when the guest's driver runs the device; at once for what is no virtio device."""
+    end = time.monotonic() + _LIMIT
+    path = f"/machine/peripheral/{device_id}/virtio-backend"
+    if path not in {device["path"] for device in await ask("x-query-virtio")}:
+        return
+    while "DRIVER_OK" not in str(await ask("x-query-virtio-status", path=path)):
+        assert time.monotonic() < end, f"no driver took {device_id}"
+        await asyncio.sleep(0.001)
+
+
+@dataclass(slots=True)
+class _Step:
+    """One thing that both do in each round, and what came of it."""
+
+    title: str
+    do: Callable[[], Awaitable[object]]
+    device_id: str = ""  # of what the guest's driver has to take afterwards
+    commands: list[Command] = field(default_factory=list)  # that ours sent last
+    shape: tuple[Any, ...] = ()  # of our VM after them
+    times: dict[str, list[float]] = field(default_factory=lambda: {_OURS: [], _PEER: []})  # ms
+    driven: dict[str, list[float]] = field(default_factory=lambda: {_OURS: [], _PEER: []})  # ms
+
+    async def ours(self, twins: _Twins) -> None:
+        """Do it, and note how."""
+        with Recorder(twins.client).commands() as seen:
+            begin = time.perf_counter()
+            await self.do()
+            await self._done(_OURS, begin, twins.ask_ours)
+        self.commands, self.shape = seen, await _shape(twins.ask_ours)
+
+    async def peer(self, twins: _Twins, commands: list[Command], shape: tuple[Any, ...]) -> None:
+        """Do what ours did in the round before, and see that it had the same effect."""
+        begin = time.perf_counter()
+        twins.raw.replay(commands)
+        await self._done(_PEER, begin, twins.ask_peer)
+        assert await _shape(twins.ask_peer) == shape, "the peer did something else"
+
+    async def _done(self, who: str, begin: float, ask: Ask) -> None:
+        self.times[who].append((time.perf_counter() - begin) * 1000)
+        if self.device_id:
+            await _driven(ask, self.device_id)
+            self.driven[who].append((time.perf_counter() - begin) * 1000)
+
+    def row(self, number: int, rounds: int) -> Row:
+        """Of the last `rounds`."""
+        ours, peer = (Series(who, tuple(self.times[who][-rounds:])) for who in (_OURS, _PEER))
+        notes = {
+            f"{who}, ms until the guest's driver has it": round(statistics.median(each[-rounds:]), 1)
+            for who, each in self.driven.items()
+            if each
+        }
+        return Row(key=f"g{number}", title=self.title, unit="ms", ours=ours, peer=peer, notes=notes)
+
+
+def _device_steps(twins: _Twins, kind: Kind, device: DeviceConfig) -> list[_Step]:
+    async def plug() -> None:
+        await twins.manager.try_add_device(device, twins.vm)
+
+    async def unplug() -> None:
+        await twins.manager.try_remove_device(device.id, twins.vm)
+
+    return [_Step(f"plug: {kind.value}", plug, device.id), _Step(f"unplug: {kind.value}", unplug)]
+
+
+def _size_steps(twins: _Twins, kind: Kind, *, shrinks: bool) -> list[_Step]:
+    name, size, step = _SIZES[kind]
+    resize = getattr(twins.vm, name)
+
+    async def grow() -> None:
+        nonlocal size
+        size += step
+        assert await resize(size) == size
+
+    async def shrink() -> None:
+        nonlocal size
+        size -= step
+        assert await resize(size) == size
+
+    grown = _Step(f"plug: {kind.value}", grow)
+    return [grown, _Step(f"unplug: {kind.value}", shrink)] if shrinks else [grown]
+
+
+async def _measure(twins: _Twins, steps: list[_Step], rounds: int, say: Progress) -> None:
+    """In turns, the peer one round behind; two rounds warm up."""
+    for number in range(-2, rounds):
+        before = [(step.commands, step.shape) for step in steps]
+
+        async def ours() -> None:
+            for step in steps:
+                await step.ours(twins)
+
+        async def peer(before: Any = before) -> None:
+            for step, (commands, shape) in zip(steps, before, strict=True):
+                await step.peer(twins, commands, shape)
+
+        turns = [ours, peer] if number % 2 == 0 else [peer, ours]
+        for turn in turns if number > -2 else [ours]:
+            await turn()
+    for step in steps:
+        twins.raw.replay(step.commands)  # it has caught up
+    last = ", ".join(f"{s.title} {s.times[_OURS][-1]:.1f} / {s.times[_PEER][-1]:.1f} ms" for s in steps)
+    say(f"{rounds} rounds; the last one, ours / peer: {last}")
+
+
+@contextlib.asynccontextmanager
+async def _twins(folder: Path, section: dict[str, object]) -> AsyncIterator[_Twins]:
+    for name in (_OURS, _PEER):
+        (folder / name).mkdir()
+    async with booting(folder / _OURS) as boot, booting(folder / _PEER) as boot_twin:
+        wanted = {"default_maxvcpus": len(_CPUS), "default_maxmemory": 1024, **section}
+        vm, _, manager = await boot(**wanted)
+        twin, _, _ = await boot_twin(**wanted)
+        await twin.disconnect()
+        raw = RawQmp(str(folder / _PEER / "state/qmp.sock"))
+        try:
+            yield _Twins(vm, manager, raw)
+        finally:
+            raw.close()
+
+
+async def _all(rounds: int, say: Progress) -> list[Row]:
+    steps: list[_Step] = []
+    for section, kinds in _SECTIONS:
+        with (
+            tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
+            contextlib.ExitStack() as stack,
+        ):
+            async with _twins(Path(name), section) as twins:
+                able = await twins.vm.capabilities()
+                for kind in kinds:
+                    if kind in _DEVICES:
+                        some = _device_steps(twins, kind, _DEVICES[kind](Path(name), stack))
+                    else:
+                        some = _size_steps(twins, kind, shrinks=able.can(kind, Op.UNPLUG))
+                    await _measure(twins, some, rounds, say)
+                    steps += some
+    return [step.row(number, rounds) for number, step in enumerate(steps, 1)]
+
+
+def plugs(_containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
+    """(g) plug and unplug, each kind."""
+    with mock.patch.object(os, "sched_getaffinity", return_value=_CPUS):
+        return asyncio.run(_all(rounds, say))
