@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
+import gc
 import os
 import re
 import struct
+import tracemalloc
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,7 @@ from devices.config import (
 )
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
+from devices.manager import AgentDevice
 from hypervisors.qemu.vmm import Qemu
 from proto import agent_pb2 as agent
 from proto import types_pb2 as types
@@ -225,30 +230,70 @@ def own_memory(pid: int) -> int:
     return kib << 10
 
 
-async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> None:
-    """The same slot each time, and as many descriptors and as much memory in QEMU as before."""
-    vm, guest, _ = await boot()
-    disk = make_disk(tmp_path / "a")
-    pid = await vm.get_vmm_master_tid()
-    paths, counts, sizes = set(), [], []
+@dataclass(frozen=True)
+class Held:
+    """What is there between two cycles: in QEMU, and in this process, which is the shim's part."""
 
-    async def seen() -> None:
+    qemu_fds: int
+    nodes: int
+    free_slots: int
+    own_fds: int
+    own_tasks: int
+    qemu_bytes: int
+    own_bytes: int
+
+
+async def held(vm: Qemu) -> Held:
+    pid = await vm.get_vmm_master_tid()
+    qemu_bytes = await asyncio.to_thread(own_memory, pid)
+    nodes = await vm._qmp().execute("query-named-block-nodes")
+    gc.collect()
+    return Held(
+        qemu_fds=len(os.listdir(f"/proc/{pid}/fd")),
+        nodes=len(nodes),
+        free_slots=vm._topology.free(),
+        own_fds=len(os.listdir("/proc/self/fd")),
+        own_tasks=len(asyncio.all_tasks()),
+        qemu_bytes=qemu_bytes,
+        own_bytes=tracemalloc.get_traced_memory()[0],
+    )
+
+
+async def test_nothing_leaks_over_many_cycles(boot: Boot, tmp_path: Path) -> None:
+    """The same slot and name each time, and as many descriptors, nodes, tasks and bytes as before,
+    in QEMU and in the shim."""
+    vm, guest, manager = await boot()
+    disk = make_disk(tmp_path / "a")
+    names: set[tuple[str, AgentDevice]] = set()
+    seen: list[Held] = []
+
+    async def plug() -> None:
+        name = await manager.try_add_device(disk, vm)
+        names.add((name, await manager.generate_agent_device(name)))
+
+    async def readable() -> None:
         code, out, _ = await guest.run("cat", "/sys/block/vdb/size")
         assert (code, int(out)) == (0, 8 << 11)
 
-    for cycle in range(CYCLES):
-        paths.add(await vm.add_device(disk))
-        if cycle == 0:
-            await seen()
-        await vm.remove_device(disk.id)
-        counts.append(len(os.listdir(f"/proc/{pid}/fd")))
-        if cycle % 5 == 0:
-            sizes.append(await asyncio.to_thread(own_memory, pid))
-    paths.add(await vm.add_device(disk))
-    await seen()
+    tracemalloc.start()
+    try:
+        for cycle in range(CYCLES):
+            await plug()
+            if cycle == 0:
+                await readable()
+            assert await manager.try_remove_device(disk.id, vm) == 1
+            if cycle % 5 == 4:
+                seen.append(await held(vm))
+    finally:
+        tracemalloc.stop()
+    await plug()
+    await readable()
 
-    print("own memory of QEMU:", sizes[:: max(1, len(sizes) // 20)])
-    assert len(paths) == 1
-    assert max(counts[2:]) <= counts[1]
+    early, late = seen[len(seen) // 4], seen[-1]
+    print(f"after the first cycles {seen[0]}\nafter a quarter {early}\nat the end of {CYCLES} {late}")
+    assert len(names) == 1
+    counts = [dataclasses.replace(each, qemu_bytes=0, own_bytes=0) for each in seen]
+    assert counts == [counts[0]] * len(counts)
     # What a plug takes at its height comes and goes; a leak of 10 kB per plug would be more in 1,000.
-    assert sizes[-1] - sizes[len(sizes) // 4] < 8 << 20, sizes
+    assert late.qemu_bytes - early.qemu_bytes < 8 << 20, seen
+    assert late.own_bytes - early.own_bytes < 256 << 10, seen
