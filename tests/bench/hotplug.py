@@ -6,7 +6,7 @@ device, or the guest has taken the vCPU or the memory. An unplug ends when the g
 ends are gone.
 Why twins: what one VM has gone through is what the other has, round by round.
 Invariants: both guests have settled before anything is timed; what is measured is checked to have happened
-by QEMU's own word; a new kind is one line in `_DEVICES` or `_SIZES`.
+by QEMU's own word; a new kind is one case in `_device` and one word in `_SECTIONS`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import statistics
 import struct
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from devices.config import BlockConfig, DeviceConfig, NetworkConfig
+from devices.config import BlockConfig, DeviceConfig, NetworkConfig, VfioConfig
 from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
+from devices.pci_driver import give_to_vfio, restore
+from devices.undo import MemoryUndo
+from devices.vfio import read_function
 from hypervisors.qemu.vmm import Qemu
 from testing.containerd import Containerd
 from tests.bench.figures import Row, Series
@@ -62,10 +65,30 @@ def _tap(stack: contextlib.ExitStack) -> int:
     return fd
 
 
-_DEVICES: dict[Kind, Callable[[Path, contextlib.ExitStack], DeviceConfig]] = {
-    Kind.BLK: lambda folder, _: BlockConfig(id="disk", path=_image(folder)),
-    Kind.NET: lambda _, stack: NetworkConfig(id="card", mac="02:00:00:00:00:07", tap_fds=(_tap(stack),)),
-}
+async def _function(stack: contextlib.ExitStack) -> str:
+    """The address of the bench host's spare PCI function, QEMU's edu, given to vfio-pci."""
+    for name in os.listdir("/sys/bus/pci/devices"):
+        function = read_function(name)
+        if (function.vendor, function.device) == (0x1234, 0x11E8) and os.path.exists("/dev/vfio"):
+            entry = await give_to_vfio(function, MemoryUndo())
+            stack.callback(restore, entry.facts)
+            return name
+    raise _MissingError("no PCI function to give away; the bench host has one")
+
+
+async def _device(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> DeviceConfig:
+    """A device of this kind for both VMs, one after the other. Raises _MissingError if this host has none."""
+    match kind:
+        case Kind.BLK:
+            return BlockConfig(id="disk", path=_image(folder))
+        case Kind.NET:
+            return NetworkConfig(id="card", mac="02:00:00:00:00:07", tap_fds=(_tap(stack),))
+        case Kind.VFIO:
+            return VfioConfig(id="edu", address=await _function(stack))
+        case _:
+            raise AssertionError(f"no device of kind {kind.value}")
+
+
 _SIZES: dict[Kind, tuple[str, int, int]] = {
     Kind.VCPU: ("resize_vcpu", 1, 1),
     Kind.DIMM: ("resize_memory", 256, 128),
@@ -76,11 +99,16 @@ _SIZES: dict[Kind, tuple[str, int, int]] = {
 _SECTIONS: tuple[tuple[dict[str, object], tuple[Kind, ...]], ...] = (
     ({}, (Kind.BLK, Kind.NET, Kind.VCPU, Kind.DIMM)),
     ({"enable_virtio_mem": True}, (Kind.VIRTIO_MEM,)),
+    ({"hot_plug_vfio": "root-port", "pcie_root_port": 1}, (Kind.VFIO,)),
 )
 """Which VM has what, beyond the common configuration."""
 
 
 # --- how
+
+
+class _MissingError(Exception):
+    """What cannot be measured here, and why."""
 
 
 class _Twins:
@@ -233,22 +261,38 @@ async def _twins(folder: Path, section: dict[str, object]) -> AsyncIterator[_Twi
             raw.close()
 
 
+async def _group(
+    folder: Path, section: dict[str, object], kinds: Sequence[Kind], rounds: int, say: Progress
+) -> list[_Step]:
+    """The kinds that one pair of VMs has."""
+    steps: list[_Step] = []
+    with contextlib.ExitStack() as stack:
+        devices: dict[Kind, DeviceConfig] = {}
+        for kind in set(kinds) - set(_SIZES):
+            try:
+                devices[kind] = await _device(kind, folder, stack)
+            except _MissingError as error:
+                say(f"not measured: {kind.value}: {error}")
+        kinds = [kind for kind in kinds if kind in devices or kind in _SIZES]
+        if not kinds:
+            return []
+        async with _twins(folder, section) as twins:
+            able = await twins.vm.capabilities()
+            for kind in kinds:
+                if kind in devices:
+                    some = _device_steps(twins, kind, devices[kind])
+                else:
+                    some = _size_steps(twins, kind, shrinks=able.can(kind, Op.UNPLUG))
+                await _measure(twins, some, rounds, say)
+                steps += some
+    return steps
+
+
 async def _all(rounds: int, say: Progress) -> list[Row]:
     steps: list[_Step] = []
     for section, kinds in _SECTIONS:
-        with (
-            tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name,
-            contextlib.ExitStack() as stack,
-        ):
-            async with _twins(Path(name), section) as twins:
-                able = await twins.vm.capabilities()
-                for kind in kinds:
-                    if kind in _DEVICES:
-                        some = _device_steps(twins, kind, _DEVICES[kind](Path(name), stack))
-                    else:
-                        some = _size_steps(twins, kind, shrinks=able.can(kind, Op.UNPLUG))
-                    await _measure(twins, some, rounds, say)
-                    steps += some
+        with tempfile.TemporaryDirectory(prefix="bench-", dir="/tmp") as name:
+            steps += await _group(Path(name), section, kinds, rounds, say)
     return [step.row(number, rounds) for number, step in enumerate(steps, 1)]
 
 
