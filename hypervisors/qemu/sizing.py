@@ -62,7 +62,7 @@ class Sizer:
         self._qmp = qmp
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
-        self._leaving: set[str] = set()  # asked of the guest, without an answer in time
+        self._leaving: set[str] = set()  # asked of the guest, without an answer yet, or not all gone
 
     # --- vCPUs
 
@@ -94,6 +94,7 @@ class Sizer:
                 for name in reversed(plugged[count - present :]):
                     if not await self._unplug(name):
                         break
+                    self._leaving.discard(name)
                 return self._count(await self._cpu_slots())
         return count
 
@@ -171,12 +172,15 @@ class Sizer:
             raise _nonsense("query-memory-devices", error) from error
 
     async def _sweep(self, dimms: Iterable[_Dimm]) -> None:
-        """Remove back ends without a DIMM."""
-        used = {f"{_BACK_END}{dimm.name}" for dimm in dimms}
-        for backend in await self._qmp.execute("query-memdev"):
-            name = str(backend.get("id"))
-            if name.startswith(f"{_BACK_END}{_DIMM}") and name not in used:
-                await self._qmp.execute("object-del", {"id": name})
+        """Remove the back ends of DIMMs that the guest gave back after its time."""
+        there = {dimm.name for dimm in dimms}
+        for name in sorted(self._leaving):
+            if name.startswith(_DIMM) and name not in there:
+                await self._drop_back_end(name)
+
+    async def _drop_back_end(self, name: str) -> None:
+        await self._qmp.execute("object-del", {"id": f"{_BACK_END}{name}"})
+        self._leaving.discard(name)
 
     async def _plug_dimm(self, dimm: _Dimm) -> None:
         name, node = dimm.name, f"{_BACK_END}{dimm.name}"
@@ -203,7 +207,7 @@ class Sizer:
                 gone += dimm.mib
             if not went:
                 break  # the guest is at it still, or has shown that it needs what it has
-            await self._sweep(await self._dimms())
+            await self._drop_back_end(dimm.name)
         return gone
 
     async def _request(self, mib: int, *, growing: bool) -> None:
@@ -244,22 +248,25 @@ class Sizer:
             )
 
     async def _unplug(self, name: str) -> bool:
-        """Ask the guest for a vCPU or a DIMM; whether it is gone. One that it keeps stays usable."""
+        """Ask the guest for a vCPU or a DIMM; whether it is gone. It counts as leaving until the caller has
+        cleaned up behind it, and when the guest has not answered in time."""
         with self._qmp.expect(let_go(name)) as answer:
+            self._leaving.add(name)
             try:
                 await self._qmp.execute("device_del", {"id": name})
             except QmpError as error:
                 if error.kind == NOT_FOUND:
                     return True  # an earlier request was met late
+                self._leaving.discard(name)
                 raise error.with_context(phase="sizing") from None
             try:
                 async with asyncio.timeout(self._deadline):
                     event = await answer
             except TimeoutError:
                 _log.warning("the guest has not given back what it was asked for", device=name)
-                self._leaving.add(name)
                 return False
         if event["event"] != "DEVICE_DELETED":
+            self._leaving.discard(name)
             _log.info("the guest keeps what it was asked to give back", device=name, answer=event["data"])
             return False
         return True

@@ -49,8 +49,8 @@ _MIB = 1 << 20
 # --- what is plugged: one line a kind
 
 
-def _image(folder: Path) -> str:
-    path = folder / "disk"
+def _image(folder: Path, name: str) -> str:
+    path = folder / name
     path.write_bytes(b"")
     os.truncate(path, 8 * _MIB)
     return str(path)
@@ -80,7 +80,9 @@ async def _device(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> Devi
     """A device of this kind for both VMs, one after the other. Raises _MissingError if this host has none."""
     match kind:
         case Kind.BLK:
-            return BlockConfig(id="disk", path=_image(folder))
+            return BlockConfig(id="disk", path=_image(folder, "disk"))
+        case Kind.SCSI:
+            return BlockConfig(id="lun", path=_image(folder, "lun"), driver=kind)
         case Kind.NET:
             return NetworkConfig(id="card", mac="02:00:00:00:00:07", tap_fds=(_tap(stack),))
         case Kind.VFIO:
@@ -97,7 +99,7 @@ _SIZES: dict[Kind, tuple[str, int, int]] = {
 """The method, what the VM starts with, and by how much it grows."""
 
 _SECTIONS: tuple[tuple[dict[str, object], tuple[Kind, ...]], ...] = (
-    ({}, (Kind.BLK, Kind.NET, Kind.VCPU, Kind.DIMM)),
+    ({}, (Kind.BLK, Kind.SCSI, Kind.NET, Kind.VCPU, Kind.DIMM)),
     ({"enable_virtio_mem": True}, (Kind.VIRTIO_MEM,)),
     ({"hot_plug_vfio": "root-port", "pcie_root_port": 1}, (Kind.VFIO,)),
 )

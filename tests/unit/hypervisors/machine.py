@@ -125,10 +125,6 @@ class Machine:
             if device["driver"] == "pc-dimm"
         ]
 
-    def _query_memdev(self, _: dict[str, Any]) -> Any:
-        ram = [{"id": name} for name, made in self.objects.items() if "memory" in made["qom-type"]]
-        return [{"id": "mem0", "size": self.base}, *ram]
-
     def _object_add(self, arguments: dict[str, Any]) -> Any:
         self.objects[arguments["id"]] = arguments
         return {}

@@ -197,7 +197,7 @@ async def test_what_may_go_at_any_moment_is_not_counted_on(machine: Machine, mak
     assert in_use(machine) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("command", ["device_del", "object-del", "query-memdev", "query-memory-devices"])
+@pytest.mark.parametrize("command", ["device_del", "object-del", "query-memory-devices"])
 async def test_an_unplug_that_qemu_refuses_can_be_tried_again(
     machine: Machine, make: Make, command: str
 ) -> None:
