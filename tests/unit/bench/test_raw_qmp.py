@@ -23,11 +23,11 @@ async def test_what_succeeded_is_noted_and_what_only_asks_is_not() -> None:
     try:
         machine.refuse.add("blockdev-del")
         with Recorder(client).commands() as seen:
-            await client.execute("query-memdev")
+            await client.execute("query-hotpluggable-cpus")
             await client.execute("blockdev-add", {"node-name": "n", "driver": "raw"})
             with pytest.raises(QmpError):
                 await client.execute("blockdev-del", {"node-name": "n"})
-        await client.execute("query-memdev")
+        await client.execute("query-hotpluggable-cpus")
         await client.execute("blockdev-add", {"node-name": "later", "driver": "raw"})
     finally:
         await client.close()
