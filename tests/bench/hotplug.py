@@ -6,7 +6,7 @@ device, or the guest has taken the vCPU or the memory. An unplug ends when the g
 ends are gone.
 Why twins: what one VM has gone through is what the other has, round by round.
 Invariants: both guests have settled before anything is timed; what is measured is checked to have happened
-by QEMU's own word; a new kind is one case in `_device` and one word in `_SECTIONS`.
+by QEMU's own word; a new kind is one case in `_item` and one word in `_SECTIONS`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,34 @@ import fcntl
 import os
 import statistics
 import struct
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from devices.config import BlockConfig, DeviceConfig, NetworkConfig, VfioConfig
+from devices.config import (
+    BlockConfig,
+    DeviceConfig,
+    NetworkConfig,
+    ShareFsConfig,
+    VfioConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
+)
 from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
 from devices.pci_driver import give_to_vfio, restore
+from devices.share_fs import Flavour, find_virtiofsd, flavour_of, virtiofsd_arguments
 from devices.undo import MemoryUndo
 from devices.vfio import read_function
 from hypervisors.qemu.vmm import Qemu
 from testing.containerd import Containerd
+from testing.vhost_user import Passt, StorageDaemon, passt_missing
 from tests.bench.figures import Row, Series
 from tests.bench.raw_qmp import Command, RawQmp, Recorder
 from tests.bench.rows import Progress
@@ -41,6 +53,7 @@ from tests.e2e.vms import booting
 __all__ = ["plugs"]
 
 _OURS, _PEER = "kata-shim", "raw QMP"
+_MAC = "02:00:00:00:00:07"
 _LIMIT = 60.0  # seconds for a guest's driver
 _CPUS = frozenset(range(64))  # as if the host had them: each round plugs one more under TCG
 _MIB = 1 << 20
@@ -76,17 +89,67 @@ async def _function(stack: contextlib.ExitStack) -> str:
     raise _MissingError("no PCI function to give away; the bench host has one")
 
 
-async def _device(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> DeviceConfig:
-    """A device of this kind for both VMs, one after the other. Raises _MissingError if this host has none."""
+class _Item:
+    """A device for both VMs, one after the other, and what the peer has to do besides QMP."""
+
+    def __init__(self, device: DeviceConfig, served: str = "") -> None:
+        self.device = device
+        self.served = served
+
+    def before(self) -> str:
+        """The socket of the back end, which listens then; "" without one."""
+        return self.served
+
+    def after(self) -> None:
+        """Once it is unplugged."""
+
+
+class _Share(_Item):
+    """A virtiofsd for each plug, as ours has."""
+
+    def __init__(self, device: ShareFsConfig, flavour: Flavour, folder: Path) -> None:
+        super().__init__(device, str(folder / "virtiofsd"))
+        words = virtiofsd_arguments(device, flavour, 0)[1:]
+        self._argv = [find_virtiofsd(""), f"--socket-path={self.served}", *words]
+
+    def before(self) -> str:
+        self._child = subprocess.Popen(self._argv, stderr=subprocess.DEVNULL)
+        while not os.path.exists(self.served):
+            assert self._child.poll() is None, "virtiofsd ended"
+            time.sleep(0.0005)
+        return self.served
+
+    def after(self) -> None:
+        self._child.kill()
+        self._child.wait()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.served)
+
+
+async def _item(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> _Item:
+    """Of this kind. Raises _MissingError if this host cannot have it."""
     match kind:
         case Kind.BLK:
-            return BlockConfig(id="disk", path=_image(folder, "disk"))
+            return _Item(BlockConfig(id="disk", path=_image(folder, "disk")))
         case Kind.SCSI:
-            return BlockConfig(id="lun", path=_image(folder, "lun"), driver=kind)
+            return _Item(BlockConfig(id="lun", path=_image(folder, "lun"), driver=kind))
         case Kind.NET:
-            return NetworkConfig(id="card", mac="02:00:00:00:00:07", tap_fds=(_tap(stack),))
+            return _Item(NetworkConfig(id="card", mac=_MAC, tap_fds=(_tap(stack),)))
         case Kind.VFIO:
-            return VfioConfig(id="edu", address=await _function(stack))
+            return _Item(VfioConfig(id="edu", address=await _function(stack)))
+        case Kind.VHOST_USER_BLK:
+            disk = stack.enter_context(
+                closing(StorageDaemon(Path(_image(folder, "served")), folder / "disks"))
+            )
+            return _Item(VhostUserBlkConfig(id="served", path=disk.path), disk.path)
+        case Kind.VHOST_USER_NET:
+            if missing := passt_missing():
+                raise _MissingError(missing)
+            net = stack.enter_context(closing(Passt(folder / "passt")))
+            return _Item(VhostUserNetConfig(id="passt", path=net.path, mac=_MAC), net.path)
+        case Kind.SHARE_FS:
+            share = ShareFsConfig(id="more", tag="more", source=str(folder))
+            return _Share(share, await flavour_of(find_virtiofsd(""), MemoryUndo()), folder)
         case _:
             raise AssertionError(f"no device of kind {kind.value}")
 
@@ -100,6 +163,7 @@ _SIZES: dict[Kind, tuple[str, int, int]] = {
 
 _SECTIONS: tuple[tuple[dict[str, object], tuple[Kind, ...]], ...] = (
     ({}, (Kind.BLK, Kind.SCSI, Kind.NET, Kind.VCPU, Kind.DIMM)),
+    ({}, (Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.SHARE_FS)),
     ({"enable_virtio_mem": True}, (Kind.VIRTIO_MEM,)),
     ({"hot_plug_vfio": "root-port", "pcie_root_port": 1}, (Kind.VFIO,)),
 )
@@ -160,6 +224,8 @@ class _Step:
     title: str
     do: Callable[[], Awaitable[object]]
     device_id: str = ""  # of what the guest's driver has to take afterwards
+    before: Callable[[], str] = str  # of the peer: serve it, on which socket
+    after: Callable[[], None] = lambda: None  # of the peer: end what served it
     commands: list[Command] = field(default_factory=list)  # that ours sent last
     shape: tuple[Any, ...] = ()  # of our VM after them
     times: dict[str, list[float]] = field(default_factory=lambda: {_OURS: [], _PEER: []})  # ms
@@ -176,9 +242,14 @@ class _Step:
     async def peer(self, twins: _Twins, commands: list[Command], shape: tuple[Any, ...]) -> None:
         """Do what ours did in the round before, and see that it had the same effect."""
         begin = time.perf_counter()
-        twins.raw.replay(commands)
+        self.replay(twins, commands)
         await self._done(_PEER, begin, twins.ask_peer)
         assert await _shape(twins.ask_peer) == shape, "the peer did something else"
+
+    def replay(self, twins: _Twins, commands: list[Command]) -> None:
+        """What the peer does."""
+        twins.raw.replay(commands, served=self.before())
+        self.after()
 
     async def _done(self, who: str, begin: float, ask: Ask) -> None:
         self.times[who].append((time.perf_counter() - begin) * 1000)
@@ -197,14 +268,17 @@ class _Step:
         return Row(key=f"g{number}", title=self.title, unit="ms", ours=ours, peer=peer, notes=notes)
 
 
-def _device_steps(twins: _Twins, kind: Kind, device: DeviceConfig) -> list[_Step]:
+def _device_steps(twins: _Twins, kind: Kind, item: _Item) -> list[_Step]:
+    device = item.device
+
     async def plug() -> None:
         await twins.manager.try_add_device(device, twins.vm)
 
     async def unplug() -> None:
         await twins.manager.try_remove_device(device.id, twins.vm)
 
-    return [_Step(f"plug: {kind.value}", plug, device.id), _Step(f"unplug: {kind.value}", unplug)]
+    plugged = _Step(f"plug: {kind.value}", plug, device.id, before=item.before)
+    return [plugged, _Step(f"unplug: {kind.value}", unplug, after=item.after)]
 
 
 def _size_steps(twins: _Twins, kind: Kind, *, shrinks: bool) -> list[_Step]:
@@ -242,7 +316,7 @@ async def _measure(twins: _Twins, steps: list[_Step], rounds: int, say: Progress
         for turn in turns if number > -2 else [ours]:
             await turn()
     for step in steps:
-        twins.raw.replay(step.commands)  # it has caught up
+        step.replay(twins, step.commands)  # it has caught up
     last = ", ".join(f"{s.title} {s.times[_OURS][-1]:.1f} / {s.times[_PEER][-1]:.1f} ms" for s in steps)
     say(f"{rounds} rounds; the last one, ours / peer: {last}")
 
@@ -269,20 +343,20 @@ async def _group(
     """The kinds that one pair of VMs has."""
     steps: list[_Step] = []
     with contextlib.ExitStack() as stack:
-        devices: dict[Kind, DeviceConfig] = {}
+        items: dict[Kind, _Item] = {}
         for kind in set(kinds) - set(_SIZES):
             try:
-                devices[kind] = await _device(kind, folder, stack)
+                items[kind] = await _item(kind, folder, stack)
             except _MissingError as error:
                 say(f"not measured: {kind.value}: {error}")
-        kinds = [kind for kind in kinds if kind in devices or kind in _SIZES]
+        kinds = [kind for kind in kinds if kind in items or kind in _SIZES]
         if not kinds:
             return []
         async with _twins(folder, section) as twins:
             able = await twins.vm.capabilities()
             for kind in kinds:
-                if kind in devices:
-                    some = _device_steps(twins, kind, devices[kind])
+                if kind in items:
+                    some = _device_steps(twins, kind, items[kind])
                 else:
                     some = _size_steps(twins, kind, shrinks=able.can(kind, Op.UNPLUG))
                 await _measure(twins, some, rounds, say)

@@ -14,7 +14,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypervisors.qemu.qmp import QmpClient
@@ -96,9 +96,10 @@ class RawQmp:
             else:
                 return message["return"]
 
-    def replay(self, commands: Sequence[Command]) -> None:
-        """All of them, each with its event."""
-        for command in commands:
+    def replay(self, commands: Sequence[Command], *, served: str = "") -> None:
+        """All of them, each with its event. `served`: a vhost-user back end's socket, which QEMU connects
+        to itself then, where ours handed it a connection."""
+        for command in _by_path(commands, served) if served else commands:
             self._events.clear()
             end = time.monotonic() + _LIMIT
             while True:
@@ -133,3 +134,16 @@ class RawQmp:
         line, self._buffer = self._buffer.split(b"\n", 1)
         message: dict[str, Any] = json.loads(line)
         return message
+
+
+def _by_path(commands: Sequence[Command], path: str) -> list[Command]:
+    """With `path` instead of descriptors."""
+    address = {"type": "unix", "data": {"path": path}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    return [
+        replace(command, arguments={**command.arguments, "backend": backend})
+        if command.name == "chardev-add"
+        else command
+        for command in commands
+        if command.name != "getfd"
+    ]
