@@ -62,7 +62,8 @@ class Sizer:
         self._qmp = qmp
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
-        self._leaving: set[str] = set()  # asked of the guest, without an answer yet, or not all gone
+        self._leaving: set[str] = set()  # asked of the guest, without an answer yet
+        self._back_ends: set[str] = set()  # DIMMs that have one, or may have; noted before they come
 
     # --- vCPUs
 
@@ -94,7 +95,6 @@ class Sizer:
                 for name in reversed(plugged[count - present :]):
                     if not await self._unplug(name):
                         break
-                    self._leaving.discard(name)
                 return self._count(await self._cpu_slots())
         return count
 
@@ -125,6 +125,7 @@ class Sizer:
             raise UnsupportedByHypervisor("qemu", f"other than {base} MiB as this VM is configured")
         async with self._lock:
             dimms = [] if plan.virtio_mem is not None else await self._dimms()
+            await self._sweep(dimms)
             leaving = [dimm for dimm in dimms if dimm.name in self._leaving]
             present = await self._memory() - sum(dimm.mib for dimm in leaving)
             if mib == present:
@@ -141,7 +142,6 @@ class Sizer:
             if plan.virtio_mem is not None:
                 await self._request(mib - base, growing=mib > present)
                 return await self._memory()
-            await self._sweep(dimms)
             if mib < present:
                 return present - await self._unplug_dimms(
                     [dimm for dimm in dimms if dimm not in leaving], present - mib
@@ -172,26 +172,29 @@ class Sizer:
             raise _nonsense("query-memory-devices", error) from error
 
     async def _sweep(self, dimms: Iterable[_Dimm]) -> None:
-        """Remove the back ends of DIMMs that the guest gave back after its time."""
-        there = {dimm.name for dimm in dimms}
-        for name in sorted(self._leaving):
-            if name.startswith(_DIMM) and name not in there:
-                await self._drop_back_end(name)
+        """Remove back ends without a DIMM: it did not come, or the guest gave it back after its time."""
+        for name in sorted(self._back_ends - {dimm.name for dimm in dimms}):
+            await self._drop_back_end(name)
 
     async def _drop_back_end(self, name: str) -> None:
-        await self._qmp.execute("object-del", {"id": f"{_BACK_END}{name}"})
-        self._leaving.discard(name)
+        try:
+            await self._qmp.execute("object-del", {"id": f"{_BACK_END}{name}"})
+        except QmpError as error:
+            if "not found" not in error.cause:
+                raise error.with_context(phase="sizing") from None
+        self._back_ends.discard(name)
 
     async def _plug_dimm(self, dimm: _Dimm) -> None:
         name, node = dimm.name, f"{_BACK_END}{dimm.name}"
         backend = {"qom-type": "memory-backend-memfd", "id": node, "size": dimm.mib << 20, "share": True}
-        await self._qmp.execute("object-add", backend)
+        self._back_ends.add(name)
         try:
+            await self._qmp.execute("object-add", backend)
             await self._plug(
                 {"driver": "pc-dimm", "id": name, "memdev": node}, f"{dimm.mib} MiB of memory ({name})"
             )
         except QmpError as error:  # QEMU refused it; a guest that is slow has it all the same
-            await self._qmp.execute("object-del", {"id": node})
+            await self._drop_back_end(name)
             hint = "plug more at once, or set enable_virtio_mem = true: it needs one slot"
             raise error.with_context(phase="sizing", hint=hint) from None
 
@@ -248,16 +251,15 @@ class Sizer:
             )
 
     async def _unplug(self, name: str) -> bool:
-        """Ask the guest for a vCPU or a DIMM; whether it is gone. It counts as leaving until the caller has
-        cleaned up behind it, and when the guest has not answered in time."""
+        """Ask the guest for a vCPU or a DIMM; whether it is gone. Without an answer it is leaving."""
         with self._qmp.expect(let_go(name)) as answer:
             self._leaving.add(name)
             try:
                 await self._qmp.execute("device_del", {"id": name})
             except QmpError as error:
+                self._leaving.discard(name)
                 if error.kind == NOT_FOUND:
                     return True  # an earlier request was met late
-                self._leaving.discard(name)
                 raise error.with_context(phase="sizing") from None
             try:
                 async with asyncio.timeout(self._deadline):
@@ -265,8 +267,8 @@ class Sizer:
             except TimeoutError:
                 _log.warning("the guest has not given back what it was asked for", device=name)
                 return False
+        self._leaving.discard(name)
         if event["event"] != "DEVICE_DELETED":
-            self._leaving.discard(name)
             _log.info("the guest keeps what it was asked to give back", device=name, answer=event["data"])
             return False
         return True

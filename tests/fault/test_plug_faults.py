@@ -146,6 +146,43 @@ async def test_no_fault_leaves_half_a_device(
     assert tried >= 2
 
 
+@pytest.mark.parametrize("virtio_mem", [False, True], ids=["DIMM", "virtio-mem"])
+async def test_no_fault_leaves_half_a_resize(
+    boot: Boot, monkeypatch: pytest.MonkeyPatch, virtio_mem: bool
+) -> None:
+    """Memory, up and down: the next attempt reaches the size, and QEMU has what it had with it before."""
+    saboteur = Saboteur(monkeypatch)
+    vm, _, _ = await boot(enable_virtio_mem=virtio_mem, default_maxmemory=1024)
+    base, more = 256, 384
+    wanted: dict[int, dict[str, Any]] = {}
+    commands: dict[int, list[str]] = {}
+    for size in (more, base, more, base):  # the first time the daemons see new memory they open descriptors
+        saboteur.disarm()
+        assert await vm.resize_memory(size) == size
+        commands[size] = saboteur.seen
+        wanted[size] = await quiet(vm)
+    tried = 0
+    for after in (False, True):
+        for number in range(max(map(len, commands.values()))):
+            for target in (more, base):
+                if number >= len(commands[target]):
+                    continue
+                assert await vm.resize_memory(base + more - target) == base + more - target
+                saboteur.arm(number, after=after)
+                came = await attempt(vm.resize_memory(target))
+                what = f"{commands[target][number]} {'unanswered' if after else 'refused'}"
+                saboteur.disarm()
+                assert not came, what
+                for _ in range(100):  # a guest that is at it still lets go soon
+                    assert await vm.resize_memory(target) == target, what
+                    if await everything(vm) == wanted[target]:
+                        break
+                    await asyncio.sleep(0.02)
+                assert await everything(vm) == wanted[target], what
+                tried += 1
+    assert tried >= 4
+
+
 async def commands_of(vm: Qemu, device: DeviceConfig, saboteur: Saboteur) -> tuple[list[str], list[str]]:
     """The commands of one plug and of one unplug."""
     seen: list[list[str]] = []

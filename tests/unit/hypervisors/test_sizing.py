@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.plan import first_plan, with_ports
+from hypervisors.qemu.qmp import QmpClient
 from hypervisors.qemu.sizing import Sizer
 from tests.unit.hypervisors.machine import Machine
 
@@ -239,6 +241,30 @@ async def test_a_dimm_that_qemu_refuses_leaves_nothing(machine: Machine, make: M
 
     machine.refuse.clear()
     assert await sizer.resize_memory(512) == 512
+
+
+@pytest.mark.parametrize("command", ["object-add", "device_add"])
+async def test_what_qemu_answers_too_late_is_not_forgotten(
+    machine: Machine, make: Make, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """It has it all the same: the next attempt finds the DIMM, or makes another and removes the back end."""
+    sizer = await make()
+    execute = QmpClient.execute
+
+    async def slow(client: QmpClient, name: str, *args: Any, **keywords: Any) -> Any:
+        answer = await execute(client, name, *args, **keywords)
+        if name == command:
+            raise HypervisorError(f"QEMU did not answer {name} within 5 s", code="DEADLINE_EXCEEDED")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QmpClient, "execute", slow)
+        with pytest.raises(HypervisorError, match=f"did not answer {command}"):
+            await sizer.resize_memory(512)
+    assert await sizer.resize_memory(512) == 512
+    assert (list(machine.devices), list(machine.objects)) == (["dimm0"], ["mem-dimm0"])
+    assert await sizer.resize_memory(256) == 256
+    assert machine.objects == {}
 
 
 async def test_virtio_mem_goes_both_ways(machine: Machine, make: Make) -> None:
