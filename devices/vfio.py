@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 from devices.errors import CallerError, HostError
 
-__all__ = ["CONTROL_NODES", "IommuGroup", "PciFunction", "find_group", "is_vfio_node", "read_function"]
+__all__ = [
+    "CONTROL_NODES",
+    "IommuGroup",
+    "PciFunction",
+    "find_group",
+    "is_cdev",
+    "is_vfio_node",
+    "node_name",
+    "read_function",
+]
 
 CONTROL_NODES = ("/dev/vfio/vfio", "/dev/iommu")
 """What every user of VFIO opens besides its device: no device by themselves."""
@@ -105,6 +114,17 @@ class IommuGroup:
 def is_vfio_node(path: str) -> bool:
     """Whether this names a device of VFIO, by its group or by itself; the control nodes do not."""
     return bool(_GROUP.fullmatch(path) or _CDEV.fullmatch(path))
+
+
+def is_cdev(path: str) -> bool:
+    """Whether this is iommufd's node of one function."""
+    return bool(_CDEV.fullmatch(path))
+
+
+def node_name(major: int, minor: int, sysfs: str = "/sys") -> str:
+    """The host's name of the character device with this number, "/dev/vfio/7"; "" if there is none."""
+    lines = _text(f"{sysfs}/dev/char/{major}:{minor}/uevent").splitlines()
+    return next((f"/dev/{line[8:]}" for line in lines if line.startswith("DEVNAME=")), "")
 
 
 def find_group(node: str, sysfs: str = "/sys") -> IommuGroup:

@@ -23,9 +23,10 @@ from typing import Any
 
 from devices.errors import CallerError
 
-__all__ = ["HostDevice", "check_devices", "guest_nodes", "guest_rules", "host_devices"]
+__all__ = ["HostDevice", "check_devices", "guest_nodes", "guest_rules", "host_devices", "vfio_nodes"]
 
 MAX_DEVICES = 1024
+SYSFS = "/sys"
 
 _MISC = 10
 _DYNAMIC_MAJORS = (range(234, 255), range(384, 512))
@@ -70,7 +71,8 @@ def check_devices(spec: Mapping[str, Any]) -> None:
             raise _wrong(f"{place}.type of {path[:200]} must be b, c, u or p, not {str(kind)[:20]!r}")
         if not isinstance(major, int) or not isinstance(minor, int):
             raise _wrong(f"{place} ({path[:200]}) needs whole numbers")
-        if not _meant_for_guest(device) and not _plugged(device) and not _privileged(spec):
+        passed_on = _plugged(device) or bool(_vfio_node(device))
+        if not _meant_for_guest(device) and not passed_on and not _privileged(spec):
             raise CallerError(
                 f"config.json: {place}: {path[:200]} is a character device of the host ({major}:{minor}), "
                 "which the guest does not have",
@@ -108,7 +110,7 @@ def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
         device = HostDevice(
             node["path"], node["type"], node.get("major", 0), node.get("minor", 0), _access(node, rules)
         )
-        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(device):
+        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(node):
             found.append(device)
     return found
 
@@ -132,12 +134,42 @@ def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
     return rule.get("allow") is True and (rule.get("type"), rule.get("major"), rule.get("minor")) == mine
 
 
-def _is_the_hosts_name(device: HostDevice) -> bool:
+def _is_the_hosts_name(node: Mapping[str, Any]) -> bool:
     try:
-        number = os.stat(device.path).st_rdev
+        number = os.stat(node["path"]).st_rdev
     except OSError:
         return False
-    return number == os.makedev(device.major, device.minor)
+    return number == os.makedev(node.get("major", 0), node.get("minor", 0))
+
+
+def vfio_nodes(spec: Mapping[str, Any], sysfs: str = "") -> list[tuple[str, str]]:
+    """The devices of VFIO among linux.devices: where the container has it, and the host's name for it.
+
+    By number: the path is the container's choice. Of a privileged container as `host_devices`.
+    """
+    linux = spec.get("linux") or {}
+    rules = [
+        rule for rule in (linux.get("resources") or {}).get("devices") or [] if isinstance(rule, Mapping)
+    ]
+    privileged = _privileged(spec)
+    names = [(node, _vfio_node(node, sysfs)) for node in linux.get("devices") or []]
+    return [
+        (node["path"], name)
+        for node, name in names
+        if name
+        and (not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(node))
+    ]
+
+
+def _vfio_node(device: Mapping[str, Any], sysfs: str = "") -> str:
+    """The host's name of a device of VFIO, "" of everything else."""
+    major, minor = device.get("major", 0), device.get("minor", 0)
+    if device["type"] not in ("c", "u") or _registered(major, minor):
+        return ""
+    from devices.vfio import is_vfio_node, node_name
+
+    name = node_name(major, minor, sysfs or SYSFS)
+    return name if is_vfio_node(name) else ""
 
 
 def _privileged(spec: Mapping[str, Any]) -> bool:

@@ -136,7 +136,19 @@ def _poststop(facts: Facts, timeout: float) -> None:
         raise ReleaseError("; ".join(failed))
 
 
+def _pci_driver(facts: Facts, timeout: float) -> None:
+    """Give a PCI function back to the driver that it was taken from."""
+    from devices.errors import KataError
+    from devices.pci_driver import restore
+
+    try:
+        restore(facts, timeout=timeout)
+    except (KataError, ValueError) as error:
+        raise ReleaseError(str(error)) from error
+
+
 _KINDS = {
+    "pci-driver": _pci_driver,
     "process": _process,
     "socket": _file,
     "file": _file,

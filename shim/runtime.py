@@ -33,6 +33,7 @@ from devices.config import (
     VsockConfig,
 )
 from devices.errors import CallerError
+from devices.kinds import Kind, Op
 from devices.vsock import STREAM_PORT
 from hypervisors.config import HypervisorConfig
 from hypervisors.registry import get_plugin, register_built_in
@@ -50,6 +51,7 @@ from shim.resources.direct_volumes import check as check_direct
 from shim.resources.disks import disk_style
 from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
+from shim.resources.vfio_settings import vfio_settings, wants
 from shim.sandbox import SandboxSettings, VirtSandbox
 from shim.task_service import TaskService
 from shim.trace import Trace
@@ -58,6 +60,7 @@ from ttrpc import Server
 if TYPE_CHECKING:
     from shim.pod_config import PodDefaults
     from shim.pod_sandbox import PodSandbox
+    from shim.resources.vfio_devices import Wanted
 
 __all__ = ["Service", "VirtContainer", "build_service"]
 
@@ -152,7 +155,7 @@ class VirtContainer:
         self._config = config
         self._check(spec)
         await self._check_disks(spec)
-        return self.new_instance(config, spec, pod)
+        return self.new_instance(config, spec, pod, await self._passed(config, spec))
 
     def _check(self, spec: Mapping[str, Any]) -> None:
         """Refuse what cannot be served, before anything is done for the container."""
@@ -177,10 +180,29 @@ class VirtContainer:
         if volumes:
             await asyncio.to_thread(check_direct, volumes)
 
+    async def _passed(self, config: Config, spec: Mapping[str, Any]) -> Wanted | None:
+        """The devices of VFIO that the VM starts with. Refuses what the first container cannot have, before
+        its VM is started; of a running one it is refused when they are plugged."""
+        vfio = vfio_settings(config.runtime, config.hypervisor)
+        if not wants(spec, vfio):
+            return None
+        if vfio.cold == vfio.hot == "no-port":  # a VMM without says so itself
+            able = get_plugin(config.hypervisor_name).capabilities
+            able.require(config.hypervisor_name, Kind.VFIO, Op.COLD)
+        from shim.resources.vfio_devices import find
+
+        found = await asyncio.to_thread(find, spec, vfio)
+        return found if vfio.cold != "no-port" else None
+
     def new_instance(
-        self, config: Config, spec: Mapping[str, Any], pod: PodDefaults | None = None
+        self,
+        config: Config,
+        spec: Mapping[str, Any],
+        pod: PodDefaults | None = None,
+        passed: Wanted | None = None,
     ) -> VirtSandbox:
-        """Hypervisor, devices and sandbox, none of which runs or holds anything yet."""
+        """Hypervisor, devices and sandbox, none of which runs or holds anything yet. `passed`: devices of
+        VFIO to start with."""
         context = self._context
         agent = config.agent
         stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
@@ -209,6 +231,8 @@ class VirtContainer:
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
             disks=disk_style(section),
+            vfio=vfio_settings(config.runtime, section),
+            passed=passed,
             host_mounts=context.host_mounts,
         )
         _log.info(

@@ -47,11 +47,13 @@ from shim.resources.network.pod import PodNetwork
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Bounds, Sizing, spec_limits
+from shim.resources.vfio_settings import VfioSettings, wants
 from shim.trace import Trace
 
 if TYPE_CHECKING:
     from shim.hooks import HostHooks
     from shim.pod_config import PodDefaults
+    from shim.resources.vfio_devices import VfioDevices, Wanted
 
 __all__ = ["SandboxSettings", "VirtSandbox"]
 
@@ -67,8 +69,9 @@ class SandboxSettings:
     `network`: see `shim.resources.network`. `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
-    `disks`: how its containers' disks are served. `pod`: what each container gets that does not bring it, for
-    sandboxes of the Sandbox API.
+    `disks`: how its containers' disks are served. `vfio`: how devices of VFIO are passed on; `passed`: those
+    that the VM starts with. `pod`: what each container gets that does not bring it, for sandboxes of the
+    Sandbox API.
     """
 
     sandbox_id: str
@@ -87,6 +90,8 @@ class SandboxSettings:
     disable_guest_seccomp: bool = False
     pod: PodDefaults | None = None
     disks: DiskStyle = field(default_factory=DiskStyle)
+    vfio: VfioSettings = field(default_factory=VfioSettings)
+    passed: Wanted | None = None
     host_mounts: int | None = None  # see `shim.context`
 
 
@@ -126,6 +131,7 @@ class VirtSandbox:
             self._files = BlockFiles(
                 settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
             )
+        self._vfio: VfioDevices | None = None  # once a container wants such a device
         self._writing: set[str] = set()  # containers with disks of their own
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
@@ -213,6 +219,7 @@ class VirtSandbox:
         direct = await asyncio.to_thread(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
         disks = [] if kind == OWN else host_devices(spec)
+        passed = await self._find_passed(spec) if kind != OWN else None
         root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
         volumes = await self._files.name(volumes)
         document, left_out = guest_spec(
@@ -226,6 +233,11 @@ class VirtSandbox:
             devices=disks,
         )
         rewrite_direct(document, direct)
+        if passed is not None:
+            from shim.resources.vfio_devices import rewrite as rewrite_passed
+
+            rewrite_passed(document, passed, self.settings.vfio)
+            left_out += passed.left_out
         message, rest = spec_from_json(document)
         left_out += rest.dropped
         if left_out:
@@ -239,7 +251,7 @@ class VirtSandbox:
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
-        devices = await self._add_devices(container_id, disks) if disks else []
+        devices = await self._add_devices(container_id, disks, passed) if disks or passed else []
         if any(storage.driver in _DISK_DRIVERS and "ro" not in storage.options for storage in storages):
             self._writing.add(container_id)
         await self._run_hooks(container_id, bundle, spec)
@@ -251,13 +263,36 @@ class VirtSandbox:
             beyond=rest.beyond,
         )
 
-    async def _add_devices(self, container_id: str, wanted: Sequence[HostDevice]) -> list[agent_pb2.Device]:
+    async def _add_devices(
+        self, container_id: str, disks: Sequence[HostDevice], passed: Wanted | None
+    ) -> list[agent_pb2.Device]:
         """Plug the host's devices that the container is to have."""
-        from shim.resources.container_devices import ContainerDevices  # not on the usual start path
-
-        plugged = ContainerDevices(self._devices, self._holdings, self.settings.disks)
+        devices: list[agent_pb2.Device] = []
         with self._trace.phase("devices", id=container_id):
-            return await plugged.add(container_id, wanted)
+            if disks:
+                from shim.resources.container_devices import ContainerDevices  # not on the usual start path
+
+                plugged = ContainerDevices(self._devices, self._holdings, self.settings.disks)
+                devices += await plugged.add(container_id, disks)
+            if passed is not None:
+                devices += await self._vfio_devices().add(container_id, passed)
+        return devices
+
+    async def _find_passed(self, spec: Mapping[str, Any]) -> Wanted | None:
+        if not wants(spec, self.settings.vfio):
+            return None
+        from shim.resources.vfio_devices import find
+
+        return await asyncio.to_thread(find, spec, self.settings.vfio)
+
+    def _vfio_devices(self) -> VfioDevices:
+        if self._vfio is None:
+            from shim.resources.vfio_devices import VfioDevices
+
+            self._vfio = VfioDevices(
+                self.settings.vfio, self._devices, self._holdings, self._hypervisor, self._undo
+            )
+        return self._vfio
 
     async def _run_hooks(self, container_id: str, bundle: str, spec: Mapping[str, Any]) -> None:
         if not spec.get("hooks"):
@@ -292,6 +327,8 @@ class VirtSandbox:
             await self._sizing.forget(container_id)
             for error in await self._holdings.release(container_id):
                 _log.error("not unplugged", container=container_id, error=str(error))
+            for error in await self._vfio.release(container_id) if self._vfio else ():
+                _log.error("not given back", container=container_id, error=str(error))
         self._writing.discard(container_id)
         for error in await self._files.remove(container_id):
             _log.error("not released", container=container_id, error=str(error))
@@ -368,6 +405,8 @@ class VirtSandbox:
             await hypervisor.prepare_vm(self.id, await self._network.open())
             for device in settings.devices:
                 await self._devices.try_add_device(device, hypervisor)
+            if settings.passed is not None:
+                await self._vfio_devices().add_cold(settings.passed)
             await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
@@ -438,7 +477,8 @@ class VirtSandbox:
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
         self._devices.close()
-        for error in [*await self._network.close(), *await self._files.tear_down()]:
+        passed = await self._vfio.close() if self._vfio else []
+        for error in [*passed, *await self._network.close(), *await self._files.tear_down()]:
             _log.error("not released", error=str(error))
 
     async def _step(self, what: str, work: Any) -> None:

@@ -30,6 +30,7 @@ PATH_KEYS: Mapping[str, str] = {
 }
 
 _MODELS = ("", "tcfilter", "macvtap", "none")
+_VFIO_MODES = ("guest-kernel", "vfio")
 _LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
 
 
@@ -42,6 +43,11 @@ def check_runtime(runtime: RuntimeConfig, table: Table) -> list[str]:
         problems.append(
             f"{table.at('log_level')}: [runtime] log_level must be one of {', '.join(_LOG_LEVELS)}, "
             f'not "{runtime.log_level}"'
+        )
+    if runtime.vfio_mode not in _VFIO_MODES:
+        problems.append(
+            f"{table.at('vfio_mode')}: [runtime] vfio_mode must be one of {', '.join(_VFIO_MODES)}, "
+            f'not "{runtime.vfio_mode}"'
         )
     model = runtime.internetworking_model
     if model not in _MODELS:

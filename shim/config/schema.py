@@ -49,6 +49,11 @@ class RuntimeConfig:
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none; "" is tcfilter
     disable_new_netns: bool = False  # the VMM stays in the host's network, and the pod has none
     static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
+    vfio_mode: str = (
+        "guest-kernel"  # who has a device of VFIO in the guest: its kernel, or "vfio": the container
+    )
+    vfio_bind: bool = False  # ours: take PCI functions from the host's drivers, and give them back
+    valid_cdi_devices: tuple[str, ...] = ()  # ours: CDI devices that annotations cdi.k8s.io/* may name
     valid_config_paths: tuple[str, ...] = ()  # ours: what the annotation config_path may name
     use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
 
@@ -182,7 +187,6 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "sandbox_bind_mounts": (),
     "sandbox_cgroup_only": False,
     "shared_mounts": [],
-    "vfio_mode": "guest-kernel",
 }
 
 AGENT_INACTIVE: Mapping[str, Any] = {
