@@ -27,6 +27,7 @@ __all__ = [
     "DeviceConfig",
     "IoLimits",
     "NetworkConfig",
+    "ProtectionConfig",
     "RngConfig",
     "ShareFsConfig",
     "VfioConfig",
@@ -37,6 +38,7 @@ __all__ = [
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 _PORT = re.compile(r"root-port|switch-port|bridge-port")
+_TECHNOLOGY = re.compile(r"sev|snp|tdx|se")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
 _AIO = ("", "threads", "native", "io_uring")
@@ -274,6 +276,28 @@ class VhostUserNetConfig(_Device):
         _check_queues(self.queues, self.queue_size, 256)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionConfig(_Device):
+    """What keeps the host from the guest's memory. `technology`: "sev", "snp", "tdx" or "se".
+
+    `c_bit`, `reduced_bits`: of AMD's; `policy`: SEV-SNP's. `quote_socket`: TDX's quotes come through this
+    unix socket, or if it is "" from port `quote_port` of the host's vsock.
+    """
+
+    kind: ClassVar[Kind] = Kind.PROTECTION
+    id: str = "protection"
+    technology: str
+    c_bit: int = 0
+    reduced_bits: int = 0
+    policy: int = 0
+    quote_socket: str = ""
+    quote_port: int = 0
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_TECHNOLOGY, self.technology, "technology of confidential guests")
+
+
 DeviceConfig = (
     BlockConfig
     | ShareFsConfig
@@ -285,4 +309,5 @@ DeviceConfig = (
     | VfioConfig
     | VhostUserBlkConfig
     | VhostUserNetConfig
+    | ProtectionConfig
 )

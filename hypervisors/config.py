@@ -116,3 +116,10 @@ class HypervisorConfig(VhostUserSection):
     # --- security
     disable_seccomp: bool = False
     seccomp_sandbox: str = ""
+    firmware: str = ""  # what a confidential guest boots with; "" is QEMU's own
+    confidential_guest: bool = False  # its memory is kept from the host: SEV, SEV-SNP, TDX or SE
+    sev_snp_guest: bool = False  # on AMD: SEV-SNP, or no guest at all
+    snp_guest_policy: int = 0x30000
+    tdx_quote_generation_service_socket_port: int = (
+        0  # vsock port for quotes; 0 is the unix socket, if it is there
+    )

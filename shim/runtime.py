@@ -394,6 +394,17 @@ def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
     if _key(section, "reclaim_guest_freed_memory"):
         devices.append(BalloonConfig())
     devices.append(ConsoleConfig())
+    if getattr(section, "confidential_guest", False):
+        from devices.protection import choose, probe
+
+        devices.append(
+            choose(
+                snp=section.sev_snp_guest,
+                policy=section.snp_guest_policy,
+                quote_port=section.tdx_quote_generation_service_socket_port,
+                found=probe(),
+            )
+        )
     return devices
 
 

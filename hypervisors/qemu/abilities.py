@@ -36,6 +36,7 @@ MOST: Mapping[Kind, Support] = {
     Kind.SHARE_FS: Support(cold=YES, hot=YES, unplug=YES),
     Kind.VHOST_USER_BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its back end resizes it by itself"),
     Kind.VHOST_USER_NET: Support(cold=YES, hot=YES, unplug=YES),
+    Kind.PROTECTION: Support(cold=YES),
     Kind.VSOCK: _STAYS,
     Kind.RNG: _STAYS,
     Kind.BALLOON: _STAYS,
@@ -55,6 +56,8 @@ def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
     able[Kind.VFIO] = _vfio(section)
     able[Kind.SCSI] = _unless(hot, able[Kind.SCSI]) if section.machine_type != MICROVM else _all(_NO_PCI)
     able[Kind.PMEM] = _pmem(section, plan)
+    if not section.confidential_guest:
+        able[Kind.PROTECTION] = Support(cold="confidential_guest is false")
     if section.shared_fs == "none":
         able[Kind.SHARE_FS] = Support(*['shared_fs = "none"'] * 3)
     able[Kind.VCPU] = _vcpus(plan, able[Kind.VCPU])

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devices.addresses import Place, Port
-from devices.config import ConsoleConfig, VfioConfig
+from devices.config import ConsoleConfig, ProtectionConfig, VfioConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
-from hypervisors.qemu.recipes import IO_THREAD, Placed, argv, recipe, scsi_controller
+from hypervisors.qemu.recipes import IO_THREAD, Placed, argv, protection_object, recipe, scsi_controller
 
 __all__ = ["MICROVM", "PMEM_DRIVER", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
 
@@ -75,6 +75,8 @@ def kernel_command_line(plan: Plan) -> str:
     """
     section = plan.section
     words = ["reboot=t", "panic=-1", "cryptomgr.notests", "swiotlb=noforce", "no_timer_check"]
+    if _protection(plan) is not None:
+        words.remove("swiotlb=noforce")  # the pages that such a guest shares with the host
     if any(isinstance(placed.device, ConsoleConfig) for placed in plan.devices):
         words.insert(0, "console=ttyS0")
     if not section.enable_debug:
@@ -108,6 +110,10 @@ def arguments(plan: Plan) -> list[str]:
         "-object",
         f"memory-backend-memfd,id={_MEMORY_ID},size={section.default_memory}M,share=on",
     ]
+    if (protection := _protection(plan)) is not None:
+        words += ["-object", json.dumps(protection_object(protection))]
+    if section.firmware:
+        words += ["-bios", section.firmware]
     words += ["-kernel", section.kernel]
     if section.initrd:
         words += ["-initrd", section.initrd]
@@ -126,7 +132,7 @@ def arguments(plan: Plan) -> list[str]:
         controller = scsi_controller(plan.scsi.properties, io_thread=section.enable_iothreads)
         words += ["-device", json.dumps(controller)]
     for placed in plan.devices:
-        if placed not in behind_ports:
+        if placed not in behind_ports and not isinstance(placed.device, ProtectionConfig):
             words += _device(placed, plan.microvm)
     for chassis, port in enumerate(plan.ports, 1):
         words += ["-device", _port(port, chassis)]
@@ -135,6 +141,11 @@ def arguments(plan: Plan) -> list[str]:
     if plan.virtio_mem is not None:
         words += _virtio_mem(plan, plan.virtio_mem)
     return words
+
+
+def _protection(plan: Plan) -> ProtectionConfig | None:
+    devices = (placed.device for placed in plan.devices)
+    return next((device for device in devices if isinstance(device, ProtectionConfig)), None)
 
 
 def _smp(plan: Plan) -> str:
@@ -180,10 +191,13 @@ def _machine(plan: Plan) -> str:
     parts = [plan.section.machine_type, f"accel={plan.accelerator.value}"]
     if plan.microvm:
         parts.append("pic=off,rtc=on")
-    if plan.section.enable_iommu:
-        parts.append("kernel_irqchip=split")  # the IOMMU remaps interrupts
+    protection = _protection(plan)
+    if plan.section.enable_iommu or (protection and protection.technology in ("snp", "tdx")):
+        parts.append("kernel_irqchip=split")  # the IOMMU remaps interrupts; the others leave KVM no choice
     if plan.section.block_device_driver == PMEM_DRIVER and not plan.microvm:
         parts.append("nvdimm=on")
+    if protection is not None:
+        parts.append(f"confidential-guest-support={protection.id}")
     if plan.section.machine_accelerators:
         parts.append(plan.section.machine_accelerators.strip(","))
     parts.append(f"memory-backend={_MEMORY_ID}")
@@ -192,6 +206,9 @@ def _machine(plan: Plan) -> str:
 
 def _cpu(plan: Plan) -> str:
     model = "host" if plan.accelerator is Accelerator.KVM else "max"
+    protection = _protection(plan)
+    if protection is not None and protection.technology == "snp":
+        model = "EPYC-v4"  # its launch digest must not depend on the host
     return ",".join(part for part in (model, plan.section.cpu_features.strip(",")) if part)
 
 

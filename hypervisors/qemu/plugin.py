@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 
-from devices.errors import KataError
+from devices.errors import ConfigError, HostError, KataError
 from devices.share_fs import find_virtiofsd
 from devices.undo import UndoLog
 from devices.vsock_daemon import find_vsock_daemon
@@ -96,9 +96,30 @@ class QemuPlugin:
         check_word(self.name, "cold_plug_vfio", section.cold_plug_vfio, _COLD_PORTS)
         check_word(self.name, "hot_plug_vfio", section.hot_plug_vfio, tuple(_HOT_PORTS))
         needs = _HOT_PORTS[section.hot_plug_vfio]
+        if section.sev_snp_guest and not section.confidential_guest:
+            raise wrong(self.name, "sev_snp_guest", "true", "needs confidential_guest = true")
+        if section.confidential_guest:
+            self._check_protection(section)
         if needs and not getattr(section, needs):
             raise wrong(self.name, "hot_plug_vfio", section.hot_plug_vfio, f"needs {needs} to be 1 or more")
         _check_disks(self.name, section)
+
+    def _check_protection(self, section: HypervisorConfig) -> None:
+        from devices.protection import choose, probe
+
+        if section.machine_type == MICROVM:
+            raise wrong(self.name, "confidential_guest", "true", f"needs a machine other than {MICROVM}")
+        try:
+            choose(
+                snp=section.sev_snp_guest,
+                policy=section.snp_guest_policy,
+                quote_port=section.tdx_quote_generation_service_socket_port,
+                found=probe(),
+            )
+        except HostError as error:
+            raise ConfigError(
+                error.cause, key="confidential_guest", phase="config", hint=error.hint, code=error.code
+            ) from error
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a QEMU sandbox needs on this host."""
@@ -114,6 +135,7 @@ class QemuPlugin:
         else:
             results.append(_found("vsock", find_vsock_daemon))
         results.append(_found("virtiofsd", find_virtiofsd))
+        results.append(CheckResult("confidential", True, _confidential()))
         return results
 
     def create(self, section: HypervisorConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> Qemu:
@@ -157,6 +179,17 @@ def _check_disks(name: str, section: HypervisorConfig) -> None:
         rate = getattr(section, f"disk_rate_limiter_{key}")
         if not 0 <= rate <= _MAX_RATE:
             raise wrong(name, f"disk_rate_limiter_{key}", rate, f"is not in 0..{_MAX_RATE}")
+
+
+def _confidential() -> str:
+    """Which confidential guests this host can have; none is no fault."""
+    from devices.protection import NAMES, probe
+
+    found = probe()
+    have = [NAMES[name] for name, reason in found.items() if not reason]
+    if have:
+        return ", ".join(have)
+    return f"no confidential guests: {'; '.join(dict.fromkeys(found.values()))}"
 
 
 def _found(name: str, find: object) -> CheckResult:

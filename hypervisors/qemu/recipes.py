@@ -23,6 +23,7 @@ from devices.config import (
     DeviceConfig,
     IoLimits,
     NetworkConfig,
+    ProtectionConfig,
     RngConfig,
     ShareFsConfig,
     VfioConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "argv",
     "limits_name",
     "node_name",
+    "protection_object",
     "recipe",
     "scsi_controller",
     "throttle",
@@ -320,6 +322,30 @@ def _vfio(device: VfioConfig) -> Recipe:
         return Recipe(front)
     context = {"qom-type": "iommufd", "id": f"iommufd-{device.id}"}
     return Recipe({**front, "iommufd": context["id"]}, (BackEnd("object", context),))
+
+
+def protection_object(device: ProtectionConfig) -> dict[str, Any]:
+    """The object that the machine names as its confidential-guest-support."""
+    if device.technology == "se":
+        return {"qom-type": "s390-pv-guest", "id": device.id}
+    if device.technology == "tdx":
+        quotes: dict[str, Any] = {"type": "unix", "path": device.quote_socket}
+        if not device.quote_socket:
+            quotes = {"type": "vsock", "cid": "2", "port": str(device.quote_port)}
+        return {
+            "qom-type": "tdx-guest",
+            "id": device.id,
+            "sept-ve-disable": True,
+            "quote-generation-socket": quotes,
+        }
+    made = {
+        "qom-type": "sev-snp-guest" if device.technology == "snp" else "sev-guest",
+        "id": device.id,
+        "cbitpos": device.c_bit,
+        "reduced-phys-bits": device.reduced_bits,
+        "kernel-hashes": True,
+    }
+    return made | ({"policy": device.policy} if device.policy else {})
 
 
 def _on_socket(device_id: str, fd: int, front: Mapping[str, Any]) -> Recipe:

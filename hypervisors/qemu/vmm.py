@@ -22,7 +22,7 @@ import structlog
 
 from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time
-from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, VfioConfig
+from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, ProtectionConfig, VfioConfig
 from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from devices.manager import disk_name
@@ -181,7 +181,7 @@ class Qemu:
         (await self.capabilities()).require(_NAME, device.kind, Op.HOT if hot else Op.COLD)
         if hot:
             return await self._add_hot(device)
-        if isinstance(device, ConsoleConfig):
+        if isinstance(device, ConsoleConfig | ProtectionConfig):  # on no bus
             self._parts.placed.append(await self._prepare(device))
             return ""
         at, guest_path = self._allocate(device)

@@ -80,12 +80,12 @@ def test_after_kill_9_delete_gives_the_driver_back(containerd: Containerd) -> No
     name = containerd.new_id("cdi")
     containerd.ctr(
         *("run", "--detach", "--runtime", KATA, "--annotation", "cdi.k8s.io/vfio0=bench.local/disk=0"),
-        *(BUSYBOX, name, "sleep", "100000"),
+        *(BUSYBOX, name, "sh", "-c", "echo $PCIDEVICE_DISK >/address; exec sleep 100000"),
         timeout=PATIENCE,
     )
     assert driver(disk) == "vfio-pci"
     done = containerd.ctr(
-        "task", "exec", "--exec-id", "e", name, "sh", "-c", f"{READ}; echo $PCIDEVICE_DISK", timeout=60
+        "task", "exec", "--exec-id", "e", name, "sh", "-c", f"{READ}; cat /address", timeout=60
     )
     assert done.out.startswith(SPARE_DISK)
     address = done.out[len(SPARE_DISK) :].decode().strip()

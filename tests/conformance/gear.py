@@ -22,6 +22,7 @@ from devices.config import (
     ConsoleConfig,
     DeviceConfig,
     NetworkConfig,
+    ProtectionConfig,
     RngConfig,
     ShareFsConfig,
     VfioConfig,
@@ -155,6 +156,10 @@ async def _console(gear: Gear, name: str) -> DeviceConfig:
     return ConsoleConfig(id=name)
 
 
+async def _protection(gear: Gear, name: str) -> DeviceConfig:
+    return ProtectionConfig(id=name, technology="sev", c_bit=51, reduced_bits=1)
+
+
 async def _passed(gear: Gear, name: str) -> DeviceConfig:
     """One of the bench host's spare devices, with vfio-pci until the end."""
     undo = MemoryUndo()
@@ -199,9 +204,10 @@ _MAKERS: dict[Kind, Maker] = {
     Kind.BALLOON: _balloon,
     Kind.CONSOLE: _console,
     Kind.VFIO: _passed,
+    Kind.PROTECTION: _protection,
 }
 KINDS = tuple(_MAKERS)
 """Those that are devices; with `PLUGGED_AS_SIZE` and `TO_COME` they are all there are."""
 
-TO_COME = frozenset({Kind.PROTECTION})
+TO_COME: frozenset[Kind] = frozenset()
 """Kinds that no VMM has yet. Who adds one moves it from here to `_MAKERS`."""
