@@ -17,7 +17,7 @@ Source: Documentation/admin-guide/devices.txt; drivers/char/misc.c (dynamic mino
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +93,25 @@ def _plugged(device: Mapping[str, Any]) -> bool:
 
 
 def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
-    """The devices of the host that this container is to have, after `check_devices`.
+    """The disks of the host that this container is to have, after `check_devices`.
 
     Of a privileged container only those that somebody asked for: with a rule of their own, or at another path
     than the host's. containerd lists all that the host has, and a VM that takes the host's disks is a choice.
     """
+    return _asked_for(spec, _plugged)
+
+
+def vfio_nodes(spec: Mapping[str, Any], sysfs: str = "") -> list[tuple[str, str]]:
+    """The devices of VFIO, likewise: where the container has it, and the host's name for it. By its number,
+    since the path is the container's choice."""
+    found = _asked_for(spec, lambda node: bool(_vfio_node(node, sysfs)))
+    return [
+        (one.path, _vfio_node({"type": one.kind, "major": one.major, "minor": one.minor}, sysfs))
+        for one in found
+    ]
+
+
+def _asked_for(spec: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]) -> list[HostDevice]:
     linux = spec.get("linux") or {}
     rules = [
         rule for rule in (linux.get("resources") or {}).get("devices") or [] if isinstance(rule, Mapping)
@@ -105,12 +119,12 @@ def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
     privileged = _privileged(spec)
     found = []
     for node in linux.get("devices") or []:
-        if not _plugged(node):
+        if not wanted(node):
             continue
         device = HostDevice(
             node["path"], node["type"], node.get("major", 0), node.get("minor", 0), _access(node, rules)
         )
-        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(node):
+        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(device):
             found.append(device)
     return found
 
@@ -134,31 +148,12 @@ def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
     return rule.get("allow") is True and (rule.get("type"), rule.get("major"), rule.get("minor")) == mine
 
 
-def _is_the_hosts_name(node: Mapping[str, Any]) -> bool:
+def _is_the_hosts_name(device: HostDevice) -> bool:
     try:
-        number = os.stat(node["path"]).st_rdev
+        number = os.stat(device.path).st_rdev
     except OSError:
         return False
-    return number == os.makedev(node.get("major", 0), node.get("minor", 0))
-
-
-def vfio_nodes(spec: Mapping[str, Any], sysfs: str = "") -> list[tuple[str, str]]:
-    """The devices of VFIO among linux.devices: where the container has it, and the host's name for it.
-
-    By number: the path is the container's choice. Of a privileged container as `host_devices`.
-    """
-    linux = spec.get("linux") or {}
-    rules = [
-        rule for rule in (linux.get("resources") or {}).get("devices") or [] if isinstance(rule, Mapping)
-    ]
-    privileged = _privileged(spec)
-    names = [(node, _vfio_node(node, sysfs)) for node in linux.get("devices") or []]
-    return [
-        (node["path"], name)
-        for node, name in names
-        if name
-        and (not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(node))
-    ]
+    return number == os.makedev(device.major, device.minor)
 
 
 def _vfio_node(device: Mapping[str, Any], sysfs: str = "") -> str:

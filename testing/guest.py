@@ -14,7 +14,7 @@ __all__ = ["PROJECT", "Value", "guest_files", "write_configuration"]
 PROJECT = Path(__file__).resolve().parent.parent
 GUEST = PROJECT / "build" / "guest"
 
-Value = str | int | float | bool
+Value = str | int | float | bool | list[str]
 
 
 def guest_files() -> dict[str, Path]:
@@ -29,6 +29,8 @@ def guest_files() -> dict[str, Path]:
 def _toml(value: Value) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 

@@ -100,7 +100,8 @@ def test_zero_and_empty_mean_choose_for_me() -> None:
 
 
 def test_check_reports_and_never_raises() -> None:
-    assert {result.name for result in plugin.check()} == {"qemu", "accelerator", "vsock", "virtiofsd"}
+    names = {result.name for result in plugin.check()}
+    assert names == {"qemu", "accelerator", "vsock", "virtiofsd", "confidential"}
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,13 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sysfs:
     return tree
 
 
-def spec(*devices: dict[str, Any], rules: list[dict[str, Any]] | None = None, **annotations: str) -> Any:
+def spec(
+    *devices: dict[str, Any],
+    rules: list[dict[str, Any]] | None = None,
+    annotations: dict[str, str] | None = None,
+) -> Any:
     return {
-        "annotations": annotations,
+        "annotations": dict(annotations or {}),
         "process": {"env": ["PATH=/bin", "A=0"]},
         "linux": {"devices": list(devices), "resources": {"devices": rules or []}},
     }
@@ -72,8 +76,16 @@ def test_other_character_devices_are_still_refused(sysfs: Sysfs, monkeypatch: py
         check_devices(spec({"path": "/dev/vfio/8", "type": "c", "major": 250, "minor": 0}))
 
 
-def test_a_privileged_container_gets_none_of_what_is_merely_there(sysfs: Sysfs) -> None:
-    assert vfio_nodes(spec(GROUP, rules=[{"allow": True, "access": "rwm"}]), str(sysfs)) == []
+def test_a_privileged_container_gets_none_of_what_is_merely_there(
+    sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guest_devices, "_is_the_hosts_name", lambda device: device.path == "/dev/vfio/7")
+    everything = {"allow": True, "access": "rwm"}
+    own = {"allow": True, "type": "c", "major": 244, "minor": 0, "access": "rw"}
+    assert vfio_nodes(spec(GROUP, rules=[everything]), str(sysfs)) == []
+    assert vfio_nodes(spec(GROUP, rules=[everything, own]), str(sysfs)) == [("/dev/vfio/7", "/dev/vfio/7")]
+    renamed = {**GROUP, "path": "/dev/gpu"}
+    assert vfio_nodes(spec(renamed, rules=[everything]), str(sysfs)) == [("/dev/gpu", "/dev/vfio/7")]
 
 
 def test_nothing_is_passed_where_the_configuration_does_not_say_where(sysfs: Sysfs) -> None:
@@ -106,7 +118,7 @@ def cdi(sysfs: Sysfs, *nodes: str) -> None:
 
 def test_an_annotation_selects_what_the_administrator_lists(sysfs: Sysfs) -> None:
     cdi(sysfs, "/dev/vfio/vfio", "/dev/vfio/7", "/dev/nvidia0")
-    asked = spec(**{"cdi.k8s.io/vfio0": "vendor.com/gpu=0,other.com/gpu=0"})
+    asked = spec(annotations={"cdi.k8s.io/vfio0": "vendor.com/gpu=0,other.com/gpu=0"})
     assert not wants(asked, HOT)
     assert look(sysfs, asked) == Wanted()
     assert wants(asked, BIND)
@@ -127,7 +139,7 @@ def test_the_guests_spec(sysfs: Sysfs) -> None:
     cdi(sysfs, "/dev/vfio/7")
     null = {"path": "/dev/null", "type": "c", "major": 1, "minor": 3}
     control = {"path": "/dev/vfio/vfio", "type": "c", "major": 10, "minor": 196}
-    document = spec(GROUP, null, control, **{"cdi.k8s.io/x": "vendor.com/gpu=0", "keep": "1"})
+    document = spec(GROUP, null, control, annotations={"cdi.k8s.io/x": "vendor.com/gpu=0", "keep": "1"})
     wanted = look(sysfs, document, BIND)
     rewrite(document, wanted, BIND)
     assert document["linux"]["devices"] == [null]
