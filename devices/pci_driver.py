@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 
 from devices.errors import CallerError, HostError
+from devices.in_use import users
 from devices.undo import Entry, UndoLog
 from devices.vfio import PciFunction, read_function
 
@@ -114,11 +115,11 @@ def restore(facts: Mapping[str, str | int], sysfs: str = "/sys", timeout: float 
             ) from error
 
 
-def check_unused(function: PciFunction, sysfs: str = "/sys", proc: str = "/proc", dev: str = "/dev") -> None:
+def check_unused(function: PciFunction, sysfs: str = "/sys", dev: str = "/dev") -> None:
     """Raise CallerError if the host uses it: mounted or otherwise taken disks, network links that are up,
     the console, virtual functions."""
     directory = os.path.realpath(f"{sysfs}/bus/pci/devices/{function.address}")
-    reason = next(_uses(function, directory, sysfs, proc, dev), None)
+    reason = next(_uses(function, directory, sysfs, dev), None)
     if reason is not None:
         raise CallerError(
             f"the PCI device {function.address} ({function.driver or 'no driver'}) is in use by the host:"
@@ -128,19 +129,14 @@ def check_unused(function: PciFunction, sysfs: str = "/sys", proc: str = "/proc"
         )
 
 
-def _uses(function: PciFunction, directory: str, sysfs: str, proc: str, dev: str) -> Iterator[str]:
+def _uses(function: PciFunction, directory: str, sysfs: str, dev: str) -> Iterator[str]:
     if _text(f"{directory}/boot_vga").strip() == "1":
         yield "it is the display that the firmware started with"
     if _text(f"{directory}/sriov_numvfs").strip() not in ("", "0"):
         yield "it has virtual functions (sriov_numvfs)"
-    mounted = _mounted(f"{proc}/self/mountinfo")
     for name in _below(f"{sysfs}/class/block", directory):
-        number = _text(f"{sysfs}/class/block/{name}/dev").strip()
-        if number in mounted:
-            yield f"{name} is mounted at {mounted[number]}"
-        holders = _names(f"{sysfs}/class/block/{name}/holders")
-        if holders:
-            yield f"{name} is part of {holders[0]}"
+        major, _, minor = _text(f"{sysfs}/class/block/{name}/dev").strip().partition(":")
+        yield from (f"{name} is {user}" for user in users(os.makedev(int(major or 0), int(minor or 0))))
         if _is_claimed(f"{dev}/{name}"):
             yield f"{name} is taken: mounted in another mount namespace, swap space, or open for one alone"
     links = _below(f"{sysfs}/class/net", directory)
@@ -165,12 +161,6 @@ def _below(folder: str, directory: str) -> list[str]:
     return [
         name for name in _names(folder) if os.path.realpath(f"{folder}/{name}").startswith(f"{directory}/")
     ]
-
-
-def _mounted(path: str) -> dict[str, str]:
-    """Device number -> where it is mounted."""
-    lines = (line.split() for line in _text(path).splitlines())
-    return {words[2]: words[4] for words in lines if len(words) > 4}
 
 
 def _load_module() -> None:

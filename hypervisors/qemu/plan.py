@@ -48,6 +48,7 @@ def with_ports(plan: Plan, topology: PciTopology) -> Plan:
     section = plan.section
     if section.machine_type not in HOTPLUG_MACHINES:
         return plan
+    topology.kept_for_vfio = section.hot_plug_vfio
     topology.add_root_ports(section.pcie_root_port)
     topology.add_switch(section.pcie_switch_port)
     topology.add_bridges(section.default_bridges)

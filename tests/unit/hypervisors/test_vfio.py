@@ -70,6 +70,14 @@ def test_ports_come_before_what_sits_behind_them_and_the_iommu_before_all() -> N
     assert "iommu" not in kernel_command_line(dataclasses.replace(plan, section=SECTION))
 
 
+def test_other_devices_leave_the_ports_of_vfio_free() -> None:
+    section = dataclasses.replace(SECTION, hot_plug_vfio="root-port", pcie_root_port=1)
+    topology = PciTopology()
+    with_ports(first_plan(section, Accelerator.KVM, "s"), topology)
+    assert topology.allocate("disk", hotplug=True).bus == "pci-bridge-0"
+    assert topology.allocate("gpu", hotplug=True, behind="root-port").bus == "rp0"
+
+
 @pytest.mark.parametrize(
     ("changes", "cold", "hot"),
     [
