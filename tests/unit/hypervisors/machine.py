@@ -13,7 +13,10 @@ from typing import Any
 
 from hypervisors.qemu.qmp import QmpClient
 
-__all__ = ["Machine"]
+__all__ = ["NODE_SIZE", "Machine"]
+
+NODE_SIZE = 4096
+"""Bytes of every disk image."""
 
 
 class RefusedError(Exception):
@@ -36,6 +39,7 @@ class Machine:
         self.nodes: dict[str, dict[str, Any]] = {}
         self.devices: dict[str, dict[str, Any]] = {}
         self.netdevs: dict[str, dict[str, Any]] = {}
+        self.chardevs: dict[str, dict[str, Any]] = {}
         self.descriptors: set[str] = set()
         self.leaving: set[str] = set()
         self.virtio_mem = {"requested-size": 0, "size": 0}
@@ -132,6 +136,10 @@ class Machine:
     def _object_del(self, arguments: dict[str, Any]) -> Any:
         if any(device.get("memdev") == arguments["id"] for device in self.devices.values()):
             raise RefusedError(f"object '{arguments['id']}' is in use, can not be deleted")
+        if any(node.get("throttle-group") == arguments["id"] for node in self.nodes.values()):
+            raise RefusedError(f"object '{arguments['id']}' is in use, can not be deleted")
+        if arguments["id"] not in self.objects:
+            raise RefusedError(f"object '{arguments['id']}' not found")
         del self.objects[arguments["id"]]
         return {}
 
@@ -140,6 +148,9 @@ class Machine:
         return self.virtio_mem[arguments["property"]]
 
     def _qom_set(self, arguments: dict[str, Any]) -> Any:
+        if arguments["property"] == "limits":
+            self.objects[arguments["path"].removeprefix("/objects/")]["limits"] = arguments["value"]
+            return {}
         self.virtio_mem["requested-size"] = arguments["value"]
         if not self.lazy:
             for part in (2, 1):  # it comes and goes in pieces
@@ -150,12 +161,40 @@ class Machine:
         return {}
 
     def _blockdev_add(self, arguments: dict[str, Any]) -> Any:
-        self.nodes[arguments["node-name"]] = arguments
+        assert arguments.get("throttle-group", "") in {"", *self.objects}
+        below = arguments["file"]
+        assert isinstance(below, dict) or below in self.nodes
+        self.nodes[arguments["node-name"]] = {"size": NODE_SIZE, **arguments}
+        return {}
+
+    def _query_named_block_nodes(self, _: dict[str, Any]) -> Any:
+        return [{"node-name": name, "image": {"virtual-size": n["size"]}} for name, n in self.nodes.items()]
+
+    def _block_resize(self, arguments: dict[str, Any]) -> Any:
+        self.nodes[arguments["node-name"]]["size"] = arguments["size"]
+        return {}
+
+    def _chardev_add(self, arguments: dict[str, Any]) -> Any:
+        address = arguments["backend"]["data"]["addr"]
+        if address["type"] == "fd":
+            self.descriptors.remove(address["data"]["str"])
+        self.chardevs[arguments["id"]] = arguments
+        return {}
+
+    def _chardev_remove(self, arguments: dict[str, Any]) -> Any:
+        name = arguments["id"]
+        if name not in self.chardevs:
+            raise RefusedError(f"Chardev '{name}' not found")
+        users = [*self.devices.values(), *self.netdevs.values()]
+        if any(user.get("chardev") == name for user in users):
+            raise RefusedError(f"Chardev '{name}' is busy")
+        del self.chardevs[name]
         return {}
 
     def _blockdev_del(self, arguments: dict[str, Any]) -> Any:
         node = arguments["node-name"]
-        if self.late > 0 or any(device.get("drive") == node for device in self.devices.values()):
+        used = any(device.get("drive") == node for device in self.devices.values())
+        if self.late > 0 or used or any(other["file"] == node for other in self.nodes.values()):
             self.late -= 1
             raise RefusedError(f"Node {node} is in use")
         if node not in self.nodes:
@@ -189,8 +228,7 @@ class Machine:
     def _device_add(self, arguments: dict[str, Any]) -> Any:
         name = arguments["id"]
         assert name not in self.devices
-        places = [(device["bus"], device["addr"]) for device in self.devices.values() if "bus" in device]
-        assert (arguments.get("bus"), arguments.get("addr")) not in places
+        assert "bus" not in arguments or self._seat(arguments) not in map(self._seat, self.devices.values())
         self.devices[name] = arguments
         if arguments["driver"].endswith("-cpu"):
             self.cpus[arguments["core-id"]] = f"/machine/peripheral/{name}"
@@ -198,6 +236,9 @@ class Machine:
             info = {"device": name, "source": 1, "status": self.ost_status, "slot": "0", "slot-type": "X"}
             self.event("ACPI_DEVICE_OST", info=info)
         return {}
+
+    def _seat(self, device: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(device.get(key) for key in ("bus", "addr", "scsi-id", "lun"))
 
     def _device_del(self, arguments: dict[str, Any]) -> Any:
         name = arguments["id"]

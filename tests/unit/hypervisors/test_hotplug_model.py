@@ -1,8 +1,10 @@
-"""Whatever QEMU refuses and the guest ignores: who has a disk has it, and in the end all of them can go."""
+"""Whatever QEMU refuses and the guest ignores, with devices of every kind that comes and goes: who has a
+device has it, and in the end all of them can go."""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,19 +13,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.addresses import PciTopology
-from devices.config import BlockConfig, DeviceConfig, NetworkConfig
+from devices.config import (
+    BlockConfig,
+    BlockOptions,
+    DeviceConfig,
+    IoLimits,
+    NetworkConfig,
+    ShareFsConfig,
+    VfioConfig,
+    VhostUserBlkConfig,
+    VhostUserNetConfig,
+)
 from devices.errors import CallerError, HypervisorError
+from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
+from hypervisors.qemu.abilities import MOST
+from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.hotplug import Plugger
-from hypervisors.qemu.recipes import Placed
-from tests.unit.hypervisors.machine import Machine
+from hypervisors.qemu.recipes import SCSI, Placed
+from tests.unit.hypervisors.machine import NODE_SIZE, Machine
 
-PLACES = 3  # fewer than devices, so that they run out
-COMMANDS = ("blockdev-add", "device_add", "device_del", "blockdev-del", "netdev_add", "netdev_del", "getfd")
+PLACES = 4  # fewer than devices, so that they run out
+COMMANDS = (
+    *("blockdev-add", "blockdev-del", "chardev-add", "chardev-remove", "object-add", "object-del", "getfd"),
+    *("netdev_add", "netdev_del", "device_add", "device_del", "block_resize", "query-named-block-nodes"),
+)
+DEVICES = 9
+SIZES = {Kind.VCPU, Kind.DIMM, Kind.VIRTIO_MEM}  # tests/unit/hypervisors/test_sizing.py
+ACTIONS = ["plug", "plug", "unplug", "unplug", "cancel", "resize"]
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.sampled_from(["plug", "plug", "unplug", "unplug", "cancel"]), st.integers(0, 4)),
+        st.tuples(st.sampled_from(ACTIONS), st.integers(0, DEVICES - 1)),
         st.tuples(st.just("refuse"), st.sampled_from(COMMANDS)),
         st.tuples(st.sampled_from(["mend", "ignore", "look"]), st.none()),
     ),
@@ -32,30 +53,63 @@ STEPS = st.lists(
 
 
 class Host:
-    """`devices.device.DeviceHost` over a plugger."""
+    """`devices.device.ChangingHost` over a plugger. `fd` is every back end's connection."""
 
-    def __init__(self, plugger: Plugger) -> None:
+    def __init__(self, plugger: Plugger, fd: int) -> None:
         self.plugger = plugger
+        self._fd = fd
 
     async def add_device(self, device: DeviceConfig) -> str:
-        return await self.plugger.add(Placed(device=device))
+        served = device.kind in (Kind.VHOST_USER_BLK, Kind.SHARE_FS)
+        path = "/nope/relay.sock" if device.kind is Kind.VHOST_USER_NET else ""
+        return await self.plugger.add(Placed(device=device, fd=self._fd if served else -1, path=path))
 
     async def remove_device(self, device_id: str) -> None:
         await self.plugger.remove(device_id)
 
+    async def update_device(self, device: DeviceConfig) -> None:
+        placed = self.plugger.placed(device.id)
+        assert placed is not None
+        assert isinstance(device, BlockConfig)
+        assert isinstance(placed.device, BlockConfig)
+        await update_disk(self.plugger._qmp, placed.device, device)
+        self.plugger.changed(dataclasses.replace(placed, device=device))
+
+
+def devices(directory: Path, fd: int) -> list[DeviceConfig]:
+    """Two disks, one of them with limits; one behind the SCSI controller; and one of each other kind."""
+    paths = []
+    for name in ("a", "b", "c", "blk.sock", "net.sock"):
+        path = directory / name
+        path.write_bytes(bytes(NODE_SIZE))
+        paths.append(str(path))
+    limited = BlockOptions(limits=IoLimits(bytes=1 << 20))
+    mac = "02:00:00:00:00:0"
+    return [
+        BlockConfig(id="d0", path=paths[0]),
+        BlockConfig(id="d1", path=paths[1], options=limited),
+        BlockConfig(id="d2", path=paths[2], driver=Kind.SCSI),
+        NetworkConfig(id="d3", mac=f"{mac}3", tap_fds=(fd, fd)),
+        NetworkConfig(id="d4", mac=f"{mac}4", tap_fds=(fd,), vhost_fds=(fd,)),
+        VhostUserBlkConfig(id="d5", path=paths[3]),
+        VhostUserNetConfig(id="d6", path=paths[4], mac=f"{mac}6"),
+        ShareFsConfig(id="d7", source="/nope"),
+        VfioConfig(id="d8", address="0000:01:00.0"),
+    ]
+
+
+def test_every_kind_that_comes_and_goes_is_among_them() -> None:
+    going = {kind for kind, able in MOST.items() if not able.reason(Op.HOT) and not able.reason(Op.UNPLUG)}
+    with TemporaryDirectory() as directory:
+        assert {device.kind for device in devices(Path(directory), 0)} | SIZES == going
+
 
 class Play:
-    """One VM, its devices (three disks, two cards), and how many users each should have."""
+    """One VM, its devices, and how many users each should have."""
 
     def __init__(self, directory: Path, fd: int) -> None:
-        self.configs: list[DeviceConfig] = []
-        for number in range(3):
-            path = directory / f"d{number}"
-            path.touch()
-            self.configs.append(BlockConfig(id=f"d{number}", path=str(path)))
-        for number in range(3, 5):
-            mac = f"02:00:00:00:00:0{number}"
-            self.configs.append(NetworkConfig(id=f"d{number}", mac=mac, tap_fds=(fd, fd)))
+        self.configs = devices(directory, fd)
+        self.fd = fd
         self.users = [0] * len(self.configs)
         self.machine = Machine()
         self.topology = PciTopology()
@@ -65,7 +119,7 @@ class Play:
     async def run(self, steps: list[tuple[str, int | str | None]]) -> None:
         """Every step, then mend everything and have all of them go."""
         client = await self.machine.connect()
-        self.host = Host(Plugger(client, self.topology, 0.02))
+        self.host = Host(Plugger(client, self.topology, 0.02), self.fd)
         for action, what in steps:
             if isinstance(what, int):
                 await self.use(action, what)
@@ -81,8 +135,11 @@ class Play:
         plugger = self.host.plugger
         for number in sorted(range(len(self.configs)), key=lambda n: f"d{n}" not in plugger):
             await self.finish(number)
-        assert (self.machine.devices, self.machine.nodes, self.machine.netdevs) == ({}, {}, {})
-        assert self.topology.free() == PLACES
+        machine = self.machine
+        controller = machine.devices.pop(SCSI, None)  # it stays for the next disk behind it
+        assert (machine.devices, machine.nodes, machine.netdevs) == ({}, {}, {})
+        assert (machine.chardevs, machine.objects, machine.descriptors) == ({}, {}, set())
+        assert self.topology.free() == PLACES - (controller is not None)
         await client.close()
         await self.machine.close()
 
@@ -107,6 +164,9 @@ class Play:
                 had = self.users[number]
                 self.users[number] = max(0, had - 1)  # who lets go is no user, whatever comes of it
                 await self.manager.try_remove_device(name, self.host)
+            elif action == "resize":
+                if isinstance(self.configs[number], BlockConfig):
+                    await self.manager.update_disk(name, self.host, size=2 * NODE_SIZE)
             elif action == "plug":
                 await self.manager.try_add_device(self.configs[number], self.host)
                 self.users[number] += 1
@@ -133,7 +193,9 @@ class Play:
                 assert f"d{number}" not in machine.leaving
                 assert device.get("drive", "node-d") in (*machine.nodes, "node-d")
                 assert device.get("netdev", "net") in (*machine.netdevs, "net")
-        assert len(machine.devices) <= PLACES - self.topology.free()
+                assert device.get("chardev", "char") in (*machine.chardevs, "char")
+        on_pci = [device for device in machine.devices.values() if device["driver"] != "scsi-hd"]
+        assert len(on_pci) <= PLACES - self.topology.free()
 
 
 @settings(max_examples=150, deadline=None)
