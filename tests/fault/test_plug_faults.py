@@ -184,7 +184,9 @@ async def test_no_fault_leaves_half_a_resize(
 
 
 async def commands_of(vm: Qemu, device: DeviceConfig, saboteur: Saboteur) -> tuple[list[str], list[str]]:
-    """The commands of one plug and of one unplug."""
+    """The commands of one plug and of one unplug; a first plug makes what a kind shares, a controller."""
+    await vm.add_device(device)
+    await vm.remove_device(device.id)
     seen: list[list[str]] = []
     steps: list[Callable[[], Awaitable[object]]] = [
         lambda: vm.add_device(device),
