@@ -10,6 +10,7 @@ files; mount calls run outside the event loop and have a deadline; a failed `add
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -79,7 +80,43 @@ async def _mount(storage: agent_pb2.Storage, source: str, fstype: str, options: 
 
 
 async def _virtio_fs(storage: agent_pb2.Storage) -> None:
-    await _mount(storage, storage.source, storage.fstype or "virtiofs", storage.options)
+    try:
+        await _mount(storage, storage.source, storage.fstype or "virtiofs", storage.options)
+    except RpcError as error:
+        if not error.message.endswith(os.strerror(errno.EINVAL)):  # that means: no such tag
+            raise
+        await _virtio_fs_to_come(storage, error)
+
+
+async def _virtio_fs_to_come(storage: agent_pb2.Storage, first: RpcError) -> None:
+    """It was plugged a moment ago and its driver is still at it: tried again at each event of the kernel, and
+    `first` raised when it does not come."""
+    from agent.blockdev import HOTPLUG_DEADLINE, on_uevent  # not on the usual start path
+
+    what = f"mounting {storage.source} on {storage.mount_point}"
+    failure: OSError | None = None
+    end = asyncio.get_running_loop().time() + HOTPLUG_DEADLINE
+
+    def attempt() -> None:  # beside the loop, when events are listened to
+        nonlocal failure
+        try:
+            mount(storage.source, storage.mount_point, storage.fstype or "virtiofs", storage.options)
+            failure = None
+        except OSError as error:
+            failure = error
+
+    while True:
+        # Without a failure nothing is waited for, and with one the first event.
+        looks = iter([None, True])
+        left = end - asyncio.get_running_loop().time()
+        try:
+            await on_uevent(lambda looks=looks: next(looks) if failure else True, left, begin=attempt)  # type: ignore[misc]
+        except TimeoutError:
+            raise first from None
+        if failure is None:
+            return
+        if failure.errno != errno.EINVAL:
+            raise RpcError(Code.INTERNAL, f"{what}: {failure.strerror}")
 
 
 async def _bind(storage: agent_pb2.Storage) -> None:

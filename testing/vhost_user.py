@@ -14,12 +14,10 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from testing.guest import PROJECT
 
@@ -73,40 +71,11 @@ class StorageDaemon(_Process):
     def __init__(self, image: Path, path: Path, *, queues: int = 1, writable: bool = True) -> None:
         program = shutil.which("qemu-storage-daemon")
         assert program is not None, "qemu-system-common has it"
-        self._control = path.with_suffix(".qmp")
         node = {"driver": "file", "node-name": "disk", "filename": str(image), "read-only": not writable}
         argv = [program, "--blockdev", json.dumps(node)]
-        argv += ["--chardev", f"socket,id=control,path={self._control},server=on,wait=off"]
-        argv += ["--monitor", "control"]
         export = f"vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={path}"
         argv += ["--export", f"{export},num-queues={queues},writable={'on' if writable else 'off'}"]
         super().__init__(argv, path)
-
-    def resize(self, size: int) -> None:
-        """Give the disk so many bytes."""
-        with socket.socket(socket.AF_UNIX) as control:
-            control.settimeout(_PATIENCE)
-            control.connect(str(self._control))
-            lines = control.makefile("rw")
-            lines.readline()
-            for command, arguments in (
-                ("qmp_capabilities", {}),
-                ("block_resize", {"node-name": "disk", "size": size}),
-            ):
-                _tell(lines, command, arguments)
-
-    def close(self) -> None:
-        """End it. Idempotent."""
-        super().close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._control)
-
-
-def _tell(lines: Any, command: str, arguments: dict[str, Any]) -> None:
-    lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-    lines.flush()
-    while "return" not in (answer := json.loads(lines.readline())):
-        assert "error" not in answer, answer
 
 
 class Passt(_Process):

@@ -34,7 +34,7 @@ MOST: Mapping[Kind, Support] = {
     Kind.NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.VFIO: Support(cold=YES, hot=YES, unplug=YES),
     Kind.SHARE_FS: Support(cold=YES, hot=YES, unplug=YES),
-    Kind.VHOST_USER_BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its back end resizes it by itself"),
+    Kind.VHOST_USER_BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its back end decides its size"),
     Kind.VHOST_USER_NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.PROTECTION: Support(cold=YES),
     Kind.VSOCK: _STAYS,
