@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shim.resources.network.netns import inside
 from testing import leaks
-from testing.containerd import KATA, Containerd
+from testing.api import Api
+from testing.containerd import KATA, Containerd, CtrError
+from testing.cri import Cri, Pod
 from testing.guest import Value, write_configuration
 from testing.images import busybox_image
 from tests.netlab import ECHO, GUEST4, HOST4, NetLab
 
-from .conftest import BUSYBOX, CONTAINERD
+from .conftest import BUSYBOX, CONTAINERD, CRI_BUSYBOX
+from .test_pods import left_of
 
 pytestmark = pytest.mark.kata_only
 
@@ -122,3 +128,193 @@ def _unsettled(containerd: Containerd, name: str) -> list[str]:
     mounts = [mount for mount in leaks.mounts_below("/run/kata-containers") if name in mount]
     processes = [str(one) for one in leaks.own_processes(containerd.tag, "") if name in one.argv]
     return [path for path in paths if os.path.lexists(path)] + mounts + processes
+
+
+@pytest.mark.parametrize("variant", ["macvtap", "two queues", "microvm"])
+def test_other_models_and_machines(start: Start, plain: Containerd, lab: NetLab, variant: str) -> None:
+    """A macvtap instead of filters, a card with several queues, a machine without PCI."""
+    overrides: dict[str, dict[str, dict[str, Value | None]]] = {
+        "macvtap": {"runtime": {"internetworking_model": "macvtap"}},
+        "two queues": {"hypervisor__qemu": {"network_queues": 2, "default_vcpus": 2}},
+        "microvm": {"hypervisor__qemu": {"machine_type": "microvm"}},
+    }
+    name = start(**overrides[variant])
+    run = _sh(plain, name)
+    lab.speaks(run)
+    if variant == "two queues":
+        assert run("ls /sys/class/net/eth0/queues").split() == ["rx-0", "rx-1", "tx-0", "tx-1"]
+    if variant == "macvtap":
+        assert "macvtap0_kata" in lab.traces()
+        assert "ingress" not in lab.traces()
+    plain.remove(name)
+    assert lab.traces() == ""
+
+
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_rates_are_limited(start: Start, plain: Containerd, lab: NetLab, model: str) -> None:
+    """Neither way is faster than it may be: what came, less what may come at once, in the time it took."""
+    rate, size, burst = 8_000_000, 3_000_000, 200_000  # bits a second, bytes, bytes
+    limits: dict[str, Value | None] = {"rx_rate_limiter_max_rate": rate, "tx_rate_limiter_max_rate": rate}
+    name = start(hypervisor__qemu=limits, runtime={"internetworking_model": model})
+    run = _sh(plain, name)
+    least = (size - burst) * 8 / rate
+
+    with lab.listening(HOST4) as server:
+        port = server.getsockname()[1]
+        run(f"head -c {size} /dev/zero | nc {HOST4} {port} >/dev/null 2>&1 &")
+        connection, _ = server.accept()
+        with connection:
+            begin = time.monotonic()
+            received = 0
+            while received < size:
+                received += len(connection.recv(1 << 16))
+            assert time.monotonic() - begin >= least
+
+    begin = time.monotonic()
+    assert len(lab.echoes(GUEST4, bytes(size), timeout=60)) == size
+    assert time.monotonic() - begin >= least
+
+
+def test_killed_with_its_pod_it_leaves_nothing(start: Start, plain: Containerd, lab: NetLab) -> None:
+    """After kill -9 of the shim `delete` finds taps and qdiscs by the journal alone."""
+    name = start()
+    (shim,) = [
+        one
+        for one in leaks.own_processes(plain.tag, "")
+        if name in one.argv and any("containerd-shim-kata-v2" in word for word in one.argv)
+    ]
+    assert "tap0_kata" in lab.traces()
+    os.kill(shim.pid, signal.SIGKILL)
+    plain.remove(name)
+    _wait(lambda: not _unsettled(plain, name) and not lab.traces())
+    assert lab.sh("pod", "ip -br link show eth0")
+
+
+def test_a_namespace_whose_path_has_gone(start: Start, plain: Containerd, lab: NetLab) -> None:
+    """Whoever made the pod's namespace may let go of it first."""
+    name = start()
+    lab.drop("pod")
+    plain.remove(name)
+    assert _unsettled(plain, name) == []
+
+
+@pytest.mark.parametrize("why", ["kind", "qdisc"])
+def test_what_cannot_be_joined_is_named_and_undone(
+    start: Start, plain: Containerd, lab: NetLab, why: str
+) -> None:
+    """The second link fails; nothing is left of the first."""
+    if why == "kind":
+        lab.sh("pod", "ip link add eth1 type bridge; ip addr add 192.0.2.1/24 dev eth1")
+        expected = "the pod's link eth1 is of kind 'bridge', which cannot be joined to a VM"
+    else:
+        lab.sh(
+            "pod",
+            "ip link add eth1 type veth peer name eth2; ip addr add 192.0.2.1/24 dev eth1;"
+            "tc qdisc add dev eth1 ingress",
+        )
+        expected = "the pod's link eth1 has a qdisc ingress already"
+    before = lab.traces()
+    with pytest.raises(CtrError) as failed:
+        start()
+    assert expected in failed.value.result.error
+    assert lab.traces() == before
+    assert _unsettled(plain, plain.ids[-1]) == []
+
+
+def test_a_hook_that_makes_the_network(plain: Containerd, lab: NetLab, tmp_path: Path) -> None:
+    """Docker and nerdctl do it in a hook, by the pid in the container's state."""
+    api = Api(plain.address, plain.namespace, tmp_path)
+    name = plain.new_id("hook")
+    lab.sh("pod", "ip link set eth0 down")
+    script = (
+        "pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/');"
+        f"nsenter --net={lab.pod} ip link set eth0 netns $pid;"
+        f"nsenter --net=/proc/$pid/ns/net sh -c 'ip addr add {GUEST4}/24 dev eth0; ip link set eth0 up'"
+    )
+    hook = {"path": "/bin/sh", "args": ["sh", "-ec", script], "env": [f"PATH={os.environ['PATH']}"]}
+    plain.ctr("container", "create", "--runtime", KATA, BUSYBOX, name)
+
+    def edit(spec: dict[str, Any]) -> None:
+        spec["process"]["args"] = list(ECHO)
+        spec["hooks"] = {"createRuntime": [hook]}
+
+    try:
+        api.patch_spec(name, edit)
+        api.task(name).start()
+        assert lab.echoes(GUEST4, b"hello") == b"hello"
+    finally:
+        plain.remove(name)
+        api.close()
+    assert _unsettled(plain, name) == []
+
+
+def test_a_machine_that_takes_no_cards_says_so(plain: Containerd, tmp_path: Path) -> None:
+    """A network that comes after Create needs a VM that a card can be plugged into."""
+    name = plain.new_id("none")
+    configuration = write_configuration(
+        tmp_path / "configuration.toml", {"hypervisor.qemu": {"machine_type": "microvm"}}
+    )
+    options = ("--cni", "--runtime-config-path", str(configuration))
+    try:
+        failed = plain.ctr("run", "--rm", "--runtime", KATA, *options, BUSYBOX, name, "true", check=False)
+        assert "the network (eth0) came after the VM had started" in failed.error
+        assert "hot-plug of virtio-net: a microvm has no PCI" in failed.error
+    finally:
+        plain.remove(name)
+    assert _unsettled(plain, name) == []
+
+
+@pytest.fixture(scope="module")
+def pod(cri: Cri) -> Iterator[Pod]:
+    """A pod whose network CRI made by its CNI configuration, before the sandbox."""
+    made = cri.run_pod(namespaces={"network": "POD"}, dns={"servers": ["192.0.2.53"]})
+    yield made
+    made.remove()
+    assert left_of(made) == []
+
+
+def test_a_pods_containers_share_its_network(pod: Pod) -> None:
+    """Two containers, one address, one loopback, the pod's name servers; counters that move."""
+    first = pod.run(*ECHO, image=CRI_BUSYBOX)
+    second = pod.run("sleep", "100000", image=CRI_BUSYBOX)
+    show = "ip -o -4 addr show eth0; ip -o -6 addr show eth0 scope global"
+    shown = pod.sh(first, show)
+    assert shown == pod.sh(second, show)
+    address = shown.split("inet ")[1].split("/")[0]
+    assert address.startswith("10.88.")
+    assert "inet6 fd00:88::" in shown
+    assert "nameserver 192.0.2.53" in pod.sh(second, "cat /etc/resolv.conf")
+    assert pod.sh(second, "echo by lo | nc 127.0.0.1 7") == "by lo"
+    gateway = pod.sh(second, "ip route").split("via ")[1].split()[0]
+    assert " 0% packet loss" in pod.sh(second, f"ping -c 1 -W 20 {gateway}")
+
+    containerd = pod.cri.containerd
+    before = _received(containerd, pod.id)
+    text = b"hello from the host" * 1000
+    host = os.open(f"/proc/{containerd.pid}/ns/net", os.O_RDONLY)
+    try:
+        with inside(host, socket.socket) as client:
+            client.settimeout(60)
+            client.connect((address, 7))
+            client.sendall(text)
+            client.shutdown(socket.SHUT_WR)
+            found = b""
+            while piece := client.recv(1 << 16):
+                found += piece
+    finally:
+        os.close(host)
+    assert found == text
+    assert _received(containerd, pod.id) >= before + len(text)
+
+
+def _received(containerd: Containerd, container: str) -> int:
+    """Bytes that came to eth0, as `ctr task metrics` tells: once, with the pod's own container."""
+    metrics = json.loads(containerd.ctr("task", "metrics", "--format", "json", container).text)
+    return sum(link.get("rx_bytes", 0) for link in metrics["network"] if link["name"] == "eth0")
+
+
+def _wait(done: Callable[[], bool], timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -88,6 +88,10 @@ class Netns:
         opening = _start(None, lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         try:
             return cls(await _wait(opening), "")
+        except asyncio.CancelledError:
+            if opening.exception() is None:
+                os.close(opening.result())
+            raise
         except OSError as error:
             raise HostError(f"no new network namespace: {error.strerror}", phase="network") from error
 
