@@ -16,7 +16,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import KataError
 from proto import agent_pb2
-from shim.resources.network.scan import OURS
+from shim.resources.network.netns import OURS
 from shim.sandbox import VirtSandbox
 from shim.stats import host_is_unified, to_any
 from shim.trace import Trace

@@ -22,9 +22,9 @@ from devices.config import NetworkConfig
 from devices.errors import HostError, KataError
 from devices.undo import Entry, UndoLog
 from shim.resources.network import links
-from shim.resources.network.netns import Netns, identity, inside
+from shim.resources.network.netns import OURS, Netns, identity, inside
 from shim.resources.network.rtnl import Rtnl
-from shim.resources.network.scan import OURS, Link
+from shim.resources.network.scan import Link
 from shim.resources.network.settings import MACVTAP, TCFILTER, NetworkSettings
 from shim.resources.network.tap import open_macvtap, open_tap, open_vhost
 
@@ -108,9 +108,11 @@ class Endpoint:
         qdiscs = self._qdiscs()
         if qdiscs:
             assert self._entry is not None
-            self._undo.update(self._entry, qdiscs=qdiscs)
-            self._joined = qdiscs
             try:
+                if "ingress" in qdiscs:
+                    await self._netns.run(self._check_ingress)
+                self._undo.update(self._entry, qdiscs=qdiscs)
+                self._joined = qdiscs
                 await self._netns.run(self._join)
             except OSError as error:
                 raise _said(error, self.link.name) from error
@@ -157,9 +159,11 @@ class Endpoint:
                     phase="network",
                     hint="it is of a sandbox that did not end well: remove it, or the namespace",
                 )
-        if "ingress" in self._qdiscs():
-            with Rtnl() as rtnl:
-                links.check_ingress(rtnl, self.link.index, self.link.name)
+
+    def _check_ingress(self) -> None:
+        """Likewise. Not in `_check`: the messages of tc take 13 ms to import, which a booting VM hides."""
+        with Rtnl() as rtnl:
+            links.check_ingress(rtnl, self.link.index, self.link.name)
 
     def _make(self) -> list[int]:
         settings, link = self._settings, self.link

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,10 +23,13 @@ from typing import ParamSpec, TypeVar
 from devices.errors import HostError
 from devices.syscalls import CLONE_NEWNET, setns, unshare
 
-__all__ = ["Netns", "identity", "inside"]
+__all__ = ["OURS", "Netns", "identity", "inside", "names"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
+
+OURS = "_kata"
+"""How the names of our own devices end, as Kata's do."""
 
 _OWN = ("/proc/self/ns/net", "/proc/1/ns/net")
 
@@ -34,6 +38,12 @@ def identity(fd: int) -> str:
     """What tells one namespace from all others that exist now: "device:inode" of its descriptor."""
     info = os.fstat(fd)
     return f"{info.st_dev}:{info.st_ino}"
+
+
+def names() -> frozenset[str]:
+    """The links of the calling thread's namespace but for loopback and our own: the quick look, which says
+    whether there is anything to be joined to a VM."""
+    return frozenset(name for _, name in socket.if_nameindex() if name != "lo" and not name.endswith(OURS))
 
 
 def inside(fd: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeVar
 
 import structlog
 
@@ -24,11 +25,13 @@ from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, Hypervisor
 from shim.agent_client import GuestAgent
-from shim.resources.network.endpoint import Endpoint
-from shim.resources.network.netns import Netns
-from shim.resources.network.scan import Link, Scan, names, scan
+from shim.resources.network.netns import Netns, names
 from shim.resources.network.settings import NetworkSettings
 from shim.trace import Trace
+
+if TYPE_CHECKING:
+    from shim.resources.network.endpoint import Endpoint
+    from shim.resources.network.scan import Link, Scan
 
 __all__ = ["PodNetwork"]
 
@@ -55,7 +58,7 @@ class PodNetwork:
         self._trace = trace
         self._netns: Netns | None = None
         self._scanning: asyncio.Task[Scan] | None = None
-        self._scan = Scan()
+        self._scan: Scan | None = None
         self._by_name = False
         self._endpoints: list[Endpoint] = []
         self._parted: list[Endpoint] = []  # those whose card could not be unplugged
@@ -101,7 +104,7 @@ class PodNetwork:
 
     async def configure(self, agent: GuestAgent) -> None:
         """Tell the guest. Raises KataError."""
-        if not self._untold:
+        if not self._untold or self._scan is None:
             return
         from shim.resources.network.guest import tell
 
@@ -115,14 +118,15 @@ class PodNetwork:
         if self._netns is None:
             return
         async with self._lock:
-            if self._netns is None or await self._inside(names) == {one.link.name for one in self._endpoints}:
+            known = {one.link.name for one in self._endpoints}
+            if self._netns is None or (await self._inside(names) == known and not self._untold):
                 return
             with self._trace.phase("network.rescan"):
                 found = await self._look()
                 for endpoint in [one for one in self._endpoints if one.link.name not in found.names]:
                     await self._unplug(endpoint)
-                known = {endpoint.link.index for endpoint in self._endpoints}
-                new = [link for link in found.links if link.index not in known]
+                indexes = {one.link.index for one in self._endpoints}
+                new = [link for link in found.links if link.index not in indexes]
                 if new:
                     await self._plug_late(new)
                     self._scan = found
@@ -164,12 +168,14 @@ class PodNetwork:
 
     async def _look(self) -> Scan:
         with self._trace.phase("network.scan"):
-            found = await self._inside(scan)
+            found = await self._inside(_scan)
         _log.info("the pod's network", links=[link.name for link in found.links], of=sorted(found.names))
         return found
 
     async def _plug(self, link: Link) -> Endpoint:
         """Make the host's end, and the card. Nothing is left if it fails."""
+        from shim.resources.network.endpoint import Endpoint
+
         assert self._netns is not None
         endpoint = Endpoint(self._netns, link, self._made, self._settings, self._undo, by_name=self._by_name)
         self._made += 1
@@ -215,6 +221,14 @@ class PodNetwork:
         except (KataError, OSError) as error:
             self._parted.append(endpoint)
             _log.warning("a card stays in the VM", link=endpoint.link.name, error=str(error))
+
+
+def _scan() -> Scan:
+    """In the namespace's thread, which also imports what is needed only where there is a network."""
+    import_module("shim.resources.network.endpoint")
+    from shim.resources.network.scan import scan
+
+    return scan()
 
 
 def _require(capabilities: Capabilities, op: Op) -> None:

@@ -1,7 +1,6 @@
 """What a pod's network namespace holds: the links that become cards, and what the guest is told of each.
 
-What: `scan` reads the namespace of the calling thread; `names` is the quick look that says whether a scan
-would find anything new.
+What: `scan` reads the namespace of the calling thread.
 Why all of it at once: the cards are made before the VM starts and the guest hears of addresses and routes
 afterwards, when the namespace's own are shadowed by what was joined to the VM.
 Invariants: reading only. A link counts if somebody gave it an address (the link-local one that the kernel
@@ -21,14 +20,12 @@ from typing import Any
 import structlog
 
 from devices.errors import HostError
+from shim.resources.network.netns import OURS, names
 from shim.resources.network.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, RTM_GETROUTE, Rtnl
 
-__all__ = ["OURS", "Address", "Link", "Neighbor", "Route", "Scan", "names", "scan"]
+__all__ = ["Address", "Link", "Neighbor", "Route", "Scan", "scan"]
 
 _log = structlog.get_logger("network")
-
-OURS = "_kata"
-"""How the names of our own devices end, as Kata's do."""
 
 _KINDS = frozenset({"veth", "macvlan"})
 _IFF_LOOPBACK = 0x8
@@ -94,11 +91,6 @@ class Scan:
     routes: tuple[Route, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     names: frozenset[str] = field(default_factory=frozenset)
-
-
-def names() -> frozenset[str]:
-    """The links of the calling thread's namespace but for loopback and our own: one system call or two."""
-    return frozenset(name for _, name in socket.if_nameindex() if name != "lo" and not name.endswith(OURS))
 
 
 def scan() -> Scan:

@@ -99,12 +99,14 @@ async def test_a_namespace_that_is_gone_is_fine(lab: NetLab, tmp_path: Path) -> 
 
 
 async def test_another_ones_qdisc_is_left_alone(lab: NetLab) -> None:
-    """What arrives at the link is somebody else's matter already: nothing is made."""
+    """What arrives at the link is somebody else's matter already."""
     lab.sh("pod", "tc qdisc add dev eth0 ingress")
     undo = MemoryUndo()
     endpoint = _endpoint(lab, undo)
+    await endpoint.make()
     with pytest.raises(HostError, match="link eth0 has a qdisc ingress already"):
-        await endpoint.make()
+        await endpoint.join()
+    await endpoint.release()
     assert lab.traces().startswith("qdisc ingress ffff: dev eth0")
     assert lab.traces().count("\n") == 0
     assert undo.entries == []

@@ -11,7 +11,8 @@ import pytest
 from devices.errors import HostError
 from proto import types_pb2
 from shim.resources.network.guest import interface, neighbors, routes
-from shim.resources.network.scan import Address, Neighbor, Scan, names, scan
+from shim.resources.network.netns import names
+from shim.resources.network.scan import Address, Neighbor, Scan, scan
 from tests.netlab import GUEST4, GUEST6, HOST4, HOST6, NetLab
 
 
@@ -54,7 +55,7 @@ def test_an_empty_namespace_has_nothing(lab: NetLab) -> None:
     assert lab.inside("pod", names) == frozenset()
 
 
-@pytest.mark.parametrize("kind", ["dummy", "bridge"])
+@pytest.mark.parametrize("kind", ["bridge", "ifb"])
 def test_a_kind_that_no_vm_can_have_is_named(lab: NetLab, kind: str) -> None:
     made = subprocess.run(
         ["nsenter", f"--net={lab.pod}", "ip", "link", "add", "odd0", "type", kind], check=False
