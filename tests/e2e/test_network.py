@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -178,16 +179,35 @@ def test_rates_are_limited(start: Start, plain: Containerd, lab: NetLab, model: 
 def test_killed_with_its_pod_it_leaves_nothing(start: Start, plain: Containerd, lab: NetLab) -> None:
     """After kill -9 of the shim `delete` finds taps and qdiscs by the journal alone."""
     name = start()
-    (shim,) = [
-        one
-        for one in leaks.own_processes(plain.tag, "")
-        if name in one.argv and any("containerd-shim-kata-v2" in word for word in one.argv)
-    ]
     assert "tap0_kata" in lab.traces()
-    os.kill(shim.pid, signal.SIGKILL)
+    os.kill(_shim_of(plain, name), signal.SIGKILL)
     plain.remove(name)
     _wait(lambda: not _unsettled(plain, name) and not lab.traces())
     assert lab.sh("pod", "ip -br link show eth0")
+
+
+def test_killed_while_it_boots_it_leaves_nothing(plain: Containerd, lab: NetLab) -> None:
+    """kill -9 between the making of the tap and the end of the start."""
+    name = plain.new_id("boot")
+    options = ("--with-ns", f"network:{lab.pod}")
+    argv = plain.ctr_argv("run", "--runtime", KATA, *options, BUSYBOX, name, "true")
+    with subprocess.Popen(
+        argv, env=plain.environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as ctr:
+        _wait(lambda: "tap0_kata" in lab.traces(), 60)
+        os.kill(_shim_of(plain, name), signal.SIGKILL)
+        assert ctr.wait(60)
+    plain.remove(name)
+    _wait(lambda: not _unsettled(plain, name) and not lab.traces())
+
+
+def _shim_of(containerd: Containerd, name: str) -> int:
+    (pid,) = [
+        one.pid
+        for one in leaks.own_processes(containerd.tag, "")
+        if name in one.argv and any("containerd-shim-kata-v2" in word for word in one.argv)
+    ]
+    return pid
 
 
 def test_a_namespace_whose_path_has_gone(start: Start, plain: Containerd, lab: NetLab) -> None:
@@ -305,6 +325,33 @@ def test_a_pods_containers_share_its_network(pod: Pod) -> None:
         os.close(host)
     assert found == text
     assert _received(containerd, pod.id) >= before + len(text)
+
+
+def test_a_pods_link_comes_and_goes(pod: Pod) -> None:
+    """The guest follows the namespace with each container that starts: plugged, told, unplugged."""
+    (netns,) = [
+        space["path"]
+        for space in json.loads(pod.info()["info"])["runtimeSpec"]["linux"]["namespaces"]
+        if space["type"] == "network"
+    ]
+    show = ("sh", "-c", "ls /sys/class/net; ip route; echo end")
+    script = (
+        "ip link add eth1 type veth peer name other; ip addr add 192.0.2.2/24 dev eth1;"
+        "ip link set eth1 up; ip link set other up; ip route add 203.0.113.0/24 dev eth1"
+    )
+    subprocess.run(["nsenter", f"--net={netns}", "sh", "-ec", script], check=True, timeout=60)
+    shown = pod.wait_output(pod.run(*show, image=CRI_BUSYBOX), "end")
+    assert shown.startswith("eth0\neth1\nlo\n")
+    assert "203.0.113.0/24 dev eth1" in shown
+    assert "default via" in shown
+    subprocess.run(["nsenter", f"--net={netns}", "ip", "link", "del", "eth1"], check=True, timeout=60)
+    shown = pod.wait_output(pod.run(*show, image=CRI_BUSYBOX), "end")
+    assert shown.startswith("eth0\nlo\ndefault")
+    links = subprocess.run(
+        ["nsenter", f"--net={netns}", "ip", "-br", "link"], check=True, timeout=60, capture_output=True
+    ).stdout.decode()
+    assert "tap0_kata" in links
+    assert "tap1_kata" not in links
 
 
 def _received(containerd: Containerd, container: str) -> int:

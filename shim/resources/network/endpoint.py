@@ -22,7 +22,7 @@ from devices.config import NetworkConfig
 from devices.errors import HostError, KataError
 from devices.undo import Entry, UndoLog
 from shim.resources.network import links
-from shim.resources.network.netns import OURS, Netns, identity, inside
+from shim.resources.network.netns import OURS, Netns, identity, inside, open_netns
 from shim.resources.network.rtnl import Rtnl
 from shim.resources.network.scan import Link
 from shim.resources.network.settings import MACVTAP, TCFILTER, NetworkSettings
@@ -213,7 +213,7 @@ def release_facts(facts: dict[str, str | int]) -> None:
     """What `Endpoint.release` does, from the undo log's facts alone; blocks. A namespace that is gone took
     everything with it. Raises OSError."""
     try:
-        fd = os.open(str(facts["netns"]), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_netns(str(facts["netns"]))
     except OSError:
         return
     try:

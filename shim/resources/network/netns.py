@@ -13,6 +13,8 @@ Source: network_namespaces(7), setns(2).
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
 import socket
 import threading
@@ -23,7 +25,7 @@ from typing import ParamSpec, TypeVar
 from devices.errors import HostError
 from devices.syscalls import CLONE_NEWNET, setns, unshare
 
-__all__ = ["OURS", "Netns", "identity", "inside", "names"]
+__all__ = ["OURS", "Netns", "identity", "inside", "names", "open_netns"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -31,6 +33,7 @@ P = ParamSpec("P")
 OURS = "_kata"
 """How the names of our own devices end, as Kata's do."""
 
+_NS_GET_NSTYPE = 0xB703
 _OWN = ("/proc/self/ns/net", "/proc/1/ns/net")
 
 
@@ -38,6 +41,19 @@ def identity(fd: int) -> str:
     """What tells one namespace from all others that exist now: "device:inode" of its descriptor."""
     info = os.fstat(fd)
     return f"{info.st_dev}:{info.st_ino}"
+
+
+def open_netns(path: str) -> int:
+    """A descriptor of the network namespace at `path`. Raises OSError, EINVAL for what is none."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # who named it may have meant a FIFO
+    try:
+        kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+    except OSError:
+        kind = 0
+    if kind != CLONE_NEWNET:
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is no network namespace")
+    return fd
 
 
 def names() -> frozenset[str]:
@@ -81,7 +97,7 @@ class Netns:
     def open(cls, path: str) -> Netns | None:
         """The one at `path`; None if that is the shim's own or the host's. Raises HostError."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_netns(path)
         except OSError as error:
             raise HostError(
                 f"the network namespace {path} cannot be opened: {error.strerror}", phase="network"

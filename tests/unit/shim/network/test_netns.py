@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,19 @@ def test_the_hosts_own_is_nobodys_pod() -> None:
 def test_one_that_is_not_there_is_named() -> None:
     with pytest.raises(HostError, match="network namespace /nowhere cannot be opened"):
         Netns.open("/nowhere")
+
+
+@pytest.mark.parametrize("what", ["fifo", "file", "pid"])
+def test_what_is_none_is_refused(tmp_path: Path, what: str) -> None:
+    """A FIFO would hold up whoever opens it, the event loop with him."""
+    path = "/proc/self/ns/pid"
+    if what != "pid":
+        path = str(tmp_path / what)
+        os.mkfifo(path) if what == "fifo" else Path(path).touch()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(HostError, match="cannot be opened: it is no network namespace"):
+        Netns.open(path)
+    assert os.listdir("/proc/self/fd") == before
 
 
 async def test_errors_come_back(lab: NetLab) -> None:
