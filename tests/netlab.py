@@ -29,10 +29,12 @@ T = TypeVar("T")
 
 
 class NetLab:
-    """For `with`. `pod` and `host` are paths of the namespaces; `mtu` is that of the pair."""
+    """For `with`. `pod` is the path of the pod's namespace; `mtu` is that of the pair. With `macvlan` the pod
+    has one of these on an end of the pair that stays with the host."""
 
-    def __init__(self, *, mtu: int = 1400) -> None:
+    def __init__(self, *, mtu: int = 1400, macvlan: bool = False) -> None:
         self._mtu = mtu
+        self._macvlan = macvlan
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
         self._fds: dict[str, int] = {}
 
@@ -149,11 +151,17 @@ class NetLab:
         self._fds[name] = os.open(f"/proc/{holder.pid}/ns/net", os.O_RDONLY)
 
     def _wire(self) -> None:
-        pod = self._holders["pod"].pid
+        pod, mtu = self._holders["pod"].pid, self._mtu
+        pair = f"ip link add veth0 mtu {mtu} type veth peer name eth0 mtu {mtu} netns {pod};"
+        if self._macvlan:
+            pair = (
+                f"ip link add veth0 mtu {mtu} type veth peer name below mtu {mtu}; ip link set below up;"
+                f"ip link add link below name eth0 netns {pod} type macvlan mode bridge;"
+            )
         self.sh(
             "host",
             "sysctl -qw net.ipv6.conf.default.accept_dad=0;"
-            f"ip link add veth0 mtu {self._mtu} type veth peer name eth0 mtu {self._mtu} netns {pod};"
+            f"{pair}"
             f"ip addr add {HOST4}/24 dev veth0; ip addr add {HOST6}/64 dev veth0; ip link set veth0 up",
         )
         self.sh(

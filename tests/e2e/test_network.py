@@ -42,9 +42,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
 
 
 @pytest.fixture
-def lab() -> Iterator[NetLab]:
+def lab(request: pytest.FixtureRequest) -> Iterator[NetLab]:
     """The namespaces of a pod and its host."""
-    with NetLab() as made:
+    with NetLab(macvlan=getattr(request, "param", False)) as made:
         yield made
 
 
@@ -131,13 +131,18 @@ def _unsettled(containerd: Containerd, name: str) -> list[str]:
     return [path for path in paths if os.path.lexists(path)] + mounts + processes
 
 
-@pytest.mark.parametrize("variant", ["macvtap", "two queues", "microvm"])
+@pytest.mark.parametrize(
+    ("lab", "variant"),
+    [(False, "macvtap"), (False, "two queues"), (False, "microvm"), (True, "macvlan")],
+    indirect=["lab"],
+)
 def test_other_models_and_machines(start: Start, plain: Containerd, lab: NetLab, variant: str) -> None:
-    """A macvtap instead of filters, a card with several queues, a machine without PCI."""
+    """A macvtap instead of filters, several queues, a machine without PCI, another kind of link."""
     overrides: dict[str, dict[str, dict[str, Value | None]]] = {
         "macvtap": {"runtime": {"internetworking_model": "macvtap"}},
         "two queues": {"hypervisor__qemu": {"network_queues": 2, "default_vcpus": 2}},
         "microvm": {"hypervisor__qemu": {"machine_type": "microvm"}},
+        "macvlan": {},
     }
     name = start(**overrides[variant])
     run = _sh(plain, name)
