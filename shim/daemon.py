@@ -201,6 +201,12 @@ async def _serve_tasks(
     own = {"pid": os.getpid(), "start": start_time(os.getpid())}
     journal.record("process", lambda: None, name="shim", **own)
     listening = journal.record("socket", path=address.removeprefix("unix://"))
+
+    def ask() -> None:
+        # Before the answer: `delete` comes right after it, and waits for whoever has no socket any more.
+        _unlink(address)
+        stop.set()
+
     events = EventPublisher(flags.namespace, os.environ.get("TTRPC_ADDRESS", ""))
     context = DaemonContext(
         namespace=flags.namespace,
@@ -214,7 +220,7 @@ async def _serve_tasks(
         debug=flags.debug,
         events=events,
         undo=journal,
-        shutdown=stop.set,
+        shutdown=ask,
         runtime_class=flags.runtime_class,
         host_mounts=host_mounts,
     )
