@@ -10,7 +10,7 @@ from typing import Any
 
 from hypervisors.qemu.qmp import QmpEvent
 
-__all__ = ["deleted", "let_go", "size_changed", "taken"]
+__all__ = ["deleted", "let_go", "size_is", "taken"]
 
 Match = Callable[[QmpEvent], bool]
 
@@ -40,9 +40,10 @@ def let_go(device_id: str) -> Match:
     return lambda event: gone(event) or refused(event) or any(match(event) for match in kept)
 
 
-def size_changed(device_id: str) -> Match:
-    """A virtio-mem device has another size."""
-    return _event("MEMORY_DEVICE_SIZE_CHANGE", "id", device_id)
+def size_is(device_id: str, size: int) -> Match:
+    """A virtio-mem device has reached this size."""
+    changed = _event("MEMORY_DEVICE_SIZE_CHANGE", "id", device_id)
+    return lambda event: changed(event) and event["data"].get("size") == size
 
 
 def taken(device_id: str) -> Match:

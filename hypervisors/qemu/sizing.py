@@ -3,7 +3,8 @@
 What: `Sizer.resize_vcpu` and `resize_memory`, by CPU hot-plug, DIMMs and virtio-mem.
 Why events: QEMU answers device_add before the guest has looked. ACPI_DEVICE_OST says that the guest
 took a vCPU or a DIMM, or that it keeps one, DEVICE_DELETED that it gave one back,
-MEMORY_DEVICE_SIZE_CHANGE how far virtio-mem has come; nothing is polled.
+MEMORY_DEVICE_SIZE_CHANGE how far virtio-mem has come. Nothing is polled but the latter, which QEMU tells at
+most once a second.
 Invariants:
 - What the VM has is QEMU's word each time, never a count of ours: a failed step leaves no lie behind.
 - One resize at a time; asking for what there is does nothing.
@@ -28,7 +29,7 @@ import structlog
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
-from hypervisors.qemu.events import let_go, size_changed, taken
+from hypervisors.qemu.events import let_go, size_is, taken
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent
 
@@ -39,6 +40,7 @@ _MAX_GROWTH = 8
 """A DIMM has at most so many times the memory that is there: its page table is a 64th of it."""
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
 
+_FIRST_LOOK, _LAST_LOOK = 0.02, 0.2  # seconds between two questions for virtio-mem's size
 _DIMM = "dimm"  # and a number, the highest of all when it came
 _BACK_END = "mem-"  # and the DIMM's name
 
@@ -140,8 +142,7 @@ class Sizer:
             if mib < base:
                 raise UnsupportedByHypervisor("qemu", f"less memory than it started with ({base} MiB)")
             if plan.virtio_mem is not None:
-                await self._request(mib - base, growing=mib > present)
-                return await self._memory()
+                return base + await self._request(mib - base, growing=mib > present)
             if mib < present:
                 return present - await self._unplug_dimms(
                     [dimm for dimm in dimms if dimm not in leaving], present - mib
@@ -213,29 +214,41 @@ class Sizer:
             await self._drop_back_end(dimm.name)
         return gone
 
-    async def _request(self, mib: int, *, growing: bool) -> None:
-        """Tell virtio-mem how much there shall be, and wait until it is so; shrinking may end early."""
-        path, wanted = f"{_PERIPHERAL}{VIRTIO_MEM}", mib << 20
-        progress = size_changed(VIRTIO_MEM)
-        try:
-            async with asyncio.timeout(self._deadline):
-                while True:
-                    with self._qmp.expect(progress) as changed:
-                        await self._set_requested(path, wanted)
-                        if await self._qmp.execute("qom-get", {"path": path, "property": "size"}) == wanted:
-                            return
-                        await changed
-        except TimeoutError:
-            if growing:
-                raise self._late(f"take {mib} MiB of memory by virtio-mem") from None
-            size = await self._qmp.execute("qom-get", {"path": path, "property": "size"})
-            _log.info("the guest keeps memory that it was asked to give back", kept=size - wanted)
-            await self._set_requested(path, size)
+    async def _request(self, mib: int, *, growing: bool) -> int:
+        """Tell virtio-mem how much there shall be, and wait until it is so. How much there is (MiB): more
+        than that, if the guest keeps it."""
+        wanted = mib << 20
+        with self._qmp.expect(size_is(VIRTIO_MEM, wanted)) as reached:
+            await self._virtio_mem("qom-set", "requested-size", value=wanted)
+            try:
+                async with asyncio.timeout(self._deadline):
+                    await self._until_size(wanted, reached)
+                return mib
+            except TimeoutError:
+                if growing:
+                    raise self._late(f"take {mib} MiB of memory by virtio-mem") from None
+        size = int(await self._virtio_mem("qom-get", "size"))
+        _log.info("the guest keeps memory that it was asked to give back", kept=size - wanted)
+        await self._virtio_mem("qom-set", "requested-size", value=size)
+        return size >> 20
 
-    async def _set_requested(self, path: str, size: int) -> None:
-        request = {"path": path, "property": "requested-size"}
-        if await self._qmp.execute("qom-get", request) != size:
-            await self._qmp.execute("qom-set", {**request, "value": size})
+    async def _until_size(self, wanted: int, reached: asyncio.Future[QmpEvent]) -> None:
+        """QEMU tells sizes at most once a second, the last one late: so it is asked meanwhile, too."""
+        pause = _FIRST_LOOK
+        while True:
+            done, _ = await asyncio.wait({reached}, timeout=pause)
+            if done:
+                await reached
+                return
+            if await self._virtio_mem("qom-get", "size") == wanted:
+                return
+            pause = min(2 * pause, _LAST_LOOK)
+
+    async def _virtio_mem(self, command: str, name: str, **more: int) -> Any:
+        """Read or write one of its properties."""
+        return await self._qmp.execute(
+            command, {"path": f"{_PERIPHERAL}{VIRTIO_MEM}", "property": name, **more}
+        )
 
     # --- both
 

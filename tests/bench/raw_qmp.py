@@ -119,8 +119,10 @@ class RawQmp:
                 self._until("DEVICE_DELETED", lambda data: data.get("device") == wanted["id"])
             case "device_add" if "-cpu" in wanted["driver"] or wanted["driver"] == "pc-dimm":
                 self._until("ACPI_DEVICE_OST", lambda data: data["info"].get("device") == wanted["id"])
-            case "qom-set":
-                self._until("MEMORY_DEVICE_SIZE_CHANGE", lambda data: data["size"] == wanted["value"])
+            case "qom-set":  # QEMU tells it at most once a second
+                look = {"path": wanted["path"], "property": "size"}
+                while self.execute("qom-get", look) != wanted["value"]:
+                    time.sleep(0.001)
 
     def _until(self, event: str, match: Callable[[dict[str, Any]], bool]) -> None:
         while not any(seen["event"] == event and match(seen["data"]) for seen in self._events):

@@ -68,7 +68,9 @@ def test_a_replay_waits_for_the_guest(tmp_path: Path) -> None:
         ("device_del", [{"event": "DEVICE_DELETED", "data": {"device": "other"}}, {"return": {}}, deleted]),
         ("blockdev-del", [{"error": {"desc": "Node n is in use"}}]),
         ("blockdev-del", [{"return": {}}]),
-        ("qom-set", [{"return": {}}, {**size, "data": {"id": "v", "size": 2}}, size]),
+        ("qom-set", [{"return": {}}]),
+        ("qom-get", [{"return": 2}]),
+        ("qom-get", [size, {"return": 4}]),
     ]
     got: list[str] = []
     thread = _qemu(tmp_path / "qmp", script, got)

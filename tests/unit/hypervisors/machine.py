@@ -47,6 +47,7 @@ class Machine:
         self.ost_status = 0  # of the guest's answer to what is plugged
         self.refusals: dict[str, int | str] = {}  # to an unplug, by device: an ACPI status, or an event
         self.lazy = False
+        self.throttled = False  # sizes are told too late
         self.late = 0  # how often a node that is free is said to be in use
         self.refuse: set[str] = set()
         self.commands: list[str] = []
@@ -157,7 +158,8 @@ class Machine:
                 step = (arguments["value"] - self.virtio_mem["size"]) // part
                 size = max(self.virtio_mem["size"] + step, self.keeps)
                 self.virtio_mem["size"] = size
-                self.event("MEMORY_DEVICE_SIZE_CHANGE", id="virtio-mem0", size=size)
+                if not self.throttled:
+                    self.event("MEMORY_DEVICE_SIZE_CHANGE", id="virtio-mem0", size=size)
         return {}
 
     def _blockdev_add(self, arguments: dict[str, Any]) -> Any:

@@ -276,6 +276,13 @@ async def test_virtio_mem_goes_both_ways(machine: Machine, make: Make) -> None:
         await sizer.resize_memory(128)
 
 
+async def test_a_size_that_qemu_tells_late_is_asked_for(machine: Machine, make: Make) -> None:
+    sizer = await make(enable_virtio_mem=True)
+    machine.throttled = True
+    assert await sizer.resize_memory(1024) == 1024
+    assert await sizer.resize_memory(256) == 256
+
+
 async def test_a_guest_may_keep_what_it_uses(machine: Machine, make: Make) -> None:
     sizer = await make(enable_virtio_mem=True, hotplug_timeout=0.05)
     await sizer.resize_memory(1024)
