@@ -40,7 +40,7 @@ _MAX_GROWTH = 8
 """A DIMM has at most so many times the memory that is there: its page table is a 64th of it."""
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
 
-_FIRST_LOOK, _LAST_LOOK = 0.02, 0.2  # seconds between two questions for virtio-mem's size
+_FIRST_LOOK, _LAST_LOOK = 0.005, 0.2  # seconds between two questions for virtio-mem's size
 _DIMM = "dimm"  # and a number, the highest of all when it came
 _BACK_END = "mem-"  # and the DIMM's name
 
