@@ -21,18 +21,18 @@ async def test_what_succeeded_is_noted_and_what_only_asks_is_not() -> None:
     machine = Machine()
     client = await machine.connect()
     try:
-        machine.refuse.add("blockdev-del")
+        machine.refuse.add("object-del")
         with Recorder(client).commands() as seen:
             await client.execute("query-hotpluggable-cpus")
-            await client.execute("blockdev-add", {"node-name": "n", "driver": "raw"})
+            await client.execute("object-add", {"id": "n", "qom-type": "x"})
             with pytest.raises(QmpError):
-                await client.execute("blockdev-del", {"node-name": "n"})
+                await client.execute("object-del", {"id": "n"})
         await client.execute("query-hotpluggable-cpus")
-        await client.execute("blockdev-add", {"node-name": "later", "driver": "raw"})
+        await client.execute("object-add", {"id": "later", "qom-type": "x"})
     finally:
         await client.close()
         await machine.close()
-    assert seen == [Command("blockdev-add", {"node-name": "n", "driver": "raw"}, ())]
+    assert seen == [Command("object-add", {"id": "n", "qom-type": "x"}, ())]
 
 
 def _qemu(path: Path, script: Script, got: list[str]) -> threading.Thread:
