@@ -17,24 +17,20 @@ import contextlib
 import os
 import re
 import stat
-from dataclasses import dataclass, field
-from typing import Any
 
 import structlog
 
 from devices.child import Child, process_start_time
 from devices.config import (
     BlockConfig,
-    ConsoleConfig,
     DeviceConfig,
     NetworkConfig,
-    RngConfig,
     VsockConfig,
 )
 from devices.errors import BugError, HostError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.rendezvous import connect_when_listening
-from devices.undo import Entry, UndoLog
+from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.firecracker import boot
@@ -44,32 +40,16 @@ from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
 from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threads
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
-from hypervisors.firecracker.report import LOG, METRICS, Report
+from hypervisors.firecracker.parts import CALL, SNAPSHOT, Parts, configure, load
+from hypervisors.firecracker.report import LOG, METRICS
 
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
-_CALL = 10.0  # seconds for one API call; a snapshot takes as long as its memory takes to write
-_SNAPSHOT = 120.0
-_START = 120.0  # InstanceStart loads the kernel; the deadline of `start_vm` comes first
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _log = structlog.get_logger(_NAME)
-
-
-@dataclass(slots=True)
-class _Parts:
-    """What a VM is made of, as far as it got."""
-
-    den: Den | None = None
-    cold: list[DeviceConfig] = field(default_factory=list)
-    drives: Drives | None = None
-    channel: HybridVsock | None = None
-    report: Report = field(default_factory=Report)
-    process: Child | None = None
-    api: FirecrackerApi | None = None
-    cgroups: list[Entry] = field(default_factory=list)
 
 
 class Firecracker:
@@ -83,7 +63,7 @@ class Firecracker:
         self._state_dir = state_dir
         self._undo = undo
         self._netns: str | None = None
-        self._parts = _Parts()
+        self._parts = Parts()
         self._stopping = False
         self._ended: asyncio.Future[VmExit] | None = None
         self._starting: asyncio.Future[None] | None = None  # from `start_vm` on; done when that is
@@ -116,10 +96,8 @@ class Firecracker:
         try:
             async with asyncio.timeout(timeout):
                 await self._spawn(timeout)
-                if self._section.boot_from_template:
-                    await self._load()
-                else:
-                    await self._configure()
+                begin = load if self._section.boot_from_template else configure
+                await begin(self._parts, self._section)
         except TimeoutError:
             await self._end()
             raise self._with_evidence(
@@ -167,17 +145,17 @@ class Firecracker:
 
     async def pause_vm(self) -> None:
         """See `Hypervisor.pause_vm`."""
-        await self._api().patch("/vm", {"state": "Paused"}, timeout=_CALL)
+        await self._api().patch("/vm", {"state": "Paused"}, timeout=CALL)
 
     async def resume_vm(self) -> None:
         """See `Hypervisor.resume_vm`."""
-        await self._api().patch("/vm", {"state": "Resumed"}, timeout=_CALL)
+        await self._api().patch("/vm", {"state": "Resumed"}, timeout=CALL)
 
     async def save_vm(self, path: str) -> None:
         """See `Hypervisor.save_vm`: writes `path`/device_state and `path`/memory; a running VM is paused
         meanwhile. `boot_from_template` with both loads it."""
         den, api = self._den(), self._api()
-        running = (await api.get("/", timeout=_CALL)).get("state") == "Running"
+        running = (await api.get("/", timeout=CALL)).get("state") == "Running"
         if running:
             await self.pause_vm()
         try:
@@ -189,7 +167,7 @@ class Firecracker:
                 "snapshot_path": f"{inside}/device_state",
                 "mem_file_path": f"{inside}/memory",
             }
-            await api.put("/snapshot/create", body, timeout=_SNAPSHOT)
+            await api.put("/snapshot/create", body, timeout=SNAPSHOT)
         except OSError as error:
             raise HostError(
                 f"cannot save the VM to {path}: {error.strerror or error}", phase="save"
@@ -311,7 +289,7 @@ class Firecracker:
 
     async def check(self) -> None:
         """See `Hypervisor.check`."""
-        info = await self._api().get("/", timeout=_CALL)
+        info = await self._api().get("/", timeout=CALL)
         if not isinstance(info, dict) or info.get("state") not in ("Running", "Paused"):
             raise HypervisorError(f"the VM does not run: {info!r:.100}")
 
@@ -388,8 +366,9 @@ class Firecracker:
         sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
         parts.api = FirecrackerApi(sock)
         level = "Debug" if section.enable_debug else "Warn"
-        await self._put("/logger", {"log_path": LOG, "level": level, "show_level": True})
-        await self._put("/metrics", {"metrics_path": METRICS})
+        logger = {"log_path": LOG, "level": level, "show_level": True}
+        await parts.api.put("/logger", logger, timeout=CALL)
+        await parts.api.put("/metrics", {"metrics_path": METRICS}, timeout=CALL)
 
     def _check_stopping(self) -> None:
         if self._stopping:
@@ -399,56 +378,6 @@ class Firecracker:
         den.make_fifo(LOG)
         den.make_fifo(METRICS)
         den.make_file(EMPTY, _EMPTY_SIZE)
-
-    async def _configure(self) -> None:
-        """Everything up to InstanceStart. Raises HypervisorError, OSError."""
-        den, section, parts = self._den(), self._section, self._parts
-        kernel = await asyncio.to_thread(den.lend, section.kernel, "kernel")
-        initrd = await asyncio.to_thread(den.lend, section.initrd, "initrd") if section.initrd else ""
-        words = boot.kernel_command_line(
-            section,
-            console=any(isinstance(device, ConsoleConfig) for device in parts.cold),
-            home_port=parts.channel.home_port if parts.channel else 0,
-        )
-        calls = list(boot.machine(section, kernel, initrd, words))
-        calls += await self._boot_drives(den)
-        cards = 0
-        for device in parts.cold:
-            match device:
-                case NetworkConfig():
-                    cards += 1  # Firecracker's names may have no dash, ours may
-                    calls.append(boot.network(section, f"card{cards}", device.tap, device.mac))
-                case VsockConfig():
-                    vsock = {"guest_cid": boot.GUEST_CID, "uds_path": boot.VSOCK}
-                    calls.append(boot.Call("/vsock", vsock))
-                case RngConfig():
-                    calls.append(boot.Call("/entropy", {}))
-                case _:
-                    pass
-        for call in calls:
-            await self._put(call.path, call.body)
-        await self._api().put("/actions", {"action_type": "InstanceStart"}, timeout=_START)
-
-    async def _load(self) -> None:
-        """The VM of a snapshot instead. Its disks are those it was saved with, by the same names."""
-        den, section = self._den(), self._section
-        await self._boot_drives(den)  # the saved state knows them by these names
-        state = await asyncio.to_thread(den.lend, section.device_state_path, "device-state")
-        memory = await asyncio.to_thread(den.lend, section.memory_path, "memory")
-        body = {
-            "snapshot_path": state,
-            "mem_backend": {"backend_type": "File", "backend_path": memory},
-            "resume_vm": True,
-        }
-        await self._api().put("/snapshot/load", body, timeout=_SNAPSHOT)
-
-    async def _put(self, path: str, body: dict[str, Any]) -> None:
-        await self._api().put(path, body, timeout=_CALL)
-
-    async def _boot_drives(self, den: Den) -> list[boot.Call]:
-        self._parts.drives = Drives(self._section, den)
-        disks = [device for device in self._parts.cold if isinstance(device, BlockConfig)]
-        return await self._parts.drives.boot_with(disks)
 
     def _has(self, device_id: str) -> bool:
         return self._parts.drives is not None and self._parts.drives.has(device_id)
