@@ -36,6 +36,8 @@ _AGENT_TYPES = {
 # Whose nodes in the guest are /dev/vdX, X by their number.
 _LETTERED = frozenset({Kind.BLK, Kind.VHOST_USER_BLK})
 
+_DRIVERS = {Kind.BLK: "virtio-blk-pci", Kind.SCSI: "virtio-scsi", Kind.PMEM: "virtio-pmem"}
+
 Source = tuple[object, ...]  # what makes two requests mean the same device
 
 
@@ -59,9 +61,10 @@ def disk_name(index: int) -> str:
 
 
 class DeviceManager:
-    """See the module's docstring."""
+    """See the module's docstring. `driver`: how its disks are plugged, unless they say so themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, driver: Kind = Kind.BLK) -> None:
+        self._driver = driver
         self._devices: dict[str, PluggedDevice] = {}
         self._sources: dict[str, Source] = {}
         self._locks: weakref.WeakValueDictionary[Source, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -162,8 +165,8 @@ class DeviceManager:
         return await self._known(device_id).get_bdf() or ""
 
     async def get_driver_options(self) -> str:
-        """The driver of its disks, in Kata's words."""
-        return f"{Kind.BLK.value}-pci"
+        """How disks are plugged that nobody wants otherwise, in Kata's words (`block_device_driver`)."""
+        return _DRIVERS[self._driver]
 
     def _lock(self, source: Source) -> asyncio.Lock:
         """One per source, as long as somebody holds or awaits it."""

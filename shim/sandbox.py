@@ -110,7 +110,7 @@ class VirtSandbox:
     ) -> None:
         self.settings = settings
         self._hypervisor = hypervisor
-        self._devices = DeviceManager()
+        self._devices = DeviceManager(settings.disks.driver)
         self._tasks = tasks
         self._trace = trace
         self._on_oom = on_oom

@@ -36,7 +36,7 @@ from devices.undo import MemoryUndo
 from devices.vfio import read_function
 from testing.vhost_user import Passt, StorageDaemon, passt_missing
 
-__all__ = ["KINDS", "PLUGGED_AS_SIZE", "TO_COME", "Gear"]
+__all__ = ["KINDS", "PLUGGED_AS_SIZE", "Gear"]
 
 PLUGGED_AS_SIZE = frozenset({Kind.VCPU, Kind.DIMM, Kind.VIRTIO_MEM})
 """What comes and goes by `resize_vcpu` and `resize_memory`, not as a device."""
@@ -207,7 +207,4 @@ _MAKERS: dict[Kind, Maker] = {
     Kind.PROTECTION: _protection,
 }
 KINDS = tuple(_MAKERS)
-"""Those that are devices; with `PLUGGED_AS_SIZE` and `TO_COME` they are all there are."""
-
-TO_COME: frozenset[Kind] = frozenset()
-"""Kinds that no VMM has yet. Who adds one moves it from here to `_MAKERS`."""
+"""Those that are devices; with `PLUGGED_AS_SIZE` they are all there are."""

@@ -10,6 +10,7 @@ import pytest
 from devices.config import BlockConfig, DeviceConfig, RngConfig
 from devices.device import PluggedDevice
 from devices.errors import BugError, CallerError, HostError, HypervisorError
+from devices.kinds import Kind
 from devices.manager import DeviceManager, disk_name
 
 
@@ -85,6 +86,7 @@ async def test_names_are_given_out_and_taken_back(disks: list[str]) -> None:
     assert agent_device.id == "03"  # its PCI path
     assert await manager.get_device_guest_path("d") == "/dev/vdb"
     assert await manager.get_driver_options() == "virtio-blk-pci"
+    assert await DeviceManager(Kind.SCSI).get_driver_options() == "virtio-scsi"
 
 
 async def test_a_failed_plug_leaves_no_trace(disks: list[str]) -> None:
