@@ -39,6 +39,7 @@ _BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _IN_TEXT = re.compile(
     r"(?<![0-9a-fA-F:])[0-9a-fA-F]{4,8}:[0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7](?![0-9a-fA-F])"
 )
+_NVME_PATH = re.compile(r"nvme(\d+)c\d+n(\d+)")  # of a disk that may have several controllers
 # What a driver of such a class makes; other devices are ready as soon as they are there.
 _EXPECTED = {0x01: "block", 0x02: "net"}
 
@@ -153,6 +154,8 @@ def _nodes(directory: str) -> list[str]:
             lines = _text(f"{folder}/uevent").splitlines()
             names = [line[8:] for line in lines if line.startswith("DEVNAME=")]
             found += [name for name in names if ".." not in name.split("/")]
+        elif path := _NVME_PATH.fullmatch(os.path.basename(folder)):
+            found.append(f"nvme{path[1]}n{path[2]}")  # the disk itself is no child of any of its controllers
     return found
 
 

@@ -31,7 +31,7 @@ __all__ = [
 CONTROL_NODES = ("/dev/vfio/vfio", "/dev/iommu")
 """What every user of VFIO opens besides its device: no device by themselves."""
 
-_GROUP = re.compile(r"/dev/vfio/(?:noiommu-)?([0-9]{1,9})")
+_GROUP = re.compile(r"/dev/vfio/(noiommu-)?([0-9]{1,9})")
 _CDEV = re.compile(r"/dev/vfio/devices/(vfio[0-9]{1,9})")
 _BDF = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _VFIO_DRIVER = re.compile(r"(.*[_-])?vfio[_-]pci")  # vfio-pci, mlx5_vfio_pci, nvgrace-gpu-vfio-pci, ...
@@ -134,7 +134,13 @@ def find_group(node: str, sysfs: str = "/sys") -> IommuGroup:
     for what does not exist.
     """
     if found := _GROUP.fullmatch(node):
-        return _read_group(int(found[1]), sysfs)
+        if found[1]:
+            raise HostError(
+                f"{node} is a device without an IOMMU (noiommu mode), which no VM can have",
+                phase=_PHASE,
+                hint="switch the IOMMU on (firmware, and intel_iommu=on for Intel)",
+            )
+        return _read_group(int(found[2]), sysfs)
     if found := _CDEV.fullmatch(node):
         return _group_of(f"{sysfs}/class/vfio-dev/{found[1]}/device", node, sysfs)
     if _BDF.fullmatch(node):

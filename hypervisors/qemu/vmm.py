@@ -22,7 +22,14 @@ import structlog
 
 from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time
-from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, ProtectionConfig, VfioConfig
+from devices.config import (
+    BalloonConfig,
+    BlockConfig,
+    ConsoleConfig,
+    DeviceConfig,
+    ProtectionConfig,
+    VfioConfig,
+)
 from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from devices.manager import disk_name
@@ -226,6 +233,8 @@ class Qemu:
 
         assert self._plan is not None  # `capabilities` needed it
         # Behind an IOMMU in the guest each device has mappings of its own.
+        if not self._passed and any(isinstance(one.device, BalloonConfig) for one in self._parts.placed):
+            _log.warning("the VM gives no free memory back from now on: a device of VFIO pins all of it")
         self._passed.add(device.id)
         times = len(self._passed) if self._section.enable_iommu else 1
         await admit(

@@ -134,6 +134,9 @@ async def test_devices_come_and_go_and_the_guest_uses_them(boot: Boot, take: Tak
     assert code == 0, out
     assert b"2 packets received" in out
 
+    assert await vm.resize_memory(384) == 384  # a DIMM: more to map for the devices
+    await guest.agent.online_cpu_mem(agent.OnlineCPUMemRequest(wait=True, nb_cpus=1))
+
     for name in ("card", "disk"):
         await manager.try_remove_device(name, vm)
     restore(taken.facts)
@@ -160,12 +163,14 @@ async def mac(guest: Guest) -> str:
 async def test_a_container_gets_the_group_where_the_guest_has_an_iommu(boot: Boot, take: Take) -> None:
     """vfio mode: the guest binds the device to its own vfio-pci; the container opens /dev/vfio/<group>."""
     disk, _ = await take(DISK)
-    _, guest, manager = await boot(
+    vm, guest, manager = await boot(
         also=[config("disk", disk)],
         kernel_params=PARAMS,
         cold_plug_vfio="switch-port",
         enable_iommu=True,
+        enable_virtio_mem=True,
     )
+    assert await vm.resize_memory(384) == 384
     path = (await manager.generate_agent_device("disk")).id
     spec = make_spec(
         "sh", "-c", "for g in /dev/vfio/[0-9]*; do exec 3<>$g && echo opened; done; echo /dev/vfio/*"

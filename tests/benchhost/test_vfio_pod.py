@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from devices.undo import MemoryUndo
 from devices.vfio import find_group, read_function
 from testing import leaks
 from testing.containerd import KATA, Containerd
-from testing.guest import Value
-from tests.benchhost.conftest import BUSYBOX, PATIENCE
+from testing.guest import Value, write_configuration
+from tests.benchhost.conftest import BUSYBOX, KERNEL_PARAMS, PATIENCE
 from tests.benchhost.machine import SPARE_DISK
 from tests.benchhost.test_vfio import DISK, driver, find, here
 
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.benchhost
 
 WRITTEN = "written by a container"
 READ = f"head -c {len(SPARE_DISK)} /dev/nvme0n1"
+ASK = ("--annotation", "cdi.k8s.io/vfio0=bench.local/disk=0")
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +61,16 @@ async def test_a_container_uses_a_disk_that_it_was_given(containerd: Containerd)
         assert file.read(len(WRITTEN)) == WRITTEN.encode()
 
 
-def test_after_kill_9_delete_gives_the_driver_back(containerd: Containerd) -> None:
-    """A device of CDI, chosen by an annotation, taken from its driver, whose shim is killed."""
-
-    def snapshot() -> dict[str, set[str]]:
-        return leaks.snapshot(root=str(containerd.root), ignore=[containerd.pid])
-
-    before = snapshot()
+@pytest.fixture
+def named() -> Iterator[str]:
+    """The disk, with its own driver, as the CDI device bench.local/disk=0; its address. In the end it has its
+    driver again."""
     disk = find(DISK)
     here(disk)
-    number = find_group(disk).number
-    edits = {"deviceNodes": [{"path": f"/dev/vfio/{number}"}], "env": [f"PCIDEVICE_DISK={disk}"]}
+    edits = {
+        "deviceNodes": [{"path": f"/dev/vfio/{find_group(disk).number}"}],
+        "env": [f"PCIDEVICE_DISK={disk}"],
+    }
     spec = {
         "cdiVersion": "0.6.0",
         "kind": "bench.local/disk",
@@ -77,31 +78,73 @@ def test_after_kill_9_delete_gives_the_driver_back(containerd: Containerd) -> No
     }
     Path("/etc/cdi").mkdir(exist_ok=True)
     Path("/etc/cdi/bench.json").write_text(json.dumps(spec))
+    yield disk
+    with here(disk).open("rb") as file:
+        assert file.read(len(SPARE_DISK)) == SPARE_DISK
+    assert driver(disk) == "nvme"
+
+
+@pytest.mark.parametrize("victim", ["containerd-shim-kata-v2", "qemu-system-x86_64"])
+def test_after_kill_9_the_driver_comes_back(containerd: Containerd, named: str, victim: str) -> None:
+    """A device of CDI, chosen by an annotation, taken from its driver; then shim or VMM is killed."""
+
+    def snapshot() -> dict[str, set[str]]:
+        return leaks.snapshot(root=str(containerd.root), ignore=[containerd.pid])
+
+    before = snapshot()
     name = containerd.new_id("cdi")
     containerd.ctr(
-        *("run", "--detach", "--runtime", KATA, "--annotation", "cdi.k8s.io/vfio0=bench.local/disk=0"),
-        *(BUSYBOX, name, "sh", "-c", "echo $PCIDEVICE_DISK >/address; exec sleep 100000"),
+        *("run", "--detach", "--runtime", KATA, *ASK, BUSYBOX, name),
+        *("sh", "-c", "echo $PCIDEVICE_DISK >/address; exec sleep 100000"),
         timeout=PATIENCE,
     )
-    assert driver(disk) == "vfio-pci"
+    assert driver(named) == "vfio-pci"
     done = containerd.ctr(
         "task", "exec", "--exec-id", "e", name, "sh", "-c", f"{READ}; cat /address", timeout=60
     )
     assert done.out.startswith(SPARE_DISK)
     address = done.out[len(SPARE_DISK) :].decode().strip()
     assert address
-    assert address != disk  # the guest's own
-    (shim,) = [
+    assert address != named  # the guest's own
+    (pid,) = [
         process.pid
         for process in leaks.own_processes(containerd.tag, str(containerd.root))
-        if "containerd-shim-kata-v2" in str(process)
+        if any(os.path.basename(word) == victim for word in process.argv[:4])
     ]
-    os.kill(shim, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while driver(disk) != "nvme" and time.monotonic() < deadline:
+    while driver(named) != "nvme" and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert driver(disk) == "nvme", containerd.log_tail()
-    with here(disk).open("rb") as file:
-        assert file.read(len(SPARE_DISK)) == SPARE_DISK
+    assert driver(named) == "nvme", containerd.log_tail()
     containerd.remove(name, timeout=60)
     assert leaks.settle(before, snapshot, timeout=30) == {}
+
+
+def test_vfio_mode_from_the_start_and_without_an_iommu(
+    containerd: Containerd, named: str, tmp_path: Path
+) -> None:
+    """The VM starts with the device, and the container opens its group; a guest without an IOMMU is refused,
+    and what was taken for it comes back."""
+    sections: dict[str, dict[str, Value | None]] = {
+        "hypervisor.qemu": {
+            "cold_plug_vfio": "root-port",
+            "enable_iommu": True,
+            "kernel_params": KERNEL_PARAMS,
+        },
+        "runtime": {"vfio_mode": "vfio", "vfio_bind": True, "valid_cdi_devices": ["bench.local/*"]},
+        "agent.kata": {"reconnect_timeout_ms": int(PATIENCE * 1000)},
+    }
+    script = "exec 3<>/dev/vfio/[0-9]* && ls /dev/vfio; echo $PCIDEVICE_DISK"
+    path = write_configuration(tmp_path / "vfio.toml", sections)
+    run = ("run", "--rm", "--runtime", KATA, "--runtime-config-path", str(path), *ASK, BUSYBOX)
+    done = containerd.ctr(*run, containerd.new_id("vfio"), "sh", "-c", script, timeout=PATIENCE)
+    group, control, address = done.text.split()
+    assert group.isdigit()
+    assert (control, address != named) == ("vfio", True)
+
+    sections["hypervisor.qemu"]["enable_iommu"] = False
+    write_configuration(path, sections)
+    done = containerd.ctr(*run, containerd.new_id("none"), "true", timeout=PATIENCE, check=False)
+    assert done.code != 0
+    assert 'vfio_mode = "vfio" needs an IOMMU in the guest' in done.error
+    assert "enable_iommu = true" in done.error

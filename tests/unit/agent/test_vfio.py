@@ -129,6 +129,18 @@ async def test_the_guests_driver_makes_nodes_for_the_container(guest: Guest) -> 
     assert guest.modules == []
 
 
+async def test_a_disk_that_could_have_two_controllers(guest: Guest) -> None:
+    """Its block device is elsewhere in sysfs; what is below the controller has no node."""
+    guest.plug()
+    guest.drive()
+    guest.child("nvme/nvme0/nvme1c0n1", "block")
+    with pytest.raises(RpcError, match="the guest's /dev/nvme1n1 is gone"):
+        await guest.attach("vfio-pci-gk")
+    (guest.root / "dev/nvme1n1").write_text("")
+    config = await guest.attach("vfio-pci-gk")
+    assert [entry["path"] for entry in config["linux"]["devices"]] == ["/dev/nvme1n1"]
+
+
 async def test_device_and_disk_are_waited_for(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each comes with an event of its own; a module is loaded for a device that no driver has yet."""
 

@@ -23,11 +23,10 @@ def test_a_group_is_found_by_its_node_by_a_member_and_by_the_members_own_node(sy
     (sysfs.root / "class/vfio-dev/vfio3/device").symlink_to(gpu)
 
     groups = [
-        find_group(node, str(sysfs))
-        for node in ("/dev/vfio/7", "/dev/vfio/noiommu-7", "/dev/vfio/devices/vfio3", "0000:65:00.1")
+        find_group(node, str(sysfs)) for node in ("/dev/vfio/7", "/dev/vfio/devices/vfio3", "0000:65:00.1")
     ]
 
-    assert groups == [groups[0]] * 4
+    assert groups == [groups[0]] * 3
     group = groups[0]
     assert (group.number, group.bridges, group.unbound) == (7, (), ())
     first, second = group.functions
@@ -109,6 +108,9 @@ def test_what_is_not_there_is_told(sysfs: Sysfs) -> None:
         assert is_vfio_node(node) is node.startswith("/dev")
         with pytest.raises(HostError, match=r"no IOMMU group 9|does not exist"):
             find_group(node, str(sysfs))
+    assert is_vfio_node("/dev/vfio/noiommu-7")
+    with pytest.raises(HostError, match="noiommu mode"):
+        find_group("/dev/vfio/noiommu-7", str(sysfs))
     sysfs.function("0000:03:00.0", None)
     with pytest.raises(HostError, match="in no IOMMU group"):
         find_group("0000:03:00.0", str(sysfs))

@@ -16,6 +16,8 @@ from devices.manager import DeviceManager
 from devices.undo import MemoryUndo
 from shim import guest_devices
 from shim.guest_devices import check_devices, vfio_nodes
+from shim.journalfile import Record
+from shim.releases import ReleaseError, release
 from shim.resources import vfio_devices
 from shim.resources.vfio_devices import VfioDevices, Wanted, find, rewrite
 from shim.resources.vfio_settings import VfioSettings, wants
@@ -253,3 +255,19 @@ async def test_what_the_vm_started_with_stays_and_is_the_same(
     assert await world.release("c1") == []
     assert len(world.vm.plugged) == 2
     assert await world.vfio.close() == []
+
+
+def test_delete_gives_drivers_back_by_what_the_journal_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def restore(facts: Any, timeout: float) -> None:
+        seen.append((facts, timeout))
+        if facts["driver"] == "bad name":
+            raise ValueError("no names of drivers")
+
+    monkeypatch.setattr(pci_driver, "restore", restore)
+    facts: dict[str, str | int] = {"address": "0000:02:00.0", "driver": "nvme", "override": ""}
+    release(Record(1, "pci-driver", facts), 1.5)
+    assert seen == [(facts, 1.5)]
+    with pytest.raises(ReleaseError, match="no names of drivers"):
+        release(Record(1, "pci-driver", {**facts, "driver": "bad name"}))
