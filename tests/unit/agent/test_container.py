@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,6 +150,24 @@ async def test_exec_errors(box: Box) -> None:
     assert missing.value.code == Code.INVALID_ARGUMENT
     assert unknown.value.code == Code.NOT_FOUND
     assert dead.value.code == Code.FAILED_PRECONDITION
+
+
+async def test_execs_hear_of_passed_devices_by_the_guests_addresses(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = box.container("sleep", "100")
+    container.pci_addresses = {"0000:65:00.0": "0000:01:00.0"}
+    await container.create((0, 0, 0))
+    seen = []
+
+    async def launch(_: str, __: str, process: dict[str, Any], *___: object) -> Any:
+        seen.extend(process["env"])
+        return container.init
+
+    monkeypatch.setattr(container, "_launch", launch)
+    env = ["PCIDEVICE_A=0000:65:00.0", "B=0000:65:00.0"]
+    await container.exec("e", oci_pb2.Process(Args=["true"], Env=env), (0, 0, 0))
+    assert seen == ["PCIDEVICE_A=0000:01:00.0", "B=0000:65:00.0"]
 
 
 async def test_an_exec_id_may_be_used_again(box: Box) -> None:
