@@ -134,7 +134,7 @@ def test_vfio_mode_from_the_start_and_without_an_iommu(
         "runtime": {"vfio_mode": "vfio", "vfio_bind": True, "valid_cdi_devices": ["bench.local/*"]},
         "agent.kata": {"reconnect_timeout_ms": int(PATIENCE * 1000)},
     }
-    script = "exec 3<>/dev/vfio/[0-9]* && ls /dev/vfio; echo $PCIDEVICE_DISK"
+    script = "for g in /dev/vfio/[0-9]*; do exec 3<>$g && ls /dev/vfio; done; echo $PCIDEVICE_DISK"
     path = write_configuration(tmp_path / "vfio.toml", sections)
     run = ("run", "--rm", "--runtime", KATA, "--runtime-config-path", str(path), *ASK, BUSYBOX)
     done = containerd.ctr(*run, containerd.new_id("vfio"), "sh", "-c", script, timeout=PATIENCE)
