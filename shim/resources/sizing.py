@@ -255,7 +255,9 @@ class Sizing:
             able = await self._hypervisor.capabilities()
             try:
                 vcpus = max(vcpus, math.ceil(boot.vcpus))
+                # What fails may have been met all the same: from the request on there is no more than that.
                 if vcpus < self._vcpus and able.can(Kind.VCPU, Op.UNPLUG):
+                    self._vcpus = vcpus
                     self._vcpus = await self._hypervisor.resize_vcpu(vcpus)
                 block = self._block or _BLOCK
                 memory = boot.memory + _up(max(0, memory - boot.memory), block)
@@ -263,6 +265,7 @@ class Sizing:
                     spare = max(0, await self._guest().memory_available() - _RESERVE)
                     memory = max(memory, self._memory - spare // block * block)
                 if memory < self._memory and able.less_memory:
+                    self._memory = memory
                     self._memory = await self._hypervisor.resize_memory(memory >> 20) << 20
             except KataError as error:
                 _log.warning("the VM did not shrink", error=str(error))

@@ -259,6 +259,8 @@ class Machine:
     def _ejects(self, name: str) -> None:
         """First Linux says that it begins."""
         answer = self.refusals.get(name)
+        if answer is not None:
+            self.leaving.discard(name)
         for status in (0x84, answer) if isinstance(answer, int) else (0x84,):
             self.event("ACPI_DEVICE_OST", info={"device": name, "source": 3, "status": status, "slot": "0"})
         if isinstance(answer, str):

@@ -82,6 +82,10 @@ class Pod:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.create_task(work))
 
+    @staticmethod
+    async def met_late(mib: int) -> int:
+        raise HypervisorError(f"{mib} MiB: QEMU did not answer", code="DEADLINE_EXCEEDED")
+
     async def settle(self) -> tuple[int, int]:
         await asyncio.gather(*self.tasks)
         return self.host.vcpus, self.host.memory
@@ -222,6 +226,19 @@ async def test_the_guest_keeps_what_it_cannot_spare(spare: int, memory: int) -> 
     await pod.sizing.fit("b", limits(memory=1))
     await pod.sizing.forget("b")
     assert await pod.settle() == (1, 256)
+
+
+async def test_a_shrink_that_failed_is_not_counted_on() -> None:
+    """It may have been met, in part or late: the next container has what it needs made for it."""
+    pod = Pod()
+    await pod.sizing.fit("a", limits(cpus=2, memory=640))
+    resize, pod.host.resize_memory = pod.host.resize_memory, Pod.met_late  # type: ignore[method-assign]
+    await pod.sizing.forget("a")
+    await pod.settle()
+    pod.host.resize_memory = resize  # type: ignore[method-assign]
+    pod.host.memory = 256
+    await pod.sizing.fit("b", limits(cpus=2, memory=640))
+    assert (pod.host.vcpus, pod.host.memory) == (3, 896)
 
 
 async def test_a_vm_that_cannot_shrink_is_not_asked_to() -> None:
