@@ -73,7 +73,16 @@ def _blk(source: str, sysfs: str) -> str | None:
     if source.startswith("/dev/"):
         return _node(source)
     name = _virtio(source, "block", sysfs)
-    return f"/dev/{name}" if name else None
+    return _made(name) if name else None
+
+
+def _made(name: str) -> str | None:
+    """The disk's node. sysfs has the disk a moment before /dev has it; the event comes after both."""
+    node = f"/dev/{name}"
+    return node if _there(node) else None
+
+
+_there = os.path.exists
 
 
 def _virtio(source: str, kind: str, sysfs: str) -> str | None:
@@ -95,7 +104,7 @@ def _scsi(source: str, sysfs: str) -> str | None:
     for address in _listdir(base):
         if address.endswith(f":0:{int(target)}:{int(lun)}"):
             for name in _listdir(f"{base}/{address}/device/block"):
-                return f"/dev/{name}"
+                return _made(name)
     return None
 
 
@@ -119,7 +128,7 @@ def _pmem(source: str, sysfs: str) -> str | None:
         if _text(f"{base}/{dimm}/nfit/handle") == hex(int(slot) + 1):
             for below in _listdir(f"{base}/{region}"):
                 for name in _listdir(f"{base}/{region}/{below}/block"):
-                    return f"/dev/{name}"
+                    return _made(name)
     return None if _listdir(base) else node
 
 

@@ -55,7 +55,7 @@ class Sandbox:
         os.makedirs(ROOT, mode=0o700, exist_ok=True)
         self.id = ""
         self.containers: dict[str, Container] = {}
-        self.storages = Storages()
+        self.storages = Storages(reaper)
         self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
         self._namespaces: dict[str, str] = {}  # type -> path that the next containers join
         self._held: list[int] = []

@@ -21,6 +21,7 @@ from agent.mounts import MNT_DETACH, mount, umount
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
+    from agent.reaper import Reaper
     from proto import agent_pb2
 
 __all__ = ["DRIVERS", "ROOTS", "Storages", "checked", "in_thread", "update_ephemeral"]
@@ -177,8 +178,6 @@ async def _block(storage: agent_pb2.Storage) -> None:
     sizes, _ = _split(storage.driver_options, "kata-shim.bytes")
     if "kata-shim.bytes" in sizes:
         await wait_for_size(device, _number(sizes["kata-shim.bytes"], 10, "kata-shim.bytes"))
-    if "create_filesystem" in storage.driver_options:
-        raise RpcError(Code.UNIMPLEMENTED, "this guest has no mkfs: create the file system on the host")
     options = [word for word in storage.options if not word.startswith("X-kata.")]
     await _mount(storage, device, storage.fstype, options)
     if storage.HasField("fs_group"):
@@ -220,7 +219,8 @@ def checked(target: str) -> str:
 class Storages:
     """Everything mounted for the sandbox, counted by mount point."""
 
-    def __init__(self) -> None:
+    def __init__(self, reaper: Reaper | None = None) -> None:
+        self._reaper = reaper  # without one no file systems are made
         self._users: dict[str, int] = {}
         self._lock = asyncio.Lock()
 
@@ -245,9 +245,20 @@ class Storages:
             )
         async with self._lock:
             if target not in self._users:
+                if "create_filesystem" in storage.driver_options:
+                    await self._format(storage)
                 await driver(storage)
                 log.debug(f"storage {storage.driver} at {target}")
             self._users[target] = self._users.get(target, 0) + 1
+
+    async def _format(self, storage: agent_pb2.Storage) -> None:
+        if self._reaper is None or _DRIVERS[storage.driver] is not _block:
+            raise RpcError(Code.UNIMPLEMENTED, f"no file system can be made for {storage.driver[:60]!r}")
+        from agent.blockdev import find_device
+        from agent.format import make_filesystem
+
+        device = await find_device(storage.driver, storage.source)
+        await make_filesystem(self._reaper, device, storage.fstype)
 
     async def release(self, targets: Iterable[str]) -> None:
         """Drop one use of each; unmount what has no user left. Never raises."""

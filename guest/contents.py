@@ -41,7 +41,8 @@ PACKAGES = (
     "libpython3.11-stdlib",
     "crun",
     "busybox-static",
-    # What those three and protobuf's extension module are linked to:
+    "e2fsprogs",
+    # What those four and protobuf's extension module are linked to:
     "libc6",
     "libgcc-s1",
     "libstdc++6",
@@ -52,6 +53,10 @@ PACKAGES = (
     "libcap2",
     "libyajl2",
     "liblzma5",
+    "libext2fs2",
+    "libcom-err2",
+    "libblkid1",
+    "libuuid1",
 )
 
 # In the initramfs: without these there is no root disk, no agent channel and no shared directory.
@@ -272,6 +277,8 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
     for applet in sorted(set(applets) - _NOT_APPLETS):
         tree.link(f"/usr/bin/{applet}", "busybox")
     tree.copy(f"{root}/usr/bin/crun", "/usr/bin/crun", 0o755)
+    tree.copy(f"{root}/sbin/mke2fs", "/usr/bin/mke2fs", 0o755)
+    tree.copy(f"{root}/etc/mke2fs.conf", "/etc/mke2fs.conf", 0o644)
     tree.copy(f"{root}/usr/bin/python3.11", "/usr/bin/python3.11", 0o755)
     tree.link("/usr/bin/python3", "python3.11")
     for folder, prefix in (

@@ -35,7 +35,9 @@ def test_mounts_below(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def sysfs(tmp_path: Path) -> Path:
+def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its disks have their nodes, unless the test takes them away."""
+    monkeypatch.setattr(blockdev, "_there", lambda node: True)
     root = tmp_path / "devices/pci0000:00"
     (root / "0000:00:02.0/virtio3/block/vdb").mkdir(parents=True)
     behind = root / "0000:00:03.0"
@@ -63,6 +65,28 @@ async def test_devices_that_are_there(sysfs: Path) -> None:
     assert await find_device("blk", "03/0a.1", sysfs=str(sysfs)) == "/dev/vdc"
     assert await find_device("scsi", "1:5", sysfs=str(sysfs)) == "/dev/sdb"
     assert await find_device("mmioblk", "/dev/null") == "/dev/null"
+
+
+async def test_a_disk_without_its_node_is_waited_for(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its container would be refused the node otherwise, now and then on a busy host."""
+    monkeypatch.setattr(blockdev, "_there", lambda node: False)
+    for driver, source in (("blk", "02"), ("scsi", "1:5")):
+        with pytest.raises(RpcError, match="appeared within"):
+            await find_device(driver, source, sysfs=str(sysfs), timeout=0.05)
+
+
+async def test_a_memory_disk_is_found_by_its_slot(sysfs: Path) -> None:
+    """Whatever number the kernel gave it."""
+    nd = sysfs / "bus/nd/devices"
+    for number, slot in ((0, 3), (1, 0)):
+        (nd / f"region{number}/pfn{number}/block/pmem{number}").mkdir(parents=True)
+        (nd / f"region{number}/mapping0").write_text(f"nmem{number},0,4096\n")
+        (nd / f"nmem{number}/nfit").mkdir(parents=True)
+        (nd / f"nmem{number}/nfit/handle").write_text(f"{slot + 1:#x}\n")
+    assert await find_device("nvdimm", "/dev/pmem3", sysfs=str(sysfs)) == "/dev/pmem0"
+    assert await find_device("nvdimm", "/dev/pmem0", sysfs=str(sysfs)) == "/dev/pmem1"
+    with pytest.raises(RpcError):
+        await find_device("nvdimm", "/dev/pmem1", sysfs=str(sysfs), timeout=0.05)
 
 
 async def test_a_network_card_is_waited_for_by_its_path(sysfs: Path) -> None:
