@@ -2,8 +2,8 @@
 
 What: parses the command line and calls the module of the command, which is imported only then.
 Invariants: exit code 0 is "fine", 1 "something is wrong, and was told", 2 a wrong command line. Errors
-of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox, and only
-`config set` changes a file.
+of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox or a file,
+except `config set` and `direct-volume`.
 """
 
 from __future__ import annotations
@@ -66,6 +66,19 @@ def _trace(arguments: argparse.Namespace) -> int:
     return run(arguments.run, svg=arguments.svg, listing=arguments.list, everything=arguments.all)
 
 
+def _direct_volume(arguments: argparse.Namespace) -> int:
+    from ctl import direct_volume
+
+    match arguments.action:
+        case "add":
+            return direct_volume.add(arguments.volume, arguments.mount_info)
+        case "remove":
+            return direct_volume.remove(arguments.volume)
+        case "stats":
+            return direct_volume.stats(arguments.volume)
+    return direct_volume.resize(arguments.volume, arguments.size)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of kata-ctl."""
     top = argparse.ArgumentParser(prog="kata-ctl", description="Look at kata-shim and its host.")
@@ -116,6 +129,21 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--list", action="store_true", help="list the runs that are kept")
     trace.add_argument("--all", action="store_true", help="also what came after the start (execs, stop)")
     trace.add_argument("--svg", metavar="FILE", help="draw into FILE as well")
+    text = "Assign disks to volumes, and look at or grow those that sandboxes have."
+    volumes = commands.add_parser("direct-volume", help=text, description=text)
+    actions = volumes.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, text in (
+        ("add", "Have the volume be this disk for containers that mount it."),
+        ("remove", "Take that back."),
+        ("stats", "Print how full it is, as the guest says."),
+        ("resize", "Grow it: its image, its disk in the VM, its file system in the guest."),
+    ):
+        action = add(actions, name, _direct_volume, text)
+        action.add_argument("volume", metavar="PATH", help="the source of the containers' mount")
+        if name == "add":
+            action.add_argument("mount_info", metavar="JSON", help="Kata's mountInfo.json")
+        if name == "resize":
+            action.add_argument("size", metavar="BYTES", type=int)
     return top
 
 

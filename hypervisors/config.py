@@ -102,6 +102,9 @@ class HypervisorConfig(VhostUserSection):
     disk_rate_limiter_bw_one_time_burst: int = 0  # bits
     disk_rate_limiter_ops_max_rate: int = 0
     disk_rate_limiter_ops_one_time_burst: int = 0
+    enable_guest_swap: bool = False
+    guest_swap_path: str = "/run/kata-containers/swap"  # a directory
+    guest_swap_size_percent: int = 100  # of the memory that the VM starts with
     vm_rootfs_driver: str = ""  # of the image; virtio-blk-pci, or virtio-blk-mmio
 
     # --- devices

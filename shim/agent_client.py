@@ -17,7 +17,7 @@ from typing import Any
 
 import ttrpc
 from devices.errors import CallerError, GuestError, KataError
-from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
+from proto import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from shim.oci_fields import BEYOND
 from shim.protocols import Deadlines, GuestContainer, GuestProcess
 from shim.trace import Trace
@@ -292,6 +292,22 @@ class GuestAgent:
     async def copy_file(self, request: agent_pb2.CopyFileRequest) -> None:
         """CopyFile: one piece of a file, a directory or a link below the guest's share."""
         await self._call("CopyFile", request)
+
+    async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse:
+        """GetVolumeStats: how full what the guest has mounted there is."""
+        request = agent_pb2.VolumeStatsRequest(volume_guest_path=path)
+        answer: csi_pb2.VolumeStatsResponse = await self._call("GetVolumeStats", request)
+        return answer
+
+    async def resize_volume(self, path: str, size: int) -> None:
+        """ResizeVolume: the file system mounted there grows to its disk, which has `size` bytes. A stock
+        agent answers UNIMPLEMENTED."""
+        await self._call("ResizeVolume", agent_pb2.ResizeVolumeRequest(volume_guest_path=path, size=size))
+
+    async def add_swap(self, pci_path: str) -> None:
+        """AddSwap: the guest swaps to the disk at this path, "02/05"."""
+        request = agent_pb2.AddSwapRequest(PCIPath=[int(slot, 16) for slot in pci_path.split("/")])
+        await self._call("AddSwap", request)
 
     async def get_oom_event(self) -> str:
         """GetOOMEvent: the container in which the guest's kernel killed for memory. No deadline."""

@@ -21,13 +21,29 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from devices.config import IoLimits
 from devices.errors import CallerError
 
-__all__ = ["HostDevice", "check_devices", "guest_nodes", "guest_rules", "host_devices", "vfio_nodes"]
+__all__ = [
+    "HostDevice",
+    "check_devices",
+    "guest_nodes",
+    "guest_rules",
+    "host_devices",
+    "take_limits",
+    "vfio_nodes",
+]
 
 MAX_DEVICES = 1024
 SYSFS = "/sys"
 
+MAX_RATE = 10**15  # a second; more is no limit
+_THROTTLES = {
+    "throttleReadBpsDevice": "read_bytes",
+    "throttleWriteBpsDevice": "write_bytes",
+    "throttleReadIOPSDevice": "read_ops",
+    "throttleWriteIOPSDevice": "write_ops",
+}
 _MISC = 10
 _DYNAMIC_MAJORS = (range(234, 255), range(384, 512))
 
@@ -35,13 +51,14 @@ _DYNAMIC_MAJORS = (range(234, 255), range(384, 512))
 @dataclass(frozen=True, slots=True)
 class HostDevice:
     """A node of the spec that stands for a device of the host. `path`: where the container finds it; `kind`:
-    "b"; `access`: what its rules allow, of "r", "w" and "m"."""
+    "b"; `access`: what its rules allow, of "r", "w" and "m"; `limits`: those that the spec has for it."""
 
     path: str
     kind: str
     major: int
     minor: int
     access: frozenset[str]
+    limits: IoLimits | None = None
 
     @property
     def number(self) -> tuple[str, int, int]:
@@ -122,7 +139,12 @@ def _asked_for(spec: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bo
         if not wanted(node):
             continue
         device = HostDevice(
-            node["path"], node["type"], node.get("major", 0), node.get("minor", 0), _access(node, rules)
+            node["path"],
+            node["type"],
+            node.get("major", 0),
+            node.get("minor", 0),
+            _access(node, rules),
+            _limits(node, (linux.get("resources") or {}).get("blockIO") or {}),
         )
         if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(device):
             found.append(device)
@@ -141,6 +163,31 @@ def _access(node: Mapping[str, Any], rules: list[Mapping[str, Any]]) -> frozense
             what = set(str(rule.get("access") or "rwm"))
             allowed = allowed | what if rule.get("allow") is True else allowed - what
     return frozenset(allowed & {"r", "w", "m"})
+
+
+def _limits(node: Mapping[str, Any], block_io: Mapping[str, Any]) -> IoLimits | None:
+    """linux.resources.blockIO.throttle*Device of this device. Raises CallerError for rates that are none."""
+    found = {}
+    for key, field in _THROTTLES.items():
+        for entry in block_io.get(key) or []:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("rate"), int) or entry["rate"] < 0:
+                raise _wrong(f"linux.resources.blockIO.{key} needs whole rates")
+            if (entry.get("major"), entry.get("minor")) == (node.get("major", 0), node.get("minor", 0)):
+                found[field] = min(entry["rate"], MAX_RATE)
+    return IoLimits(**found) if any(found.values()) else None
+
+
+def take_limits(resources: dict[str, Any], plugged: Collection[HostDevice]) -> None:
+    """Take the limits that the VMM keeps out of linux.resources.blockIO: the guest's numbers are others."""
+    block_io = resources.get("blockIO")
+    if not isinstance(block_io, dict):
+        return
+    mine = {(device.major, device.minor) for device in plugged}
+    for key in _THROTTLES:
+        entries = block_io.get(key) or []
+        block_io[key] = [one for one in entries if (one.get("major"), one.get("minor")) not in mine]
+        if not block_io[key]:
+            del block_io[key]
 
 
 def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError
-from shim.guest_devices import HostDevice, guest_nodes, guest_rules
+from shim.guest_devices import HostDevice, guest_nodes, guest_rules, take_limits
 
 __all__ = [
     "CONTAINER_TYPE",
@@ -201,6 +201,7 @@ def _guest_linux(
     linux["namespaces"] = spaces
     resources = linux.get("resources") or {}
     resources["devices"] = guest_rules(resources.get("devices") or [], left_out, devices)
+    take_limits(resources, devices)
     if linux.get("devices"):
         linux["devices"] = guest_nodes(linux["devices"], left_out, devices)
     if isinstance(resources.get("cpu"), dict) and not keep_cpuset:

@@ -23,7 +23,7 @@ __all__ = ["BEYOND", "DROPPED", "REFUSED", "check", "drop", "take_beyond"]
 _NO_POLICY = "the guest has no security policy loaded; the VM is the wall"
 _OTHER_PLATFORM = "for another platform"
 _NO_V2 = "cgroup v2, which the guest uses, has no such control"
-_NO_BLOCK = "a container's files come by virtio-fs: no block device in the guest is its own"
+_NO_BLOCK = "of the host's devices only those of linux.devices can be limited, and weights none"
 
 REFUSED: Mapping[str, str] = {
     "mounts[].uidMappings": "id-mapped mounts are not possible on virtio-fs",

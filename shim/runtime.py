@@ -60,6 +60,7 @@ from ttrpc import Server
 if TYPE_CHECKING:
     from shim.pod_config import PodDefaults
     from shim.pod_sandbox import PodSandbox
+    from shim.resources.guest_swap import SwapSettings
     from shim.resources.vfio_devices import Wanted
 
 __all__ = ["Service", "VirtContainer", "build_service"]
@@ -233,6 +234,8 @@ class VirtContainer:
             disks=disk_style(section),
             vfio=vfio_settings(config.runtime, section),
             passed=passed,
+            swap=_swap(section),
+            first_spec=None if _container_type(spec) == OWN else spec,
             host_mounts=context.host_mounts,
         )
         _log.info(
@@ -406,6 +409,16 @@ def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
             )
         )
     return devices
+
+
+def _swap(section: Any) -> SwapSettings | None:
+    """The guest's swap, if there is to be some: whole pages."""
+    if not getattr(section, "enable_guest_swap", False):
+        return None
+    from shim.resources.guest_swap import SwapSettings
+
+    size = section.default_memory * section.guest_swap_size_percent * (1 << 20) // 100
+    return SwapSettings(section.guest_swap_path, size >> 12 << 12)
 
 
 def _key(section: Any, name: str) -> Any:

@@ -27,12 +27,14 @@ import ttrpc
 from devices.config import DeviceConfig, ShareFsConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
 from devices.holdings import Holdings
+from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
-from hypervisors.base import Hypervisor
+from hypervisors.base import Capabilities, Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
+from shim.bundle import state_dir
 from shim.guest_devices import HostDevice, host_devices
 from shim.guest_spec import GUEST_SHM, MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.limits import Size
@@ -52,7 +54,9 @@ from shim.trace import Trace
 
 if TYPE_CHECKING:
     from shim.hooks import HostHooks
+    from shim.management import Management
     from shim.pod_config import PodDefaults
+    from shim.resources.guest_swap import GuestSwap, SwapSettings
     from shim.resources.vfio_devices import VfioDevices, Wanted
 
 __all__ = ["SandboxSettings", "VirtSandbox"]
@@ -69,9 +73,9 @@ class SandboxSettings:
     `network`: see `shim.resources.network`. `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
-    `disks`: how its containers' disks are served. `vfio`: how devices of VFIO are passed on; `passed`: those
-    that the VM starts with. `pod`: what each container gets that does not bring it, for sandboxes of the
-    Sandbox API.
+    `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
+    are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
+    starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
     """
 
     sandbox_id: str
@@ -92,6 +96,8 @@ class SandboxSettings:
     disks: DiskStyle = field(default_factory=DiskStyle)
     vfio: VfioSettings = field(default_factory=VfioSettings)
     passed: Wanted | None = None
+    swap: SwapSettings | None = None
+    first_spec: Mapping[str, Any] | None = None
     host_mounts: int | None = None  # see `shim.context`
 
 
@@ -117,7 +123,11 @@ class VirtSandbox:
         self._undo = undo
         self._hooks: dict[str, HostHooks] = {}
         self._holdings = Holdings(self._devices, hypervisor)
-        self._direct = DirectVolumes(self._devices, self._holdings, settings.disks)
+        self._swap: GuestSwap | None = None
+        self._management: Management | None = None  # from the first direct volume on
+        self._direct = DirectVolumes(
+            self._devices, self._holdings, undo, sandbox_id=settings.sandbox_id, style=settings.disks
+        )
         self._network = PodNetwork(settings.network, hypervisor, self._devices, undo, trace)
         self._sizing = Sizing(
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
@@ -251,6 +261,7 @@ class VirtSandbox:
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
+            await self._manage()
         devices = await self._add_devices(container_id, disks, passed) if disks or passed else []
         if any(storage.driver in _DISK_DRIVERS and "ro" not in storage.options for storage in storages):
             self._writing.add(container_id)
@@ -262,6 +273,14 @@ class VirtSandbox:
             sandbox_pidns=wants_sandbox_pidns(spec),
             beyond=rest.beyond,
         )
+
+    async def _manage(self) -> None:
+        """From the first direct volume on it can be asked about and resized from outside."""
+        if self._management is None:
+            from shim.management import Management  # not on the usual start path
+
+            self._management = Management(self._direct, self._hypervisor, lambda: self.agent)
+            await self._management.start(state_dir(self.id), self._undo)
 
     async def _add_devices(
         self, container_id: str, disks: Sequence[HostDevice], passed: Wanted | None
@@ -329,6 +348,7 @@ class VirtSandbox:
                 _log.error("not unplugged", container=container_id, error=str(error))
             for error in await self._vfio.release(container_id) if self._vfio else ():
                 _log.error("not given back", container=container_id, error=str(error))
+        await self._direct.remove(container_id)
         self._writing.discard(container_id)
         for error in await self._files.remove(container_id):
             _log.error("not released", container=container_id, error=str(error))
@@ -407,6 +427,7 @@ class VirtSandbox:
                 await self._devices.try_add_device(device, hypervisor)
             if settings.passed is not None:
                 await self._vfio_devices().add_cold(settings.passed)
+            await self._plug_first(await hypervisor.capabilities())
             await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
@@ -428,7 +449,27 @@ class VirtSandbox:
                 kernel_modules=settings.disks.modules(),
             )
         await self._network.configure(self._agent)
+        if settings.swap is not None:
+            from shim.resources.guest_swap import GuestSwap  # not on the usual start path
+
+            self._swap = GuestSwap(settings.swap, self.id, self._undo)
+            with self._trace.phase("swap"):
+                await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
+
+    async def _plug_first(self, able: Capabilities) -> None:
+        """Of a VMM that plugs disks at the start only: those that the first container will ask for."""
+        spec = self.settings.first_spec
+        if able.can(Kind.BLK, Op.HOT) or not able.can(Kind.BLK, Op.COLD) or spec is None:
+            return
+        from shim.resources.container_devices import ContainerDevices
+
+        devices = ContainerDevices(self._devices, self._holdings, self.settings.disks)
+        disks = [await devices.disk(device) for device in host_devices(spec)]
+        direct = await asyncio.to_thread(find_direct, plan_volumes(spec, self.id))
+        disks += [await self._direct.disk(volume) for volume in direct.values()]
+        for disk in disks:
+            await self._devices.try_add_device(disk, self._hypervisor)
 
     def _shrink(self, work: Any) -> None:
         self._watch(work, "shrink")
@@ -461,6 +502,8 @@ class VirtSandbox:
         if self._boot is not None and not self._boot.done():
             self._boot.cancel()
             await asyncio.wait([self._boot])
+        if self._management is not None:
+            await self._step("stop serving volumes", self._management.close())
         if self._agent is not None and not self._died.done():
             # What the guest has written to disks is in its memory still: they are unmounted there.
             for container_id in self._writing:
@@ -477,6 +520,9 @@ class VirtSandbox:
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
         self._devices.close()
+        await self._step("forget its volumes", self._direct.remove())
+        if self._swap is not None:
+            await self._step("remove its swap", self._swap.close())
         passed = await self._vfio.close() if self._vfio else []
         for error in [*passed, *await self._network.close(), *await self._files.tear_down()]:
             _log.error("not released", error=str(error))

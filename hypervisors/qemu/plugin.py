@@ -40,6 +40,7 @@ _MOST = {  # QEMU's own limit of DIMMs; Kata's of ports and bridges
     "default_bridges": 5,
 }
 _MAX_QUEUES = 256
+_MAX_SWAP = 1000  # percent of the memory
 _MAX_RATE = 10**15  # QEMU's own
 _MACHINES = ("q35", MICROVM)
 _COLD_PORTS = ("no-port", "root-port", "switch-port")
@@ -175,6 +176,14 @@ def _check_disks(name: str, section: HypervisorConfig) -> None:
         )
     if not 1 <= section.num_queues <= _MAX_QUEUES:
         raise wrong(name, "num_queues", section.num_queues, f"is not in 1..{_MAX_QUEUES}")
+    if section.enable_guest_swap:
+        percent = section.guest_swap_size_percent
+        if section.machine_type == MICROVM:
+            raise wrong(name, "enable_guest_swap", "true", f"needs hot-plug, which {MICROVM} lacks")
+        if not section.guest_swap_path.startswith("/"):
+            raise wrong(name, "guest_swap_path", section.guest_swap_path, "is no absolute path")
+        if not 1 <= percent <= _MAX_SWAP:
+            raise wrong(name, "guest_swap_size_percent", percent, f"is not in 1..{_MAX_SWAP}")
     for key in ("bw_max_rate", "bw_one_time_burst", "ops_max_rate", "ops_one_time_burst"):
         rate = getattr(section, f"disk_rate_limiter_{key}")
         if not 0 <= rate <= _MAX_RATE:

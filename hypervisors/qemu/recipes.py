@@ -212,7 +212,7 @@ def _block(device: BlockConfig, placed: Placed, bus: str) -> Recipe:
         front["queue-size"] = options.queue_size
     if options.io_thread:
         front["iothread"] = IO_THREAD
-    return Recipe(front | _sectors(device), _nodes(device, placed))
+    return Recipe(front | _common(device), _nodes(device, placed))
 
 
 def _scsi(device: BlockConfig, placed: Placed) -> Recipe:
@@ -220,7 +220,7 @@ def _scsi(device: BlockConfig, placed: Placed) -> Recipe:
     front: dict[str, Any] = {"driver": "scsi-hd", "drive": node_name(device.id)}
     if device.serial:
         front["serial"] = device.serial
-    return Recipe(front | _sectors(device), _nodes(device, placed))
+    return Recipe(front | _common(device), _nodes(device, placed))
 
 
 def _pmem(device: BlockConfig, placed: Placed) -> Recipe:
@@ -238,10 +238,13 @@ def _pmem(device: BlockConfig, placed: Placed) -> Recipe:
     return Recipe(front, (BackEnd("object", backend),))
 
 
-def _sectors(device: BlockConfig) -> dict[str, int]:
+def _common(device: BlockConfig) -> dict[str, int | str]:
+    """What both kinds of disks have. A write that fails is the guest's to handle: by default QEMU stops the
+    VM when the host's file system is full."""
     options = device.options
     sizes = {"logical_block_size": options.logical_sector, "physical_block_size": options.physical_sector}
-    return {name: size for name, size in sizes.items() if size}
+    words: dict[str, int | str] = {name: size for name, size in sizes.items() if size}
+    return words if device.read_only else {"werror": "report", **words}
 
 
 def _nodes(device: BlockConfig, placed: Placed) -> tuple[BackEnd, ...]:

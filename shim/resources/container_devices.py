@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Sequence
 
+from devices.config import BlockConfig
 from devices.errors import HostError
 from devices.holdings import Holdings
 from devices.in_use import device_node, probe
@@ -50,11 +51,7 @@ class ContainerDevices:
         was done."""
         found = []
         for device in wanted:
-            path = await asyncio.to_thread(_node, device)
-            read_only = await asyncio.to_thread(_read_only, path, device)
-            name = f"b{device.major}-{device.minor}"
-            disk = await self._style.disk(name, path, read_only=read_only)
-            held = await self._holdings.take(container_id, disk)
+            held = await self._holdings.take(container_id, await self.disk(device))
             there = await self._devices.generate_agent_device(held)
             found.append(
                 agent_pb2.Device(
@@ -62,6 +59,13 @@ class ContainerDevices:
                 )
             )
         return found
+
+    async def disk(self, device: HostDevice) -> BlockConfig:
+        """What is plugged for it. Raises HostError for what is not there."""
+        path = await asyncio.to_thread(_node, device)
+        read_only = await asyncio.to_thread(_read_only, path, device)
+        name = f"b{device.major}-{device.minor}"
+        return await self._style.disk(name, path, read_only=read_only, limits=device.limits)
 
 
 def _node(device: HostDevice) -> str:

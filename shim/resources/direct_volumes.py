@@ -5,55 +5,89 @@ and has the agent mount them where the container's spec then binds them from.
 Why: a file system on a disk is faster in the guest than shared from the host, and only one kernel may
 have it mounted.
 Invariants: a disk that is mounted on the host is refused; one disk is plugged once per VM, however many
-containers use it; what `add` plugged is among the container's holdings.
+containers use it; what `add` plugged is among the container's holdings. A volume never shrinks.
 Source: Kata's direct-assigned-volume design: the storage driver (or an administrator) leaves
 `<DIRECTORY>/<base64url of the volume's path>/mountInfo.json`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
+from devices.config import BlockConfig
+from devices.device import ChangingHost
 from devices.errors import CallerError, HostError
 from devices.holdings import Holdings
-from devices.manager import DeviceManager
-from proto import agent_pb2, types_pb2
+from devices.manager import AgentDevice, DeviceManager
+from devices.undo import Entry, UndoLog
+from proto import agent_pb2, csi_pb2, types_pb2
 from shim.guest_spec import Volume
 from shim.resources.disks import DiskStyle
 
-__all__ = ["DIRECTORY", "Assigned", "DirectVolumes", "check", "find", "rewrite"]
+__all__ = [
+    "DIRECTORY",
+    "MOUNT_INFO",
+    "Assigned",
+    "DirectVolumes",
+    "VolumeAgent",
+    "check",
+    "find",
+    "rewrite",
+    "volume_directory",
+]
 
 DIRECTORY = "/run/kata-containers/shared/direct-volumes"
+MOUNT_INFO = "mountInfo.json"
 _GUEST = "/run/kata-containers/sandbox/storage"
 _KINDS = ("block", "directvol")  # Kata's Go runtime and its Rust one
 _MAX_INFO = 64 << 10  # bytes
 _PHASE = "volumes"
+_GROW = frozenset({"ext2", "ext3", "ext4", "xfs"})  # what the guest can grow while it is mounted
+_MAX_SIZE = 1 << 60  # bytes
+
+
+class VolumeAgent(Protocol):
+    """What the guest is asked about volumes."""
+
+    async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse: ...
+    async def resize_volume(self, path: str, size: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Assigned:
-    """One mount of the spec and the disk behind it. `group`: whom the files shall belong to; -1: nobody."""
+    """One mount of the spec, its path on the host, and the disk behind it. `group`: whom the files shall
+    belong to; -1: nobody. `create`: the guest makes the file system, if the disk is blank."""
 
     index: int
+    source: str
     device: str
     fstype: str
     options: tuple[str, ...]
     read_only: bool
     group: int = -1
     only_if_needed: bool = False
+    create: bool = False
 
     @property
     def mount_point(self) -> str:
         """Where the guest mounts it: one place per disk and way of mounting."""
         key = f"{self.device}\0{self.fstype}\0{','.join(self.options)}"
         return f"{_GUEST}/{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def volume_directory(source: str, directory: str = DIRECTORY) -> str:
+    """Where the storage driver says what this volume is."""
+    return f"{directory}/{base64.urlsafe_b64encode(source.encode()).decode()}"
 
 
 def find(volumes: Sequence[Volume], directory: str = DIRECTORY) -> dict[int, Assigned]:
@@ -65,15 +99,14 @@ def find(volumes: Sequence[Volume], directory: str = DIRECTORY) -> dict[int, Ass
         return {}
     found = {}
     for volume in volumes:
-        name = base64.urlsafe_b64encode(volume.source.encode()).decode()
-        path = f"{directory}/{name}/mountInfo.json"
+        path = f"{volume_directory(volume.source, directory)}/{MOUNT_INFO}"
         try:
             with open(path, "rb") as file:
                 text = file.read(_MAX_INFO)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            if len(name) > 255:  # no such directory can exist
+            if error.errno == errno.ENAMETOOLONG:  # no such directory can exist
                 continue
             raise HostError(f"cannot read {path}: {error.strerror}", phase=_PHASE) from error
         found[volume.index] = _assigned(volume, path, text)
@@ -114,7 +147,8 @@ def _assigned(volume: Volume, path: str, text: bytes) -> Assigned:
     if read_only and "ro" not in options:
         options += ("ro",)
     policy = metadata.get("fsGroupChangePolicy") == "OnRootMismatch"
-    return Assigned(volume.index, device, fstype, options, read_only, group, policy)
+    create = metadata.get("create-filesystem") == "true" and not read_only
+    return Assigned(volume.index, volume.source, device, fstype, options, read_only, group, policy, create)
 
 
 def _check_disk(device: str, path: str) -> None:
@@ -136,38 +170,153 @@ def rewrite(document: Mapping[str, Any], assigned: Mapping[int, Assigned]) -> No
         mount.update(type="bind", source=volume.mount_point, options=["rbind", *kept])
 
 
+@dataclass(slots=True)
+class _Used:
+    """A volume in use: its disk, who uses it, and the note of it in the volume's directory."""
+
+    volume: Assigned
+    disk: str
+    note: Entry
+    containers: set[str] = field(default_factory=set)
+
+
 class DirectVolumes:
-    """The plugged ones of one sandbox."""
+    """The plugged ones of one sandbox. `directory`: see `find`."""
 
     def __init__(
         self,
         devices: DeviceManager,
         holdings: Holdings,
-        style: DiskStyle = DiskStyle(),  # noqa: B008
+        undo: UndoLog,
+        *,
+        sandbox_id: str,
+        style: DiskStyle,
+        directory: str = DIRECTORY,
     ) -> None:
         self._devices = devices
         self._holdings = holdings
+        self._undo = undo
+        self._sandbox_id = sandbox_id
         self._style = style
+        self._directory = directory
+        self._used: dict[str, _Used] = {}  # by the volume's path
 
     async def add(self, container_id: str, assigned: Mapping[int, Assigned]) -> list[agent_pb2.Storage]:
-        """Plug the disks; what the agent must mount. Raises KataError; releasing the container's holdings
-        undoes what was done."""
+        """Plug the disks; what the agent must mount. Raises KataError; releasing the container's holdings and
+        `remove` undo what was done."""
         storages = []
         for volume in assigned.values():
-            name = "v" + hashlib.sha256(volume.device.encode()).hexdigest()[:16]
-            config = await self._style.disk(name, volume.device, read_only=volume.read_only)
-            held = await self._holdings.take(container_id, config)
+            held = await self._holdings.take(container_id, await self.disk(volume))
             disk = await self._devices.generate_agent_device(held)
-            storage = agent_pb2.Storage(
-                driver=disk.type,
-                source=disk.id,
-                fstype=volume.fstype,
-                options=volume.options,
-                mount_point=volume.mount_point,
-            )
-            if volume.group >= 0:
-                storage.fs_group.group_id = volume.group
-                if volume.only_if_needed:
-                    storage.fs_group.group_change_policy = types_pb2.FSGroupChangePolicy.OnRootMismatch
-            storages.append(storage)
+            used = self._used.get(volume.source)
+            if used is None:
+                used = self._used[volume.source] = _Used(volume, held, await self._note(volume))
+            used.containers.add(container_id)
+            storages.append(_storage(volume, disk))
         return storages
+
+    async def disk(self, volume: Assigned) -> BlockConfig:
+        """What is plugged for it."""
+        name = "v" + hashlib.sha256(volume.device.encode()).hexdigest()[:16]
+        return await self._style.disk(name, volume.device, read_only=volume.read_only)
+
+    async def _note(self, volume: Assigned) -> Entry:
+        """Leave the sandbox's id with the volume, as Kata does: by it `kata-ctl direct-volume` finds us."""
+        path = f"{volume_directory(volume.source, self._directory)}/{self._sandbox_id}"
+
+        def remove() -> None:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+        entry = self._undo.record("file", remove, path=path)
+        with contextlib.suppress(OSError):  # an administrator removes it as he likes
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        return entry
+
+    async def remove(self, container_id: str = "") -> None:
+        """The container's disks are let go of (with the holdings); of all containers if none is named."""
+        for source, used in list(self._used.items()):
+            used.containers = used.containers - {container_id} if container_id else set()
+            if not used.containers:
+                del self._used[source]
+                await self._undo.release(used.note)
+
+    def _find(self, name: str) -> _Used:
+        """By the volume's path, or by its disk's. Raises CallerError NOT_FOUND."""
+        used = self._used.get(name)
+        if used is None:
+            used = next((one for one in self._used.values() if one.volume.device == name), None)
+        if used is None:
+            raise CallerError(f"no volume {name[:200]!r} is in this sandbox", phase=_PHASE, code="NOT_FOUND")
+        return used
+
+    async def stats(self, name: str, agent: VolumeAgent) -> csi_pb2.VolumeStatsResponse:
+        """How full it is, by the guest's account. Raises KataError."""
+        return await agent.volume_stats(self._find(name).volume.mount_point)
+
+    async def resize(self, name: str, size: int, agent: VolumeAgent, host: ChangingHost) -> None:
+        """Have a volume of `size` bytes: an image grows here, a block device must have grown; then the disk,
+        then the file system in the guest. Raises KataError; it can be tried again."""
+        used = self._find(name)
+        volume = used.volume
+        why = ""
+        if volume.read_only:
+            why = "it is read-only"
+        elif volume.fstype not in _GROW:
+            why = f"{volume.fstype} cannot grow while it is mounted"
+        elif not 0 < size <= _MAX_SIZE or size % 512:
+            why = f"{size} bytes are no size for a disk"
+        if why:
+            raise CallerError(
+                f"volume {volume.source} cannot be resized: {why}", phase=_PHASE, code="INVALID_ARGUMENT"
+            )
+        await asyncio.to_thread(_grow, volume.device, size)
+        await self._devices.update_disk(used.disk, host)
+        await agent.resize_volume(volume.mount_point, size)
+
+
+def _grow(path: str, size: int) -> None:
+    """Have at least `size` bytes behind the disk."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            present = os.lseek(fd, 0, os.SEEK_END)
+            if size < present:
+                raise CallerError(
+                    f"{path} has {present} bytes; a volume does not shrink to {size}",
+                    phase=_PHASE,
+                    code="INVALID_ARGUMENT",
+                )
+            if size > present and not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise CallerError(
+                    f"the block device {path} has {present} bytes, not {size}",
+                    phase=_PHASE,
+                    hint="grow the device first",
+                )
+            if size > present:
+                os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise HostError(f"{path} cannot grow: {error.strerror}", phase=_PHASE) from error
+
+
+def _storage(volume: Assigned, disk: AgentDevice) -> agent_pb2.Storage:
+    """What the agent is to mount. XFS refuses a second file system with the same id, and a clone has it."""
+    options = list(volume.options)
+    if volume.fstype == "xfs" and "nouuid" not in options:
+        options.append("nouuid")
+    storage = agent_pb2.Storage(
+        driver=disk.type,
+        source=disk.id,
+        fstype=volume.fstype,
+        options=options,
+        mount_point=volume.mount_point,
+    )
+    if volume.create:
+        storage.driver_options.append("create_filesystem")
+    if volume.group >= 0:
+        storage.fs_group.group_id = volume.group
+        if volume.only_if_needed:
+            storage.fs_group.group_change_policy = types_pb2.FSGroupChangePolicy.OnRootMismatch
+    return storage

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from testing.containerd import KATA, Containerd
-from testing.guest import Value, write_configuration
+from testing.guest import PROJECT, Value, write_configuration
 from testing.images import busybox_image
 
 pytestmark = pytest.mark.kata_only
@@ -29,7 +29,7 @@ def volume(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     path, image = tmp_path / "volume", tmp_path / "disk.img"
     path.mkdir()
     subprocess.run(["mke2fs", "-q", "-t", "ext4", image, "8M"], check=True, env=E2FS, capture_output=True)
-    folder = ASSIGNED / base64.urlsafe_b64encode(str(path).encode()).decode()
+    folder = _assignment(path)
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True)
     info = {"volume-type": "block", "device": str(image), "fstype": "ext4", "metadata": {"fsGroup": "1234"}}
@@ -56,6 +56,38 @@ def test_a_directly_assigned_volume_is_mounted_by_the_guest(
     assert list(path.iterdir()) == []
     done = subprocess.run(["debugfs", "-R", "cat file", image], check=True, env=E2FS, capture_output=True)
     assert done.stdout == b"kept\n"
+
+
+def test_a_volume_is_asked_about_and_grows_while_it_is_used(
+    containerd: Containerd, volume: tuple[Path, Path], no_leaks: Callable[[], None]
+) -> None:
+    path, image = volume
+    name = containerd.new_id("grows")
+    mount = ("--mount", f"type=bind,src={path},dst=/vol,options=rbind")
+    containerd.ctr("run", "--detach", "--runtime", KATA, *mount, IMAGE, name, "sleep", "100000", timeout=120)
+
+    def kata_ctl(*words: str) -> str:
+        command = [str(PROJECT / ".venv/bin/kata-ctl"), "direct-volume", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (before, inodes) = json.loads(kata_ctl("stats", str(path)))["usage"]
+    kata_ctl("resize", str(path), str(24 << 20))
+    (after, _) = json.loads(kata_ctl("stats", str(path)))["usage"]
+    shown = containerd.ctr("task", "exec", "--exec-id", "df", name, "df", "-k", "/vol").text.splitlines()[-1]
+    containerd.remove(name)
+
+    assert inodes["unit"] == 2
+    assert before["total"] < 8 << 20 < 20 << 20 < after["total"]
+    assert int(shown.split()[1]) << 10 == after["total"]
+    assert image.stat().st_size == 24 << 20
+    subprocess.run(["e2fsck", "-fn", image], check=True, env=E2FS, capture_output=True)
+    assert [each.name for each in _assignment(path).iterdir()] == ["mountInfo.json"]
+
+
+def _assignment(path: Path) -> Path:
+    return ASSIGNED / base64.urlsafe_b64encode(str(path).encode()).decode()
 
 
 def test_a_container_without_a_shared_file_system(

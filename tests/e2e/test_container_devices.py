@@ -13,6 +13,7 @@ import pytest
 
 from testing.api import Api
 from testing.containerd import Containerd
+from testing.guest import Value, write_configuration
 from tests.e2e.test_oci_spec import Change, Pod
 
 pytestmark = [
@@ -95,6 +96,47 @@ def test_containers_of_a_pod_share_a_disk_and_the_last_one_gives_it_back(
 
     subprocess.run(["mke2fs", "-q", "-F", device], check=True)
     assert pod.run(lambda _: None, "ls", "/sys/block").lines == ["vda"]
+
+
+def test_limits_of_the_spec_are_the_disks(pod: Pod, loop: tuple[str, Path]) -> None:
+    """A megabyte at a quarter of it a second: more than three seconds, by the guest's clock."""
+    device, _ = loop
+    number = os.stat(device).st_rdev
+
+    def change(spec: dict[str, Any]) -> None:
+        with_device("/dev/slow", device, "rwm")(spec)
+        limit = {"major": os.major(number), "minor": os.minor(number), "rate": 1 << 18}
+        spec["linux"]["resources"]["blockIO"] = {"throttleReadBpsDevice": [limit]}
+
+    read = "dd if=/dev/slow of=/dev/null bs=64k count=16 iflag=direct 2>/dev/null"
+    done = pod.run(change, "sh", "-c", f"cat /proc/uptime; {read}; cat /proc/uptime")
+    before, after = (float(line.split()[0]) for line in done.lines)
+    assert after - before > 3
+
+
+def test_a_microvm_has_its_first_containers_devices_from_the_start(
+    containerd: Containerd, loop: tuple[str, Path], tmp_path: Path, no_leaks: Callable[[], None]
+) -> None:
+    device, path = loop
+    overrides: dict[str, dict[str, Value | None]] = {"hypervisor.qemu": {"machine_type": "microvm"}}
+    configuration = write_configuration(tmp_path / "configuration.toml", overrides)
+    second = tmp_path / "second.img"
+    second.write_bytes(b"the second\n".ljust(1 << 20, b"\0"))
+    other = subprocess.run(
+        ["losetup", "--find", "--show", "--read-only", second], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    script = f"head -n 1 {device} {other}; echo 'from the guest' | dd of={device} bs=512 seek=1 conv=fsync"
+    options = ("--runtime-config-path", str(configuration), "--device", device, "--device", other)
+    try:
+        done = containerd.run(BUSYBOX, "sh", "-c", script, options=options, timeout=120)
+    finally:
+        subprocess.run(["losetup", "--detach", other], check=True)
+
+    assert [line for line in done.text.splitlines() if line and "==>" not in line] == [
+        "from the host",
+        "the second",
+    ]
+    assert path.read_bytes()[512:527] == b"from the guest\n"
 
 
 def test_a_device_that_the_host_has_mounted_is_refused_before_anything_is_done(

@@ -63,7 +63,9 @@ class World:
             there = await self.manager.generate_agent_device(name)
             storage = mounted(there, disk.id, read_only=disk.read_only)
             storage.driver, storage.fstype = there.type, fstype
-            storage.options.extend(option for option in options.split(",") if option)
+            for option in filter(None, options.split(",")):
+                ours = option.startswith("driver:")
+                (storage.driver_options if ours else storage.options).append(option.removeprefix("driver:"))
             spec = _spec(script, (), "rwm")
             spec.Mounts.add(destination="/data", type="bind", source=storage.mount_point, options=["rbind"])
             code, out, err = await self.guest.run(spec=spec, storages=[storage])
@@ -335,3 +337,15 @@ async def test_what_the_guest_gives_up_is_freed_on_the_host(
 
     assert full > 32 * MIB
     assert path.stat().st_blocks * 512 < full - 28 * MIB
+
+
+async def test_a_blank_disk_gets_a_file_system_and_no_other(world: World, tmp_path: Path) -> None:
+    blank, used = tmp_path / "blank", make_disk(tmp_path / "used")
+    blank.write_bytes(b"")
+    os.truncate(blank, 8 * MIB)
+    disk = BlockConfig(id="blank", path=str(blank))
+    made = "driver:create_filesystem"
+    await world.mount(disk, "echo kept > /data/file; sync", options=made)
+    assert await world.mount(disk, "cat /data/file; grep ' /data ' /proc/mounts", options=made)
+    assert await asyncio.to_thread(read_disk, blank, "file") == b"kept\n"
+    assert await world.mount(used, "cat /data/hello", options=made) == "from used\n"

@@ -70,7 +70,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
 @each_page
 def test_commands_of_kata_ctl_that_are_named_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line in code(page):
-        for words in re.findall(r"(?:^|[ /])kata-ctl ((?:config )?[a-z]+)", line):
+        for words in re.findall(r"(?:^|[ /])kata-ctl ((?:(?:config|direct-volume) )?[a-z]+)", line):
             with pytest.raises(SystemExit) as ended:
                 main([*words.split(), "--help"])
             assert ended.value.code == 0, f"{line}: {capsys.readouterr().err}"

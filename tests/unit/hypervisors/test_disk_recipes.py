@@ -48,6 +48,7 @@ def test_every_option_has_its_place() -> None:
         "num-queues": 4,
         "queue-size": 256,
         "iothread": "disks",
+        "werror": "report",
         "logical_block_size": 4096,
         "physical_block_size": 8192,
         "id": "d",

@@ -15,8 +15,11 @@ from devices.config import BlockConfig, DeviceConfig
 from devices.errors import CallerError, HostError, HypervisorError, KataError
 from devices.holdings import Holdings
 from devices.manager import DeviceManager
+from devices.undo import MemoryUndo
+from proto import csi_pb2
 from shim.guest_spec import plan_volumes
 from shim.resources.direct_volumes import Assigned, DirectVolumes, check, find, rewrite
+from shim.resources.disks import DiskStyle
 
 
 class Assignments:
@@ -129,6 +132,7 @@ class Vm:
 
     def __init__(self) -> None:
         self.plugged: list[str] = []
+        self.updated: list[str] = []
         self.refuses = ""
 
     async def add_device(self, device: DeviceConfig) -> str:
@@ -141,13 +145,109 @@ class Vm:
     async def remove_device(self, device_id: str) -> None:
         self.plugged.pop()
 
+    async def update_device(self, device: DeviceConfig) -> None:
+        assert isinstance(device, BlockConfig)
+        self.updated.append(device.path)
+
+
+def volumes_of(given: Assignments, manager: DeviceManager, holdings: Holdings) -> DirectVolumes:
+    return DirectVolumes(
+        manager,
+        holdings,
+        MemoryUndo(),
+        sandbox_id="sandbox1",
+        style=DiskStyle(),
+        directory=str(given.directory),
+    )
+
+
+class Agent:
+    """What the guest was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse:
+        self.calls.append(("stats", path))
+        answer = csi_pb2.VolumeStatsResponse()
+        answer.usage.add(available=1, total=3, used=2, unit=csi_pb2.VolumeUsage.BYTES)
+        return answer
+
+    async def resize_volume(self, path: str, size: int) -> None:
+        self.calls.append(("resize", path, size))
+
+
+async def test_a_volume_in_use_says_whose_it_is_and_is_found_by_path_or_disk(given: Assignments) -> None:
+    given.assign("/var/vol")
+    (found,) = given.find(bind("/var/vol")).values()
+    manager, vm, agent = DeviceManager(), Vm(), Agent()
+    holdings = Holdings(manager, vm)
+    volumes = volumes_of(given, manager, holdings)
+    await volumes.add("a", {0: found})
+    await volumes.add("b", {0: found})
+    (folder,) = given.directory.iterdir()
+
+    assert sorted(path.name for path in folder.iterdir()) == ["mountInfo.json", "sandbox1"]
+    for name in ("/var/vol", str(given.disk)):
+        assert (await volumes.stats(name, agent)).usage[0].used == 2
+    assert agent.calls == [("stats", found.mount_point)] * 2
+    await volumes.remove("a")
+    assert (folder / "sandbox1").exists()
+    await volumes.remove("b")
+    assert not (folder / "sandbox1").exists()
+    with pytest.raises(CallerError, match="no volume '/var/vol' is in this sandbox"):
+        await volumes.stats("/var/vol", agent)
+
+
+async def test_an_image_grows_before_the_disk_and_the_disk_before_the_file_system(
+    given: Assignments,
+) -> None:
+    given.assign("/var/vol")
+    found, manager, vm, agent = given.find(bind("/var/vol")), DeviceManager(), Vm(), Agent()
+    volumes = volumes_of(given, manager, Holdings(manager, vm))
+    await volumes.add("a", found)
+    await volumes.resize("/var/vol", 8192, agent, vm)
+
+    assert given.disk.stat().st_size == 8192
+    assert vm.updated == [str(given.disk)]
+    assert agent.calls == [("resize", found[0].mount_point, 8192)]
+    with pytest.raises(CallerError, match="does not shrink to 4096"):
+        await volumes.resize("/var/vol", 4096, agent, vm)
+    for size in (0, -512, 8193, 1 << 61):
+        with pytest.raises(CallerError, match="are no size for a disk"):
+            await volumes.resize("/var/vol", size, agent, vm)
+    assert given.disk.stat().st_size == 8192
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"), [({"fstype": "erofs"}, "erofs cannot grow"), ({"options": ["ro"]}, "it is read-only")]
+)
+async def test_what_cannot_grow_is_told_before_anything_is_done(
+    given: Assignments, changes: dict[str, Any], why: str
+) -> None:
+    given.assign("/var/vol", **changes)
+    manager, vm = DeviceManager(), Vm()
+    volumes = volumes_of(given, manager, Holdings(manager, vm))
+    await volumes.add("a", given.find(bind("/var/vol")))
+    with pytest.raises(CallerError, match=why):
+        await volumes.resize("/var/vol", 1 << 20, Agent(), vm)
+    assert given.disk.stat().st_size == 4096
+
+
+async def test_a_clone_of_an_xfs_can_be_mounted_beside_it(given: Assignments) -> None:
+    given.assign("/var/vol", fstype="xfs", options=[])
+    manager = DeviceManager()
+    volumes = volumes_of(given, manager, Holdings(manager, Vm()))
+    (storage,) = await volumes.add("a", given.find(bind("/var/vol")))
+    assert list(storage.options) == ["nouuid"]
+
 
 async def test_containers_share_a_disk_and_the_last_one_unplugs_it(given: Assignments) -> None:
     given.assign("/var/vol", metadata={"fsGroup": "7"})
     found, vm = given.find(bind("/var/vol")), Vm()
     manager = DeviceManager()
     holdings = Holdings(manager, vm)
-    volumes = DirectVolumes(manager, holdings)
+    volumes = volumes_of(given, manager, holdings)
     first = await volumes.add("a", found)
     second = await volumes.add("b", found)
 
@@ -172,7 +272,7 @@ async def test_what_was_plugged_before_an_error_goes_again(given: Assignments, t
     vm.refuses = str(other)
     manager = DeviceManager()
     holdings = Holdings(manager, vm)
-    volumes = DirectVolumes(manager, holdings)
+    volumes = volumes_of(given, manager, holdings)
     with pytest.raises(HypervisorError):
         await volumes.add("a", given.find(bind("/var/one"), bind("/var/two")))
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from devices.config import IoLimits
 from devices.errors import CallerError
 from shim import guest_devices
-from shim.guest_devices import check_devices, guest_nodes, guest_rules, host_devices
+from shim.guest_devices import check_devices, guest_nodes, guest_rules, host_devices, take_limits
 
 
 def spec(*devices: Any) -> dict[str, Any]:
@@ -125,3 +126,22 @@ def test_of_a_privileged_container_the_disks_that_somebody_asked_for_are_plugged
 
     assert [device.path for device in host_devices(document)] == ["/dev/sdb", "/dev/xvda"]
     assert all(device.access == set("rwm") for device in host_devices(document))
+
+
+def test_limits_of_its_own_are_the_disks_and_leave_the_spec() -> None:
+    document = spec(DISK)
+    mine, other = {"major": 7, "minor": 3}, {"major": 8, "minor": 0, "rate": 5}
+    block_io = {
+        "weight": 10,
+        "throttleReadBpsDevice": [{**mine, "rate": 1 << 62}, other],
+        "throttleWriteIOPSDevice": [{**mine, "rate": 7}],
+    }
+    document["linux"]["resources"] = {"devices": rules(allow("rwm", type="b")), "blockIO": block_io}
+    (device,) = host_devices(document)
+    take_limits(document["linux"]["resources"], [device])
+
+    assert device.limits == IoLimits(read_bytes=guest_devices.MAX_RATE, write_ops=7)
+    assert block_io == {"weight": 10, "throttleReadBpsDevice": [other]}
+    document["linux"]["resources"]["blockIO"] = {"throttleReadBpsDevice": [{**mine, "rate": "7"}]}
+    with pytest.raises(CallerError, match="throttleReadBpsDevice needs whole rates"):
+        host_devices(document)
