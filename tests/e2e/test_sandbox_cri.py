@@ -99,7 +99,7 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
     assert os.stat(f"/proc/{vmm}/ns/net").st_ino == os.stat(info["netns"]).st_ino, (
         "it lives in the pod's network"
     )
-    assert set(json.loads(info["phases"])) >= {"vmm.boot", "agent.create_sandbox"}
+    assert set(json.loads(info["phases"])) >= {"vmm.boot", "network", "agent.create_sandbox"}
 
     pair = [pod.run(*SLEEP, image=BUSYBOX) for _ in range(2)]
     assert cri.containerd.ctr("containers", "ls", "-q").text.splitlines() == sorted(pair), (
@@ -114,6 +114,8 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
         "20000\t20099",
     ]  # fmt: skip
     assert pod.sh(pair[0], "grep -c localhost /etc/hosts")
+    gateway = pod.sh(pair[0], "ip route").split("via ")[1].split()[0]
+    assert " 0% packet loss" in pod.sh(pair[1], f"ping -c 1 -W 20 {gateway}")
     for container in pair:
         assert pod.wait_output(container, "ready") == "ready\n"
 

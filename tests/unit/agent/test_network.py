@@ -52,6 +52,19 @@ assert [(a.address, a.mask) for a in found["eth0"].IPAddresses if a.family == t.
     )
 
 
+def test_an_ipv6_address_serves_at_once() -> None:
+    """Nobody looks for a duplicate first: who gave the address has seen to it."""
+    _in_namespace(
+        """
+made = interface("eth0", "02:00:00:00:00:01", "10.1.0.2")
+made.IPAddresses.add(family=t.v6, address="fd00::2", mask="64")
+network.update_interface(made)
+text = ip("-6", "addr", "show", "eth0")
+assert "fd00::2/64 scope global nodad" in text, text
+"""
+    )
+
+
 def test_names_may_be_exchanged() -> None:
     _in_namespace(
         """

@@ -201,6 +201,29 @@ def test_an_unknown_log_level(files: Files) -> None:
     assert problem.startswith("FILE:2: [runtime] log_level must be one of trace, debug, info, ")
 
 
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('internetworking_model = "l3forwarding"', '"l3forwarding" is not supported; there are tcfilter,'),
+        ('internetworking_model = "bridge"', '"bridge" is no model; there are tcfilter, macvtap, none'),
+        ("disable_new_netns = true", 'needs internetworking_model = "none"'),
+    ],
+)
+def test_models_of_the_network_that_there_are_not(files: Files, text: str, what: str) -> None:
+    (problem,) = problems(files, f"[runtime]\n{text}\n")
+    assert problem.startswith("FILE:2: [runtime] ")
+    assert what in problem
+
+
+def test_models_of_the_network(files: Files) -> None:
+    """As in Kata, "" means tcfilter, and a pod without a network of its own needs none."""
+    for model in ("", "tcfilter", "macvtap", "none"):
+        config = files.load(f'[runtime]\ninternetworking_model = "{model}"\n')
+        assert config.runtime.internetworking_model == model
+    text = '[runtime]\ninternetworking_model = "none"\ndisable_new_netns = true\n'
+    assert files.load(text).runtime.disable_new_netns
+
+
 def test_the_boot_deadline_is_never_below_ten_seconds(files: Files) -> None:
     assert files.load("[agent.kata]\nreconnect_timeout_ms = 3000\n").agent.boot_deadline == 10.0
     assert files.load("[agent.kata]\nreconnect_timeout_ms = 60000\n").agent.boot_deadline == 60.0

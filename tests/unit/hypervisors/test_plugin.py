@@ -62,6 +62,9 @@ def test_a_sound_section_passes(section: HypervisorConfig) -> None:
             "is less than the logical 4096",
         ),
         ({"num_queues": 0}, "num_queues = 0 is not in 1..256"),
+        ({"network_queues": 257}, "network_queues = 257 is not in 0..256"),
+        ({"rx_rate_limiter_max_rate": 100}, "rx_rate_limiter_max_rate = 100 is neither 0 nor in 8000.."),
+        ({"tx_rate_limiter_max_rate": 1 << 40}, "tx_rate_limiter_max_rate = 1099511627776 is neither"),
         ({"disk_rate_limiter_ops_max_rate": -1}, "disk_rate_limiter_ops_max_rate = -1"),
     ],
 )
@@ -89,13 +92,19 @@ def test_a_vm_grows_to_the_hosts_size_at_most(monkeypatch: pytest.MonkeyPatch, a
 def test_zero_and_empty_mean_choose_for_me() -> None:
     adjusted = plugin.adjust_config(
         HypervisorConfig(
-            default_vcpus=-1, default_memory=0, virtio_fs_cache="", shared_fs="", machine_type=""
+            default_vcpus=-1,
+            default_memory=0,
+            virtio_fs_cache="",
+            shared_fs="",
+            machine_type="",
+            network_queues=0,
         )
     )
 
     assert adjusted.default_vcpus == len(os.sched_getaffinity(0))
     assert (adjusted.default_memory, adjusted.virtio_fs_cache) == (128, "never")
     assert (adjusted.shared_fs, adjusted.machine_type) == ("virtio-fs", "q35")
+    assert adjusted.network_queues == 1
     assert adjusted.path.endswith("qemu-system-x86_64")
 
 
