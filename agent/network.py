@@ -8,7 +8,6 @@ never touched; routes without a gateway come before those that need them.
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import struct
 from collections.abc import Iterable
@@ -75,11 +74,30 @@ def _named(links: Iterable[_Link], name: str) -> _Link:
 
 def _pack_ip(address: str) -> tuple[int, bytes]:
     """(family, bytes)"""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
+        return family, socket.inet_pton(family, address)
+    except (OSError, ValueError):  # of what is none, of what has a NUL byte or is no ASCII
         raise _bad(f"{address[:80]!r} is no IP address") from None
-    return (socket.AF_INET if parsed.version == 4 else socket.AF_INET6), parsed.packed
+
+
+def _ip(packed: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
+def _pack_network(network: str) -> tuple[int, bytes, int]:
+    """(family, bytes, prefix length) of "10.0.0.0/8", without the bits of a host."""
+    address, _, prefix = network.partition("/")
+    try:
+        family, packed = _pack_ip(address)
+        bits = len(packed) * 8
+        length = int(prefix[:9]) if prefix else bits
+        if not 0 <= length <= bits:
+            raise ValueError
+    except (RpcError, ValueError):
+        raise _bad(f"{network[:80]!r} is no network") from None
+    kept = int.from_bytes(packed, "big") >> (bits - length) << (bits - length)
+    return family, kept.to_bytes(len(packed), "big"), length
 
 
 def _family(family: int) -> types_pb2.IPFamily.ValueType:
@@ -108,7 +126,7 @@ def list_interfaces() -> list[types_pb2.Interface]:
         interface = types_pb2.Interface(device=link.name, name=link.name, mtu=link.mtu, hwAddr=link.mac)
         for index, family, packed, prefix in addresses:
             if index == link.number:
-                address = str(ipaddress.ip_address(packed))
+                address = _ip(packed)
                 interface.IPAddresses.add(family=_family(family), address=address, mask=str(prefix))
         result.append(interface)
     return result
@@ -212,11 +230,11 @@ def list_routes() -> list[types_pb2.Route]:
         (index,) = struct.unpack("i", have.get(_RTA_OIF, bytes(4)))
         route = types_pb2.Route(device=names.get(index, ""), scope=scope, family=_family(family), flags=flags)
         if _RTA_DST in have:
-            route.dest = f"{ipaddress.ip_address(have[_RTA_DST])}/{prefix}"
+            route.dest = f"{_ip(have[_RTA_DST])}/{prefix}"
         if _RTA_GATEWAY in have:
-            route.gateway = str(ipaddress.ip_address(have[_RTA_GATEWAY]))
+            route.gateway = _ip(have[_RTA_GATEWAY])
         if _RTA_PREFSRC in have:
-            route.source = str(ipaddress.ip_address(have[_RTA_PREFSRC]))
+            route.source = _ip(have[_RTA_PREFSRC])
         result.append(route)
     return result
 
@@ -245,12 +263,7 @@ def _route(route: types_pb2.Route, index: int) -> bytes:
     tail = nl.attribute(_RTA_OIF, index)
     family = int(socket.AF_INET6 if route.family == types_pb2.v6 else socket.AF_INET)
     if route.dest and route.dest not in ("default", "0.0.0.0/0", "::/0"):
-        try:
-            network = ipaddress.ip_network(route.dest, strict=False)
-        except ValueError:
-            raise _bad(f"{route.dest[:80]!r} is no network") from None
-        family, packed = _pack_ip(str(network.network_address))
-        prefix = network.prefixlen
+        family, packed, prefix = _pack_network(route.dest)
         tail += nl.attribute(_RTA_DST, packed)
     for value, kind in ((route.gateway, _RTA_GATEWAY), (route.source, _RTA_PREFSRC)):
         if value:
