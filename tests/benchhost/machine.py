@@ -53,10 +53,11 @@ _PREFIX = "kata-bench-host-"
 _BOOT_LIMIT = 180.0  # seconds from QEMU's start to the job's; 5 s on a quiet machine
 SPARE_DISK = b"the bench host's spare disk\n"
 """What the NVMe disk begins with; then zeros, 16 MiB in all."""
-_SPARE_DEVICES = (
-    "edu",
-    "nvme,serial=spare,drive=spare",
-    "virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on",
+_SPARE_DEVICES = (  # each behind a port of its own, the last two behind one
+    ("edu",),
+    ("nvme,serial=spare,drive=spare",),
+    ("virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on",),
+    ("pvpanic-pci,addr=0.0,multifunction=on", "pvpanic-pci,addr=0.1"),
 )
 _CONSOLE_LIMIT = 1 << 20
 _OUTPUT_LIMIT = 4 << 20
@@ -249,9 +250,10 @@ class BenchHost:
         spare.write_bytes(SPARE_DISK.ljust(16 << 20, b"\0"))
         argv += ["-drive", f"file={spare},format=raw,if=none,id=spare,cache=unsafe"]
         argv += ["-netdev", "user,id=net,restrict=on"]
-        for number, spare_device in enumerate(_SPARE_DEVICES, 97):
-            port = f"pcie-root-port,id=vfio{number},chassis={number},slot={number}"
-            argv += ["-device", port, "-device", f"{spare_device},bus=vfio{number}"]
+        for number, functions in enumerate(_SPARE_DEVICES, 97):
+            argv += ["-device", f"pcie-root-port,id=vfio{number},chassis={number},slot={number}"]
+            for function in functions:
+                argv += ["-device", f"{function},bus=vfio{number}"]
         argv += ["-kernel", str(self._files.kernel), "-initrd", str(self._directory / "initrd")]
         argv += ["-append", f"{_KERNEL_WORDS} {self._settings.append}".strip()]
         argv += ["-chardev", f"socket,id=share,fd={share.fileno()}"]

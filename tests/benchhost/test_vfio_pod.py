@@ -26,13 +26,14 @@ pytestmark = pytest.mark.benchhost
 WRITTEN = "written by a container"
 READ = f"head -c {len(SPARE_DISK)} /dev/nvme0n1"
 ASK = ("--annotation", "cdi.k8s.io/vfio0=bench.local/disk=0")
+PAIR = (0x1B36, 0x0011)  # two functions of one group
 
 
 @pytest.fixture(scope="module")
 def overrides() -> dict[str, dict[str, Value | None]]:
     return {
-        "hypervisor.qemu": {"hot_plug_vfio": "root-port", "pcie_root_port": 1},
-        "runtime": {"vfio_bind": True, "valid_cdi_devices": ["bench.local/disk=*"]},
+        "hypervisor.qemu": {"hot_plug_vfio": "root-port", "pcie_root_port": 3},
+        "runtime": {"vfio_bind": True, "valid_cdi_devices": ["bench.local/disk=*", "bench.local/pair=*"]},
     }
 
 
@@ -67,45 +68,60 @@ def named() -> Iterator[str]:
     driver again."""
     disk = find(DISK)
     here(disk)
-    edits = {
-        "deviceNodes": [{"path": f"/dev/vfio/{find_group(disk).number}"}],
-        "env": [f"PCIDEVICE_DISK={disk}"],
-    }
-    spec = {
-        "cdiVersion": "0.6.0",
-        "kind": "bench.local/disk",
-        "devices": [{"name": "0", "containerEdits": edits}],
-    }
-    Path("/etc/cdi").mkdir(exist_ok=True)
-    Path("/etc/cdi/bench.json").write_text(json.dumps(spec))
+    name_in_cdi("disk", disk)
     yield disk
     with here(disk).open("rb") as file:
         assert file.read(len(SPARE_DISK)) == SPARE_DISK
     assert driver(disk) == "nvme"
 
 
+def pair() -> list[str]:
+    """The addresses of the two."""
+    found = [read_function(address) for address in sorted(os.listdir("/sys/bus/pci/devices"))]
+    return [one.address for one in found if (one.vendor, one.device) == PAIR]
+
+
+def name_in_cdi(kind: str, address: str) -> None:
+    """The device's group as the CDI device <kind>=0."""
+    edits = {
+        "deviceNodes": [{"path": f"/dev/vfio/{find_group(address).number}"}],
+        "env": [f"PCIDEVICE_{kind.upper()}={address}"],
+    }
+    device = {"name": "0", "containerEdits": edits}
+    document = {"cdiVersion": "0.6.0", "kind": f"bench.local/{kind}", "devices": [device]}
+    Path("/etc/cdi").mkdir(exist_ok=True)
+    Path(f"/etc/cdi/{kind}.json").write_text(json.dumps(document))
+
+
 @pytest.mark.parametrize("victim", ["containerd-shim-kata-v2", "qemu-system-x86_64"])
 def test_after_kill_9_the_driver_comes_back(containerd: Containerd, named: str, victim: str) -> None:
-    """A device of CDI, chosen by an annotation, taken from its driver; then shim or VMM is killed."""
+    """Devices of CDI, chosen by annotations, a disk taken from its driver and both functions of a group
+    without one; then shim or VMM is killed."""
 
     def snapshot() -> dict[str, set[str]]:
         return leaks.snapshot(root=str(containerd.root), ignore=[containerd.pid])
 
     before = snapshot()
     name = containerd.new_id("cdi")
+    two = pair()
+    name_in_cdi("pair", two[1])
+    assert [driver(address) for address in two] == ["", ""]
+    also = ("--annotation", "cdi.k8s.io/vfio1=bench.local/pair=0")
     containerd.ctr(
-        *("run", "--detach", "--runtime", KATA, *ASK, BUSYBOX, name),
+        *("run", "--detach", "--runtime", KATA, *ASK, *also, BUSYBOX, name),
         *("sh", "-c", "echo $PCIDEVICE_DISK >/address; exec sleep 100000"),
         timeout=PATIENCE,
     )
-    assert driver(named) == "vfio-pci"
+    assert [driver(address) for address in (named, *two)] == ["vfio-pci"] * 3
     done = containerd.ctr(
-        "task", "exec", "--exec-id", "e", name, "sh", "-c", f"{READ}; cat /address", timeout=60
+        *("task", "exec", "--exec-id", "e", name, "sh", "-c"),
+        f"{READ}; cat /address; grep -l 0x0011 /sys/bus/pci/devices/*/device | wc -l",
+        timeout=60,
     )
     assert done.out.startswith(SPARE_DISK)
-    address = done.out[len(SPARE_DISK) :].decode().strip()
-    assert address
+    address, functions = done.out[len(SPARE_DISK) :].decode().split()
     assert address != named  # the guest's own
+    assert functions == "2"
     (pid,) = [
         process.pid
         for process in leaks.own_processes(containerd.tag, str(containerd.root))
@@ -116,6 +132,10 @@ def test_after_kill_9_the_driver_comes_back(containerd: Containerd, named: str, 
     while driver(named) != "nvme" and time.monotonic() < deadline:
         time.sleep(0.1)
     assert driver(named) == "nvme", containerd.log_tail()
+    deadline = time.monotonic() + 60
+    while any(driver(address) for address in two) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [driver(address) for address in two] == ["", ""]
     containerd.remove(name, timeout=60)
     assert leaks.settle(before, snapshot, timeout=30) == {}
 
