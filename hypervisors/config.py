@@ -50,6 +50,7 @@ class VhostUserSection(SandboxSection):
     virtio_fs_extra_args: tuple[str, ...] = ()
     virtio_fs_cache: str = "auto"  # never | auto | always
     virtio_fs_queue_size: int = 1024
+    virtio_fs_cache_size: int = 0  # MiB of a DAX window; only 0 is possible
 
     # --- devices
     vsock_daemon: str = ""  # ours: vhost-device-vsock, used where there is no /dev/vhost-vsock
@@ -115,6 +116,9 @@ class HypervisorConfig(VhostUserSection):
     cold_plug_vfio: str = "no-port"  # what VFIO devices sit behind: no-port (none) | root-port | switch-port
     hot_plug_vfio: str = "no-port"  # the same while it runs, or bridge-port; one of the two only
     enable_iommu: bool = False  # an IOMMU in the VM: what vfio_mode = "vfio" needs
+
+    enable_vhost_user_store: bool = False  # block devices 241:N of containers are vhost-user disks
+    vhost_user_store_path: str = "/var/run/kata-containers/vhost-user"
 
     # --- security
     disable_seccomp: bool = False

@@ -76,6 +76,14 @@ def check_sandbox_section(name: str, section: SandboxSection) -> None:
     size = section.virtio_fs_queue_size
     if size & (size - 1) or not 2 <= size <= 1024:
         raise wrong(name, "virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
+    if section.virtio_fs_cache_size:
+        raise wrong(
+            name,
+            "virtio_fs_cache_size",
+            section.virtio_fs_cache_size,
+            "is not possible: virtiofsd's DAX window is in no released QEMU",
+            hint="set it to 0",
+        )
     queues = section.network_queues
     if not 0 <= queues <= _MAX_QUEUES:
         raise wrong(name, "network_queues", queues, f"is not in 0..{_MAX_QUEUES}")

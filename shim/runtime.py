@@ -172,12 +172,13 @@ class VirtContainer:
     async def _check_disks(self, spec: Mapping[str, Any]) -> None:
         """Refuse disks that the first container cannot have, before its VM is started. Those of a running
         VM are checked when they are plugged: some of them it may have itself."""
+        assert self._config is not None  # loaded by `_make`
         wanted = [] if _container_type(spec) == OWN else host_devices(spec)
         volumes = [] if _container_type(spec) == OWN else plan_volumes(spec, self._context.id)
         if wanted:
             from shim.resources.container_devices import check
 
-            await asyncio.to_thread(check, wanted)
+            await asyncio.to_thread(check, wanted, disk_style(self._config.hypervisor).store)
         if volumes:
             await asyncio.to_thread(check_direct, volumes)
 
@@ -219,7 +220,7 @@ class VirtContainer:
         settings = SandboxSettings(
             sandbox_id=context.sandbox_id,
             container_type=_container_type(spec),
-            network=network_settings(config.runtime, section, spec),
+            network=network_settings(config.runtime, section, spec, context.sandbox_id),
             hostname=str(spec.get("hostname") or ""),
             dns=_dns(spec),
             shm_size=_shm_size(spec),

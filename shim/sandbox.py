@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from shim.management import Management
     from shim.pod_config import PodDefaults
     from shim.resources.guest_swap import GuestSwap, SwapSettings
+    from shim.resources.network.dan import DanNetwork
     from shim.resources.vfio_devices import VfioDevices, Wanted
 
 __all__ = ["SandboxSettings", "VirtSandbox"]
@@ -128,7 +129,9 @@ class VirtSandbox:
         self._direct = DirectVolumes(
             self._devices, self._holdings, undo, sandbox_id=settings.sandbox_id, style=settings.disks
         )
-        self._network = PodNetwork(settings.network, hypervisor, self._devices, undo, trace)
+        self._network: PodNetwork | DanNetwork = PodNetwork(
+            settings.network, hypervisor, self._devices, undo, trace
+        )
         self._sizing = Sizing(
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
         )
@@ -421,6 +424,8 @@ class VirtSandbox:
         settings, hypervisor = self.settings, self._hypervisor
         with self._trace.phase("share"):
             await self._files.set_up()
+        if settings.network.dan:
+            await self._attach_directly(settings.network.dan)
         with self._trace.phase("vmm.start"):
             await hypervisor.prepare_vm(self.id, await self._network.open())
             for device in settings.devices:
@@ -471,6 +476,18 @@ class VirtSandbox:
         for disk in disks:
             await self._devices.try_add_device(disk, self._hypervisor)
 
+    async def _attach_directly(self, path: str) -> None:
+        """If there is this file, the network is what it says, and not what is in the pod's namespace."""
+        there: bool = await asyncio.to_thread(lambda: os.path.exists(path))
+        if not there:
+            return
+        from shim.resources.network.dan import DanNetwork, read
+
+        dan = await asyncio.to_thread(read, path)
+        if dan is not None:
+            settings = self.settings.network
+            self._network = DanNetwork(dan, settings, self._hypervisor, self._devices, self._trace)
+
     def _shrink(self, work: Any) -> None:
         self._watch(work, "shrink")
 
@@ -482,7 +499,11 @@ class VirtSandbox:
         ended = await self._hypervisor.wait_vm()
         if ended.expected or self._died.done():
             return
-        details = {"vmm stderr": ended.stderr_tail, "guest console": ended.console_tail}
+        details = {
+            "vmm stderr": ended.stderr_tail,
+            "guest console": ended.console_tail,
+            **self._hypervisor.diagnostics(),  # its daemons' words, too
+        }
         reason = str(HypervisorError(ended.reason, phase="vm", details=details))
         _log.error("the VM is gone", reason=reason, code=ended.code)
         self._died.set_result(reason)

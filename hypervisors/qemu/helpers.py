@@ -67,6 +67,7 @@ class Helpers:
         self.on_loss: Callable[[str], None] = _ignore
         self._all: dict[str, tuple[DeviceConfig, Helper]] = {}
         self._unsettled: set[str] = set()
+        self._said: dict[str, str] = {}
 
     def add(self, device: DeviceConfig, helper: Helper) -> None:
         """Watch it from now on."""
@@ -96,7 +97,8 @@ class Helpers:
             await helper.stop()
 
     async def end_all(self) -> None:
-        """The VM is gone. Idempotent."""
+        """The VM is gone; what they said is kept. Idempotent."""
+        self._said = self.evidence()
         for device_id in list(self._all):
             await self.end(device_id)
 
@@ -111,7 +113,10 @@ class Helpers:
 
     def evidence(self) -> dict[str, str]:
         """Everybody's words."""
-        return {name: text for _, helper in self._all.values() for name, text in helper.evidence().items()}
+        said = dict(self._said)
+        for _, helper in self._all.values():
+            said |= helper.evidence()
+        return said
 
     def _look(self, device_id: str, helper: Helper) -> None:
         if self.of(device_id) is not helper or device_id in self._unsettled or helper.lost.cancelled():

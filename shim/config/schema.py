@@ -46,6 +46,7 @@ class RuntimeConfig:
     enable_debug: bool = False
     log_level: str = "info"  # trace | debug | info | warn | error
     disable_guest_seccomp: bool = False
+    dan_conf: str = ""  # the directory of files that name a sandbox's cards: <sandbox id>.json
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none; "" is tcfilter
     disable_new_netns: bool = False  # the VMM stays in the host's network, and the pod has none
     static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
@@ -168,7 +169,6 @@ TOP_LEVEL: Mapping[str, Mapping[str, Any]] = {
 }
 
 RUNTIME_INACTIVE: Mapping[str, Any] = {
-    "dan_conf": "",
     "disable_guest_empty_dir": False,
     "emptydir_mode": "shared-fs",
     "enable_pprof": False,
@@ -295,12 +295,10 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "disk_rate_limiter_ops_max_rate": 0,
     "disk_rate_limiter_ops_one_time_burst": 0,
     "enable_iothreads": False,
-    "enable_vhost_user_store": False,
     "indep_iothreads": 0,
     "num_queues": 1,
     "queue_size": 128,
     "vhost_user_reconnect_timeout_sec": 0,
-    "vhost_user_store_path": "/var/run/kata-containers/vhost-user",
     # other devices
     "cold_plug_vfio": "no-port",
     "default_gpu_model": "",
@@ -328,7 +326,6 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "virtio_fs_cache": "never",
     "virtio_fs_extra_args": (),
     "virtio_fs_queue_size": 0,
-    "virtio_fs_cache_size": 0,
     "virtio_fs_is_dax": False,
     # debugging
     "enable_debug": False,

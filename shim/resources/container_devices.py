@@ -5,7 +5,8 @@ plugs them and says how the agent finds each.
 Why by number: `linux.devices` has the container's paths, which are not the host's.
 Invariants: a disk that the host uses is refused (`devices.in_use`); one disk is plugged once per VM, however
 many containers use it, and for all of them in the same way; a container whose rules do not let it write gets
-a disk that the VMM does not let it write. What `add` plugged is among the container's holdings.
+a disk that the VMM does not let it write, unless a vhost-user back end serves it (then the guest's rules
+hold it back). What `add` plugged is among the container's holdings.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import struct
 from collections.abc import Sequence
 
-from devices.config import BlockConfig
+from devices.config import DeviceConfig
 from devices.errors import HostError
 from devices.holdings import Holdings
 from devices.in_use import device_node, probe
@@ -24,6 +25,7 @@ from devices.manager import DeviceManager
 from proto import agent_pb2
 from shim.guest_devices import HostDevice
 from shim.resources.disks import DiskStyle
+from shim.resources.vhost_user_store import MAJORS, find
 
 __all__ = ["ContainerDevices", "check"]
 
@@ -31,9 +33,12 @@ _PHASE = "devices"
 _BLKROGET = 0x125E
 
 
-def check(devices: Sequence[HostDevice]) -> None:
-    """Raise CallerError or HostError for the first that cannot be had. Blocks."""
+def check(devices: Sequence[HostDevice], store: str = "") -> None:
+    """Raise CallerError or HostError for the first that cannot be had. `store`: see `DiskStyle`. Blocks."""
     for device in devices:
+        if device.major in MAJORS:
+            find(store, device.major, device.minor, device.path)
+            continue
         path = _node(device)
         probe(path, read_only=_read_only(path, device))
 
@@ -60,11 +65,16 @@ class ContainerDevices:
             )
         return found
 
-    async def disk(self, device: HostDevice) -> BlockConfig:
+    async def disk(self, device: HostDevice) -> DeviceConfig:
         """What is plugged for it. Raises HostError for what is not there."""
+        name = f"b{device.major}-{device.minor}"
+        if device.major in MAJORS:
+            store = self._style.store
+            return self._style.served(
+                name, await asyncio.to_thread(find, store, device.major, device.minor, device.path)
+            )
         path = await asyncio.to_thread(_node, device)
         read_only = await asyncio.to_thread(_read_only, path, device)
-        name = f"b{device.major}-{device.minor}"
         return await self._style.disk(name, path, read_only=read_only, limits=device.limits)
 
 

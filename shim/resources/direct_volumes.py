@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from devices.config import BlockConfig
+from devices.config import DeviceConfig
 from devices.device import ChangingHost
 from devices.errors import CallerError, HostError
 from devices.holdings import Holdings
@@ -49,7 +49,8 @@ __all__ = [
 DIRECTORY = "/run/kata-containers/shared/direct-volumes"
 MOUNT_INFO = "mountInfo.json"
 _GUEST = "/run/kata-containers/sandbox/storage"
-_KINDS = ("block", "directvol")  # Kata's Go runtime and its Rust one
+_KINDS = ("block", "directvol", "spdkvol")  # Kata's Go runtime and its Rust one; its disks of SPDK
+_SCHEME = "spdk://"
 _MAX_INFO = 64 << 10  # bytes
 _PHASE = "volumes"
 _GROW = frozenset({"ext2", "ext3", "ext4", "xfs"})  # what the guest can grow while it is mounted
@@ -66,7 +67,8 @@ class VolumeAgent(Protocol):
 @dataclass(frozen=True, slots=True)
 class Assigned:
     """One mount of the spec, its path on the host, and the disk behind it. `group`: whom the files shall
-    belong to; -1: nobody. `create`: the guest makes the file system, if the disk is blank."""
+    belong to; -1: nobody. `create`: the guest makes the file system, if the disk is blank. `served`: `device`
+    is the socket of a vhost-user back end."""
 
     index: int
     source: str
@@ -77,6 +79,7 @@ class Assigned:
     group: int = -1
     only_if_needed: bool = False
     create: bool = False
+    served: bool = False
 
     @property
     def mount_point(self) -> str:
@@ -116,6 +119,8 @@ def find(volumes: Sequence[Volume], directory: str = DIRECTORY) -> dict[int, Ass
 def check(volumes: Sequence[Volume], directory: str = DIRECTORY) -> None:
     """Raise CallerError or HostError for the first disk among them that cannot be had. Blocks."""
     for volume in find(volumes, directory).values():
+        if volume.served:
+            continue
         from devices.in_use import probe
 
         probe(volume.device, read_only=volume.read_only)
@@ -142,22 +147,30 @@ def _assigned(volume: Volume, path: str, text: bytes) -> Assigned:
             phase=_PHASE,
             code="UNIMPLEMENTED",
         )
-    _check_disk(device, path)
+    served = kind == "spdkvol"
+    device = device.removeprefix(_SCHEME) if served else device
+    _check_disk(device, path, served=served)
     read_only = volume.readonly or "ro" in options
     if read_only and "ro" not in options:
         options += ("ro",)
     policy = metadata.get("fsGroupChangePolicy") == "OnRootMismatch"
     create = metadata.get("create-filesystem") == "true" and not read_only
-    return Assigned(volume.index, volume.source, device, fstype, options, read_only, group, policy, create)
+    return Assigned(
+        volume.index, volume.source, device, fstype, options, read_only, group, policy, create, served
+    )
 
 
-def _check_disk(device: str, path: str) -> None:
+def _check_disk(device: str, path: str, *, served: bool) -> None:
     try:
         info = os.stat(device) if os.path.isabs(device) else None
     except OSError as error:
         raise HostError(
             f"{device}, named by {path}, cannot be used: {error.strerror}", phase=_PHASE
         ) from error
+    if served:
+        if info is None or not stat.S_ISSOCK(info.st_mode):
+            raise HostError(f"{device[:200]!r}, named by {path}, is no socket", phase=_PHASE)
+        return
     if info is None or not (stat.S_ISREG(info.st_mode) or stat.S_ISBLK(info.st_mode)):
         raise HostError(f"{device[:200]!r}, named by {path}, is neither a disk nor an image", phase=_PHASE)
 
@@ -215,9 +228,11 @@ class DirectVolumes:
             storages.append(_storage(volume, disk))
         return storages
 
-    async def disk(self, volume: Assigned) -> BlockConfig:
+    async def disk(self, volume: Assigned) -> DeviceConfig:
         """What is plugged for it."""
         name = "v" + hashlib.sha256(volume.device.encode()).hexdigest()[:16]
+        if volume.served:
+            return self._style.served(name, volume.device)
         return await self._style.disk(name, volume.device, read_only=volume.read_only)
 
     async def _note(self, volume: Assigned) -> Entry:
@@ -262,6 +277,8 @@ class DirectVolumes:
         why = ""
         if volume.read_only:
             why = "it is read-only"
+        elif volume.served:
+            why = "its back end decides its size"
         elif volume.fstype not in _GROW:
             why = f"{volume.fstype} cannot grow while it is mounted"
         elif not 0 < size <= _MAX_SIZE or size % 512:

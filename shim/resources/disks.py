@@ -15,7 +15,7 @@ import os
 import stat
 from typing import Any
 
-from devices.config import BlockConfig, BlockOptions, IoLimits
+from devices.config import BlockConfig, BlockOptions, IoLimits, VhostUserBlkConfig
 from devices.kinds import Kind
 from proto import agent_pb2
 
@@ -29,10 +29,12 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DiskStyle:
-    """What all disks of a sandbox have in common."""
+    """What all disks of a sandbox have in common. `store`: where vhost-user back ends are listed, "" for
+    nowhere (`shim.resources.vhost_user_store`)."""
 
     driver: Kind = Kind.BLK
     options: BlockOptions = dataclasses.field(default_factory=BlockOptions)
+    store: str = ""
 
     async def disk(
         self, name: str, path: str, *, read_only: bool, ours: bool = False, limits: IoLimits | None = None
@@ -43,6 +45,12 @@ class DiskStyle:
             driver = Kind.BLK
         options = self.options if limits is None else dataclasses.replace(self.options, limits=limits)
         return BlockConfig(id=name, path=path, read_only=read_only, driver=driver, options=options, ours=ours)
+
+    def served(self, name: str, socket: str) -> VhostUserBlkConfig:
+        """A disk of the vhost-user back end that listens there. Who serves it decides whether it can be
+        written."""
+        queues, size = self.options.queues or 1, self.options.queue_size or 128
+        return VhostUserBlkConfig(id=name, path=socket, queues=queues, queue_size=size)
 
     def modules(self) -> list[agent_pb2.KernelModule]:
         """What the guest's kernel has to load when the sandbox is made."""
@@ -79,4 +87,5 @@ def disk_style(section: Any) -> DiskStyle:
         io_thread=section.enable_iothreads,
         limits=limits,
     )
-    return DiskStyle(_KINDS.get(section.block_device_driver, Kind.BLK), options)
+    store = section.vhost_user_store_path if section.enable_vhost_user_store else ""
+    return DiskStyle(_KINDS.get(section.block_device_driver, Kind.BLK), options, store)

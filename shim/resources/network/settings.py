@@ -7,7 +7,7 @@ Invariants: pure; nothing is opened here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypervisors.config import VhostUserSection
@@ -24,7 +24,8 @@ class NetworkSettings:
     """`path` of the namespace, "" for none; `own`: without a path the VM gets a new one, as runc gives each
     container. `queues` of each card; `vhost`: use vhost-net where there is one. `receive` and `send` are the
     most bits a second to and from the guest, 0 for no limit, where it is not the VMM's own matter. `owner`:
-    whoever opens a tap by its name.
+    whoever opens a tap by its name. `dan`: the path of a file that, if it is there, says which cards there
+    are (`dan.DanNetwork`); "" for none.
     """
 
     path: str = ""
@@ -35,10 +36,18 @@ class NetworkSettings:
     receive: int = 0
     send: int = 0
     owner: tuple[int, int] = (0, 0)
+    dan: str = ""
 
 
-def network_settings(runtime: Any, section: Any, spec: Mapping[str, Any]) -> NetworkSettings:
+def network_settings(
+    runtime: Any, section: Any, spec: Mapping[str, Any], sandbox_id: str = ""
+) -> NetworkSettings:
     """From [runtime], the hypervisor's section, and `linux.namespaces` of the spec."""
+    settings = _of_the_namespace(runtime, section, spec)
+    return replace(settings, dan=f"{runtime.dan_conf}/{sandbox_id}.json") if runtime.dan_conf else settings
+
+
+def _of_the_namespace(runtime: Any, section: Any, spec: Mapping[str, Any]) -> NetworkSettings:
     if runtime.disable_new_netns:
         return NetworkSettings()
     path, own = "", False

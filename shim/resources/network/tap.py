@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import struct
 
 from devices.errors import HostError
@@ -33,18 +34,26 @@ _MS_REC, _MS_PRIVATE, _MS_RDONLY = 0x4000, 0x40000, 0x1
 
 
 def open_tap(
-    name: str, *, queues: int = 1, persistent: bool = False, owner: tuple[int, int] = (0, 0)
+    name: str,
+    *,
+    queues: int = 1,
+    persistent: bool = False,
+    existing: bool = False,
+    owner: tuple[int, int] = (0, 0),
 ) -> list[int]:
-    """A new tap called `name`; its descriptors, one for each queue, none of a `persistent` one.
+    """A new tap called `name`, or one that is there already; its descriptors, one for each queue, none of a
+    `persistent` one.
 
     `owner`: user and group that may open a persistent one by its name. Raises HostError.
     """
     flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
     fds: list[int] = []
     try:
+        if existing:
+            socket.if_nametoindex(name)
         for number in range(queues):
             fds.append(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
-            exclusive = 0 if number else _IFF_TUN_EXCL
+            exclusive = 0 if number or existing else _IFF_TUN_EXCL
             fcntl.ioctl(fds[-1], _TUNSETIFF, _ifreq.pack(name.encode(), flags | exclusive))
         if persistent:
             if any(owner):
@@ -54,7 +63,7 @@ def open_tap(
     except OSError as error:
         _close(fds)
         raise HostError(
-            f"the tap device {name} cannot be made: {error.strerror}",
+            f"the tap device {name} cannot be {'opened' if existing else 'made'}: {error.strerror}",
             phase="network",
             hint=f"the shim needs {_TUN} (modprobe tun) and root's rights",
         ) from error
