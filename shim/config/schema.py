@@ -327,6 +327,9 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "virtio_fs_extra_args": (),
     "virtio_fs_queue_size": 0,
     "virtio_fs_is_dax": False,
+    "virtio_fs_cache_size": 0,
+    "enable_vhost_user_store": False,
+    "vhost_user_store_path": "/var/run/kata-containers/vhost-user",
     # debugging
     "enable_debug": False,
     "extra_monitor_socket": "",

@@ -1,4 +1,4 @@
-"""The devices that every VM has, or can have, do what they are for: entropy arrives, freed memory goes back."""
+"""The devices that a VM has, or can have, do what they are for: entropy arrives, freed memory goes back."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def backed(pid: int) -> int:
 
 
 async def settles(pid: int, most: int) -> bool:
-    """Whether it comes down to so many bytes, in a minute: the guest reports when it has been idle for some."""
+    """Whether it comes down to so many bytes, in a minute: the guest reports them after a while."""
     for _ in range(600):
         if backed(pid) <= most:
             return True

@@ -78,7 +78,8 @@ def test_read_only_is_so_for_the_disk_too(given: Assignments, where: str) -> Non
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"volume-type": "spdkvol"}, CallerError, "type 'spdkvol'"),
+        ({"volume-type": "spoolvol"}, CallerError, "type 'spoolvol'"),
+        ({"volume-type": "spdkvol", "device": "disk.img"}, HostError, "is no socket"),
         ({"device": "/nope/disk"}, HostError, "/nope/disk, named by"),
         ({"device": "disk.img"}, HostError, "neither a disk nor an image"),
         ({"device": "/dev/null"}, HostError, "neither a disk nor an image"),
