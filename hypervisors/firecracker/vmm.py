@@ -23,6 +23,7 @@ import structlog
 from devices.child import Child, process_start_time
 from devices.config import (
     BlockConfig,
+    BlockOptions,
     DeviceConfig,
     NetworkConfig,
     VsockConfig,
@@ -196,6 +197,8 @@ class Firecracker:
         (await self.capabilities()).require(_NAME, device.kind, Op.HOT if hot else Op.COLD)
         if any(one.id == device.id for one in self._parts.cold) or self._has(device.id):
             raise BugError(f"there is a device {device.id} already")
+        if isinstance(device, BlockConfig) and device.options != BlockOptions():
+            raise UnsupportedByHypervisor(_NAME, "options of a single disk, such as limits")
         if hot:
             assert isinstance(device, BlockConfig)  # by its capabilities
             return await self._drives().fill(device, self._api())

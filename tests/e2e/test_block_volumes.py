@@ -6,12 +6,16 @@ import base64
 import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from devices.errors import CallerError
+from devices.in_use import probe
+from shim.journalfile import load
 from testing.containerd import KATA, Containerd
 from testing.guest import PROJECT, Value, write_configuration
 from testing.images import busybox_image
@@ -84,6 +88,35 @@ def test_a_volume_is_asked_about_and_grows_while_it_is_used(
     assert image.stat().st_size == 24 << 20
     subprocess.run(["e2fsck", "-fn", image], check=True, env=E2FS, capture_output=True)
     assert [each.name for each in _assignment(path).iterdir()] == ["mountInfo.json"]
+
+
+def test_after_kill_9_of_the_shim_nothing_of_volume_and_swap_is_left(
+    containerd: Containerd, volume: tuple[Path, Path], tmp_path: Path, no_leaks: Callable[[], None]
+) -> None:
+    path, image = volume
+    name, swap = containerd.new_id("killed"), tmp_path / "swap"
+    overrides: dict[str, dict[str, Value | None]] = {
+        "hypervisor.qemu": {"enable_guest_swap": True, "guest_swap_path": str(swap)}
+    }
+    configuration = write_configuration(tmp_path / "configuration.toml", overrides)
+    options = ("--runtime-config-path", str(configuration))
+    mount = ("--mount", f"type=bind,src={path},dst=/vol,options=rbind")
+    run = ("run", "--detach", "--runtime", KATA, *options, *mount, IMAGE, name, "sleep", "100000")
+    containerd.ctr(*run, timeout=120)
+    assert (swap / f"{name}.swap").exists()
+    assert Path(f"/run/kata/{name}/shim-monitor.sock").exists()
+    assert (_assignment(path) / name).exists()
+    with pytest.raises(CallerError, match="another VM's"):
+        probe(str(image), read_only=False)
+
+    (journal,) = (record for record in load(f"/run/kata/{name}") if record.facts.get("name") == "shim")
+    os.kill(int(journal.facts["pid"]), signal.SIGKILL)
+    containerd.remove(name)
+    no_leaks()
+    assert list(swap.iterdir()) == []
+    assert not Path(f"/run/kata/{name}").exists()
+    assert [each.name for each in _assignment(path).iterdir()] == ["mountInfo.json"]
+    probe(str(image), read_only=False)
 
 
 def _assignment(path: Path) -> Path:

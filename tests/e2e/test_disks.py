@@ -339,6 +339,35 @@ async def test_what_the_guest_gives_up_is_freed_on_the_host(
     assert path.stat().st_blocks * 512 < full - 28 * MIB
 
 
+async def test_an_xfs_grows_and_a_clone_of_it_can_be_mounted(world: World, tmp_path: Path) -> None:
+    path = tmp_path / "xfs"
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    os.truncate(path, 320 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", path], check=True, env=E2FS, capture_output=True)
+    clone = tmp_path / "clone"
+    subprocess.run(["cp", "--sparse=always", path, clone], check=True)
+    storages = []
+    for file in (path, clone):
+        name = await world.manager.try_add_device(BlockConfig(id=file.name, path=str(file)), world.vm)
+        storage = mounted(await world.manager.generate_agent_device(name), name, read_only=False)
+        storage.fstype = "xfs"
+        storage.options.append("nouuid")
+        storages.append(storage)
+    running = await world.guest.start(_spec("read x", (), "rwm"), stdin=True, storages=storages)
+    target = storages[0].mount_point
+    before = await _total(world, target)
+    os.truncate(path, 640 * MIB)
+    await world.manager.update_disk("xfs", world.vm)
+    await world.guest.agent.resize_volume(agent.ResizeVolumeRequest(volume_guest_path=target, size=640 * MIB))
+    assert before < 320 * MIB < 560 * MIB < await _total(world, target)
+    await running.send(b"\n")
+    await running.finish()
+    running.close()
+    await world.guest.remove(running.id)
+    for file in (path, clone):
+        await world.manager.try_remove_device(file.name, world.vm)
+
+
 async def test_a_blank_disk_gets_a_file_system_and_no_other(world: World, tmp_path: Path) -> None:
     blank, used = tmp_path / "blank", make_disk(tmp_path / "used")
     blank.write_bytes(b"")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from devices.errors import ConfigError
+from devices.config import BlockConfig, BlockOptions, IoLimits
+from devices.errors import ConfigError, UnsupportedByHypervisor
+from devices.undo import MemoryUndo
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.plugin import plugin
 
@@ -64,3 +66,11 @@ def test_the_check_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     results = {result.name: result for result in plugin.check()}
     assert not results["firecracker"].ok
     assert "install" in results["firecracker"].hint
+
+
+async def test_options_of_a_single_disk_are_refused_and_not_lost(tmp_path: Path) -> None:
+    """Firecracker's limits are those of the configuration, for all of its disks alike."""
+    vm = plugin.create(FirecrackerConfig(), sandbox_id="s1", state_dir=str(tmp_path), undo=MemoryUndo())
+    options = BlockOptions(limits=IoLimits(read_ops=1))
+    with pytest.raises(UnsupportedByHypervisor, match="options of a single disk"):
+        await vm.add_device(BlockConfig(id="disk", path="/d", options=options))
