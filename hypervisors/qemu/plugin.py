@@ -101,6 +101,12 @@ class QemuPlugin:
             raise wrong(self.name, "sev_snp_guest", "true", "needs confidential_guest = true")
         if section.confidential_guest:
             self._check_protection(section)
+        passes = (section.cold_plug_vfio, section.hot_plug_vfio) != ("no-port", "no-port")
+        if passes and section.enable_iommu and section.enable_virtio_mem:
+            # QEMU warns that such a guest can have more pinned than it has, and was seen not to answer for
+            # 20 seconds while it grew.
+            why = "does not go with devices of VFIO and enable_iommu; memory can grow by DIMMs (memory_slots)"
+            raise wrong(self.name, "enable_virtio_mem", "true", why)
         if needs and not getattr(section, needs):
             raise wrong(self.name, "hot_plug_vfio", section.hot_plug_vfio, f"needs {needs} to be 1 or more")
         _check_disks(self.name, section)

@@ -163,14 +163,12 @@ async def mac(guest: Guest) -> str:
 async def test_a_container_gets_the_group_where_the_guest_has_an_iommu(boot: Boot, take: Take) -> None:
     """vfio mode: the guest binds the device to its own vfio-pci; the container opens /dev/vfio/<group>."""
     disk, _ = await take(DISK)
-    vm, guest, manager = await boot(
+    _, guest, manager = await boot(
         also=[config("disk", disk)],
         kernel_params=PARAMS,
         cold_plug_vfio="switch-port",
         enable_iommu=True,
-        enable_virtio_mem=True,
     )
-    assert await vm.resize_memory(384) == 384
     path = (await manager.generate_agent_device("disk")).id
     spec = make_spec(
         "sh", "-c", "for g in /dev/vfio/[0-9]*; do exec 3<>$g && echo opened; done; echo /dev/vfio/*"

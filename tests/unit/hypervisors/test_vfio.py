@@ -103,6 +103,10 @@ def test_who_does_not_say_where_gets_none(changes: dict[str, Any], cold: str, ho
         ({"hot_plug_vfio": "bridge-port", "default_bridges": 0}, "needs default_bridges to be 1 or more"),
         ({"machine_type": "microvm", "cold_plug_vfio": "root-port"}, "needs PCI, which microvm lacks"),
         ({"machine_type": "microvm", "enable_iommu": True}, "needs PCI, which microvm lacks"),
+        (
+            {"cold_plug_vfio": "root-port", "enable_iommu": True, "enable_virtio_mem": True},
+            "does not go with devices of VFIO and enable_iommu",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_their_key(
