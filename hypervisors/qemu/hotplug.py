@@ -158,8 +158,9 @@ class Plugger:
             if kind is Kind.PMEM:
                 plugged.guest_path = f"/dev/pmem{await self._dimm_slot(name)}"
             plugged.whole = True
-        except BaseException:
+        except BaseException as error:
             try:
+                await self._let_go(plugged, error)
                 await self.remove(name)
             except KataError as error:
                 _log.error("what was plugged half did not go", device=name, error=str(error))
@@ -191,11 +192,8 @@ class Plugger:
             try:
                 await self._unplug(device_id)
             except HypervisorError as error:
-                give_up = plugged.placed.give_up if plugged.placed is not None else None
-                if give_up is None or isinstance(error, QmpError) or not await self._held_up():
+                if not await self._let_go(plugged, error):
                     raise
-                _log.error("QEMU is held up by what serves a device: it is given up", device=device_id)
-                give_up()
                 await self._unplug(device_id)
             plugged.device_gone = True
         while plugged.back_end:
@@ -225,12 +223,21 @@ class Plugger:
                     code="DEADLINE_EXCEEDED",
                 ) from None
 
-    async def _held_up(self) -> bool:
+    async def _let_go(self, plugged: _Plugged, error: BaseException) -> bool:
+        """Whether QEMU was held up by what serves the device, when this error came, and is no more."""
+        placed = plugged.placed
+        if placed is None or placed.give_up is None or isinstance(error, QmpError):
+            return False
         try:
             await self._qmp.execute("query-status", timeout=_PULSE)
-        except HypervisorError as error:
-            return error.code == "DEADLINE_EXCEEDED"
-        return False
+        except HypervisorError as silence:
+            if silence.code != "DEADLINE_EXCEEDED":
+                return False
+        else:
+            return False
+        _log.error("QEMU is held up by what serves a device: it is given up", device=placed.device.id)
+        placed.give_up()
+        return True
 
     async def _make(self, back_end: BackEnd, plugged: _Plugged) -> None:
         """One back end, its descriptors first, each noted before it is there."""
