@@ -52,7 +52,8 @@ from shim.resources.disks import disk_style
 from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.resources.vfio_settings import vfio_settings, wants
-from shim.sandbox import SandboxSettings, VirtSandbox
+from shim.sandbox import VirtSandbox
+from shim.sandbox_settings import SandboxSettings
 from shim.task_service import TaskService
 from shim.trace import Trace
 from ttrpc import Server

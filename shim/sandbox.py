@@ -18,88 +18,37 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 import ttrpc
-from devices.config import DeviceConfig, ShareFsConfig
+from devices.config import ShareFsConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
-from devices.holdings import Holdings
-from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
-from hypervisors.base import Capabilities, Hypervisor
+from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.agent_client import GuestAgent
-from shim.bundle import state_dir
-from shim.guest_devices import HostDevice, host_devices
-from shim.guest_spec import GUEST_SHM, MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.container_resources import ContainerResources
+from shim.guest_spec import GUEST_SHM, OWN
 from shim.limits import Size
-from shim.oci import spec_from_json
-from shim.protocols import Deadlines, GuestContainer, HostUsage, RootfsMount
+from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
-from shim.resources.direct_volumes import DirectVolumes
-from shim.resources.direct_volumes import find as find_direct
-from shim.resources.direct_volumes import rewrite as rewrite_direct
-from shim.resources.disks import DiskStyle
 from shim.resources.network.pod import PodNetwork
-from shim.resources.network.settings import NetworkSettings
 from shim.resources.shared_dir import SharedDir
-from shim.resources.sizing import Bounds, Sizing, spec_limits
-from shim.resources.vfio_settings import VfioSettings, wants
+from shim.resources.sizing import Sizing
+from shim.sandbox_settings import SandboxSettings
 from shim.trace import Trace
 
 if TYPE_CHECKING:
-    from shim.hooks import HostHooks
-    from shim.management import Management
-    from shim.pod_config import PodDefaults
-    from shim.resources.guest_swap import GuestSwap, SwapSettings
+    from shim.resources.guest_swap import GuestSwap
     from shim.resources.network.dan import DanNetwork
-    from shim.resources.vfio_devices import VfioDevices, Wanted
 
-__all__ = ["SandboxSettings", "VirtSandbox"]
+__all__ = ["VirtSandbox"]
 
 _log = structlog.get_logger("sandbox")
-
-_DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's words
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxSettings:
-    """What a sandbox is made of, decided before anything is done.
-
-    `network`: see `shim.resources.network`. `shm_size` is in bytes.
-    `bounds`: the sizes that its VM can have.
-    `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
-    `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
-    are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
-    starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
-    """
-
-    sandbox_id: str
-    container_type: str
-    network: NetworkSettings
-    hostname: str
-    dns: Sequence[str]
-    shm_size: int
-    share_path: str
-    devices: Sequence[DeviceConfig]
-    deadlines: Deadlines
-    bounds: Bounds
-    agent_port: int = 1024
-    direct_stdio: bool = True
-    guest_hook_path: str = ""
-    disable_guest_seccomp: bool = False
-    pod: PodDefaults | None = None
-    disks: DiskStyle = field(default_factory=DiskStyle)
-    vfio: VfioSettings = field(default_factory=VfioSettings)
-    passed: Wanted | None = None
-    swap: SwapSettings | None = None
-    first_spec: Mapping[str, Any] | None = None
-    host_mounts: int | None = None  # see `shim.context`
 
 
 class VirtSandbox:
@@ -122,13 +71,7 @@ class VirtSandbox:
         self._trace = trace
         self._on_oom = on_oom
         self._undo = undo
-        self._hooks: dict[str, HostHooks] = {}
-        self._holdings = Holdings(self._devices, hypervisor)
         self._swap: GuestSwap | None = None
-        self._management: Management | None = None  # from the first direct volume on
-        self._direct = DirectVolumes(
-            self._devices, self._holdings, undo, sandbox_id=settings.sandbox_id, style=settings.disks
-        )
         self._network: PodNetwork | DanNetwork = PodNetwork(
             settings.network, hypervisor, self._devices, undo, trace
         )
@@ -144,8 +87,17 @@ class VirtSandbox:
             self._files = BlockFiles(
                 settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
             )
-        self._vfio: VfioDevices | None = None  # once a container wants such a device
-        self._writing: set[str] = set()  # containers with disks of their own
+        self._containers = ContainerResources(
+            settings,
+            hypervisor,
+            self._devices,
+            files=self._files,
+            sizing=self._sizing,
+            undo=undo,
+            trace=trace,
+            agent=lambda: self.agent,
+            rescan=self._rescan,
+        )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
@@ -222,142 +174,20 @@ class VirtSandbox:
     async def prepare_container(
         self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
     ) -> GuestContainer:
-        """Mount the container's root file system and volumes into the share; translate its spec."""
-        if self.settings.pod is not None:
-            from shim.pod_config import complete
-
-            spec = complete(spec, self.settings.pod)
-        kind = self.settings.container_type if container_id == self.id else MEMBER
-        volumes = [] if kind == OWN else plan_volumes(spec, container_id)
-        direct = await asyncio.to_thread(find_direct, volumes) if volumes else {}
-        volumes = [volume for volume in volumes if volume.index not in direct]
-        disks = [] if kind == OWN else host_devices(spec)
-        passed = await self._find_passed(spec) if kind != OWN else None
-        root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
-        volumes = await self._files.name(volumes)
-        document, left_out = guest_spec(
-            spec,
-            container_id=container_id,
-            bundle=bundle,
-            container_type=kind,
-            volumes=volumes,
-            disable_seccomp=self.settings.disable_guest_seccomp,
-            keep_cpuset=self.settings.direct_stdio,
-            devices=disks,
-        )
-        rewrite_direct(document, direct)
-        if passed is not None:
-            from shim.resources.vfio_devices import rewrite as rewrite_passed
-
-            rewrite_passed(document, passed, self.settings.vfio)
-            left_out += passed.left_out
-        message, rest = spec_from_json(document)
-        left_out += rest.dropped
-        if left_out:
-            _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
-        await self._sizing.fit(container_id, spec_limits(spec))
-        storages: list[agent_pb2.Storage] = []
-        # Our agent has a pause of its own; another one needs the image's.
-        if kind != OWN or not self.settings.direct_stdio:
-            with self._trace.phase("rootfs", id=container_id):
-                storages = await self._files.add(container_id, rootfs, root_path, volumes)
-        if direct:
-            with self._trace.phase("volumes", id=container_id):
-                storages += await self._direct.add(container_id, direct)
-            await self._manage()
-        devices = await self._add_devices(container_id, disks, passed) if disks or passed else []
-        if any(storage.driver in _DISK_DRIVERS and "ro" not in storage.options for storage in storages):
-            self._writing.add(container_id)
-        await self._run_hooks(container_id, bundle, spec)
-        return GuestContainer(
-            spec=message,
-            storages=storages,
-            devices=devices,
-            sandbox_pidns=wants_sandbox_pidns(spec),
-            beyond=rest.beyond,
-        )
-
-    async def _manage(self) -> None:
-        """From the first direct volume on it can be asked about and resized from outside."""
-        if self._management is None:
-            from shim.management import Management  # not on the usual start path
-
-            self._management = Management(self._direct, self._hypervisor, lambda: self.agent)
-            await self._management.start(state_dir(self.id), self._undo)
-
-    async def _add_devices(
-        self, container_id: str, disks: Sequence[HostDevice], passed: Wanted | None
-    ) -> list[agent_pb2.Device]:
-        """Plug the host's devices that the container is to have."""
-        devices: list[agent_pb2.Device] = []
-        with self._trace.phase("devices", id=container_id):
-            if disks:
-                from shim.resources.container_devices import ContainerDevices  # not on the usual start path
-
-                plugged = ContainerDevices(self._devices, self._holdings, self.settings.disks)
-                devices += await plugged.add(container_id, disks)
-            if passed is not None:
-                devices += await self._vfio_devices().add(container_id, passed)
-        return devices
-
-    async def _find_passed(self, spec: Mapping[str, Any]) -> Wanted | None:
-        if not wants(spec, self.settings.vfio):
-            return None
-        from shim.resources.vfio_devices import find
-
-        return await asyncio.to_thread(find, spec, self.settings.vfio)
-
-    def _vfio_devices(self) -> VfioDevices:
-        if self._vfio is None:
-            from shim.resources.vfio_devices import VfioDevices
-
-            self._vfio = VfioDevices(
-                self.settings.vfio, self._devices, self._holdings, self._hypervisor, self._undo
-            )
-        return self._vfio
-
-    async def _run_hooks(self, container_id: str, bundle: str, spec: Mapping[str, Any]) -> None:
-        if not spec.get("hooks"):
-            return
-        from shim.hooks import HostHooks
-
-        hooks = HostHooks(
-            container_id,
-            bundle,
-            spec,
-            pid=self._vmm_pid,
-            undo=self._undo,
-            mounts=self.settings.host_mounts,
-        )
-        self._hooks[container_id] = hooks
-        with self._trace.phase("hooks", id=container_id):
-            await hooks.before_create()
-        await self._network.rescan(self.agent)
+        """See `shim.container_resources.ContainerResources.prepare`."""
+        return await self._containers.prepare(container_id, bundle, spec, rootfs)
 
     async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
         """See `shim.protocols.Sandbox.container_starting`."""
-        await self._network.rescan(self.agent)
+        await self._rescan()
 
     async def container_started(self, container_id: str) -> None:
         """Run the poststart hooks."""
-        if container_id in self._hooks:
-            await self._hooks[container_id].after_start()
+        await self._containers.started(container_id)
 
     async def release_container(self, container_id: str) -> None:
-        """Unmount what `prepare_container` mounted, let the VM shrink, run the poststop hooks. Idempotent."""
-        if not self._stopped and not self._died.done():
-            await self._sizing.forget(container_id)
-            for error in await self._holdings.release(container_id):
-                _log.error("not unplugged", container=container_id, error=str(error))
-            for error in await self._vfio.release(container_id) if self._vfio else ():
-                _log.error("not given back", container=container_id, error=str(error))
-        await self._direct.remove(container_id)
-        self._writing.discard(container_id)
-        for error in await self._files.remove(container_id):
-            _log.error("not released", container=container_id, error=str(error))
-        hooks = self._hooks.pop(container_id, None)
-        if hooks is not None:
-            await hooks.after_delete()
+        """Undo `prepare_container`. Idempotent."""
+        await self._containers.release(container_id, alive=not self._stopped and not self._died.done())
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
@@ -430,9 +260,7 @@ class VirtSandbox:
             await hypervisor.prepare_vm(self.id, await self._network.open())
             for device in settings.devices:
                 await self._devices.try_add_device(device, hypervisor)
-            if settings.passed is not None:
-                await self._vfio_devices().add_cold(settings.passed)
-            await self._plug_first(await hypervisor.capabilities())
+            await self._containers.plug_first()
             await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
@@ -462,20 +290,6 @@ class VirtSandbox:
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
 
-    async def _plug_first(self, able: Capabilities) -> None:
-        """Of a VMM that plugs disks at the start only: those that the first container will ask for."""
-        spec = self.settings.first_spec
-        if able.can(Kind.BLK, Op.HOT) or not able.can(Kind.BLK, Op.COLD) or spec is None:
-            return
-        from shim.resources.container_devices import ContainerDevices
-
-        devices = ContainerDevices(self._devices, self._holdings, self.settings.disks)
-        disks = [await devices.disk(device) for device in host_devices(spec)]
-        direct = await asyncio.to_thread(find_direct, plan_volumes(spec, self.id))
-        disks += [await self._direct.disk(volume) for volume in direct.values()]
-        for disk in disks:
-            await self._devices.try_add_device(disk, self._hypervisor)
-
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
         there: bool = await asyncio.to_thread(lambda: os.path.exists(path))
@@ -488,8 +302,8 @@ class VirtSandbox:
             settings = self.settings.network
             self._network = DanNetwork(dan, settings, self._hypervisor, self._devices, self._trace)
 
-    def _shrink(self, work: Any) -> None:
-        self._watch(work, "shrink")
+    async def _rescan(self) -> None:
+        await self._network.rescan(self.agent)
 
     def _watch(self, work: Any, name: str) -> None:
         self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
@@ -523,13 +337,13 @@ class VirtSandbox:
         if self._boot is not None and not self._boot.done():
             self._boot.cancel()
             await asyncio.wait([self._boot])
-        if self._management is not None:
-            await self._step("stop serving volumes", self._management.close())
+        await self._step("stop serving volumes", self._containers.end_management())
+        writing = self._containers.writing
         if self._agent is not None and not self._died.done():
             # What the guest has written to disks is in its memory still: they are unmounted there.
-            for container_id in self._writing:
+            for container_id in writing:
                 await self._step("unmount its disks", self._agent.remove_container(container_id))
-        self._writing.clear()
+        writing.clear()
         # The VM first: whoever waits for a container's exit waits for this.
         await self._step("stop the VM", self._hypervisor.stop_vm())
         if self._agent is not None:
@@ -541,11 +355,13 @@ class VirtSandbox:
         self._watchers.clear()
         await self._step("clean up after the VMM", self._hypervisor.cleanup())
         self._devices.close()
-        await self._step("forget its volumes", self._direct.remove())
         if self._swap is not None:
             await self._step("remove its swap", self._swap.close())
-        passed = await self._vfio.close() if self._vfio else []
-        for error in [*passed, *await self._network.close(), *await self._files.tear_down()]:
+        for error in [
+            *await self._containers.close(),
+            *await self._network.close(),
+            *await self._files.tear_down(),
+        ]:
             _log.error("not released", error=str(error))
 
     async def _step(self, what: str, work: Any) -> None:
