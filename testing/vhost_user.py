@@ -21,7 +21,7 @@ from pathlib import Path
 
 from testing.guest import PROJECT
 
-__all__ = ["PASST", "Passt", "StorageDaemon", "passt_missing"]
+__all__ = ["PASST", "Passt", "StorageDaemon", "listens", "passt_missing"]
 
 PASST = PROJECT / "build/passt/usr"
 _LIBRARIES = PASST / "lib/x86_64-linux-gnu"
@@ -40,7 +40,7 @@ class _Process:
         with self.said.open("wb") as log:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         until = time.monotonic() + _PATIENCE
-        while not _listens(self.path):
+        while not listens(self.path):
             if self.process.poll() is not None or time.monotonic() > until:
                 self.close()
                 raise RuntimeError(f"{argv[0]} does not serve {path}: {self.said.read_text()}")
@@ -58,7 +58,7 @@ class _Process:
             os.unlink(self.path)
 
 
-def _listens(path: str) -> bool:
+def listens(path: str) -> bool:
     """Asked without connecting: they take the first connection for the VMM's."""
     with open("/proc/net/unix", encoding="utf-8") as table:
         # Num RefCount Protocol Flags Type St Inode Path; a listening socket has flag 0x10000.

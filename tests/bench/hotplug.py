@@ -44,7 +44,7 @@ from devices.undo import MemoryUndo
 from devices.vfio import read_function
 from hypervisors.qemu.vmm import Qemu
 from testing.containerd import Containerd
-from testing.vhost_user import Passt, StorageDaemon, passt_missing
+from testing.vhost_user import Passt, StorageDaemon, listens, passt_missing
 from tests.bench.figures import Row, Series
 from tests.bench.raw_qmp import Command, RawQmp, Recorder
 from tests.bench.rows import Progress
@@ -109,19 +109,21 @@ class _Share(_Item):
 
     def __init__(self, device: ShareFsConfig, flavour: Flavour, folder: Path) -> None:
         super().__init__(device, str(folder / "virtiofsd"))
+        self._child: subprocess.Popen[bytes] | None = None
         words = virtiofsd_arguments(device, flavour, 0)[1:]
         self._argv = [find_virtiofsd(""), f"--socket-path={self.served}", *words]
 
     def before(self) -> str:
         self._child = subprocess.Popen(self._argv, stderr=subprocess.DEVNULL)
-        while not os.path.exists(self.served):
+        while not listens(self.served):
             assert self._child.poll() is None, "virtiofsd ended"
             time.sleep(0.0005)
         return self.served
 
     def after(self) -> None:
-        self._child.kill()
-        self._child.wait()
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.served)
 
@@ -149,7 +151,9 @@ async def _item(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> _Item:
             return _Item(VhostUserNetConfig(id="passt", path=net.path, mac=_MAC), net.path)
         case Kind.SHARE_FS:
             share = ShareFsConfig(id="more", tag="more", source=str(folder))
-            return _Share(share, await flavour_of(find_virtiofsd(""), MemoryUndo()), folder)
+            item = _Share(share, await flavour_of(find_virtiofsd(""), MemoryUndo()), folder)
+            stack.callback(item.after)
+            return item
         case _:
             raise AssertionError(f"no device of kind {kind.value}")
 
