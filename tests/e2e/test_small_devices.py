@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from devices.config import BalloonConfig
 from tests.e2e.guests import make_spec, read_some
-from tests.e2e.vms import Boot, booting
+from tests.e2e.vms import Boot
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root"), pytest.mark.kata_only]
 
 MIB = 1 << 20
 USED = 64  # MiB
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    async with booting(tmp_path) as boots:
-        yield boots
 
 
 def backed(pid: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,9 @@ from proto import agent_pb2 as agent
 from testing.vhost_user import Passt, StorageDaemon
 from tests.e2e.guests import make_spec
 from tests.e2e.served import PROMPT, SIZE, card, carrying, disk, interface, serving, with_disk
-from tests.e2e.vms import Boot, booting
+from tests.e2e.vms import Boot
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root"), pytest.mark.kata_only]
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    async with booting(tmp_path) as boots:
-        yield boots
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,9 @@ from proto import agent_pb2 as agent
 from testing.vhost_user import Passt, StorageDaemon
 from tests.e2e.guests import make_spec
 from tests.e2e.served import PROMPT, card, carrying, disk, interface, serving, with_disk
-from tests.e2e.vms import Boot, booting
+from tests.e2e.vms import Boot
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root")]
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    async with booting(tmp_path) as boots:
-        yield boots
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +14,10 @@ from devices.kinds import Op
 from proto import agent_pb2 as agent
 from tests.conformance.gear import KINDS, Gear
 from tests.e2e.guests import Guest, make_spec
-from tests.e2e.vms import Boot, booting, make_disk, mounted
+from tests.e2e.vms import Boot, make_disk, mounted
 from ttrpc import Code, RpcError
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root")]
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    async with booting(tmp_path) as boots:
-        yield boots
 
 
 async def disks_of(guest: Guest) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,12 @@ from devices.kinds import Op
 from hypervisors.qemu.qmp import QmpClient, QmpError
 from hypervisors.qemu.vmm import Qemu
 from tests.conformance.gear import KINDS, Gear
-from tests.e2e.vms import Boot, booting
+from tests.e2e.vms import Boot
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root")]
 
 # Commands that only look are not part of a plug.
 _LOOKS = ("query-", "qom-list", "qom-get", "human-monitor-command")
-
-
-@pytest.fixture
-async def boot(tmp_path: Path) -> AsyncIterator[Boot]:
-    async with booting(tmp_path) as boots:
-        yield boots
 
 
 class Saboteur:
