@@ -146,7 +146,7 @@ def _asked_for(spec: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bo
             _access(node, rules),
             _limits(node, (linux.get("resources") or {}).get("blockIO") or {}),
         )
-        if not privileged or any(_names(rule, node) for rule in rules) or not _is_the_hosts_name(device):
+        if not privileged or any(_names(rule, node) for rule in rules) or _is_elsewhere(device):
             found.append(device)
     return found
 
@@ -195,12 +195,16 @@ def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
     return rule.get("allow") is True and (rule.get("type"), rule.get("major"), rule.get("minor")) == mine
 
 
-def _is_the_hosts_name(device: HostDevice) -> bool:
+def _is_elsewhere(device: HostDevice) -> bool:
+    """The host has it, but not at this path."""
+    kind = "block" if device.kind == "b" else "char"
+    if not os.path.exists(f"{SYSFS}/dev/{kind}/{device.major}:{device.minor}"):
+        return False  # it was there when containerd made its list
     try:
         number = os.stat(device.path).st_rdev
     except OSError:
-        return False
-    return number == os.makedev(device.major, device.minor)
+        return True
+    return number != os.makedev(device.major, device.minor)
 
 
 def _vfio_node(device: Mapping[str, Any], sysfs: str = "") -> str:

@@ -54,8 +54,8 @@ def test_a_container_lives_under_kvm(containerd: Containerd, machine: str) -> No
     )  # fmt: skip
     argv = _argv_of_qemu()
     assert argv[argv.index("-machine") + 1].startswith(f"{machine},accel=kvm,")
-    vsock = "vhost-vsock-pci," if machine == "q35" else "vhost-vsock-device,"
-    assert any(word.startswith(vsock) for word in argv)
+    vsock = "vhost-vsock-pci" if machine == "q35" else "vhost-vsock-device"
+    assert any(word.startswith(f'{{"driver": "{vsock}"') for word in argv)
     assert [p for p in leaks.own_processes(containerd.tag, "") if "vhost-device-vsock" in str(p)] == []
 
     # exec: exit code and both streams; standard input; more than fits into any buffer

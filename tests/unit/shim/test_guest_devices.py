@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_of_a_privileged_container_the_disks_that_somebody_asked_for_are_plugged
     document = spec(listed, ruled, moved)
     everything = {"allow": True, "access": "rwm"}
     document["linux"]["resources"] = {"devices": [everything, allow("rwm", type="b", major=8, minor=16)]}
-    monkeypatch.setattr(guest_devices, "_is_the_hosts_name", lambda device: device.path != "/dev/xvda")
+    monkeypatch.setattr(guest_devices, "_is_elsewhere", lambda device: device.path == "/dev/xvda")
     check_devices(document)
 
     assert [device.path for device in host_devices(document)] == ["/dev/sdb", "/dev/xvda"]
@@ -145,3 +146,16 @@ def test_limits_of_its_own_are_the_disks_and_leave_the_spec() -> None:
     document["linux"]["resources"]["blockIO"] = {"throttleReadBpsDevice": [{**mine, "rate": "7"}]}
     with pytest.raises(CallerError, match="throttleReadBpsDevice needs whole rates"):
         host_devices(document)
+
+
+def test_of_a_privileged_container_a_disk_that_is_not_there_any_more_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """containerd made its list a moment ago; nobody asked for what the host does not have."""
+    monkeypatch.setattr(guest_devices, "SYSFS", str(tmp_path))
+    document = spec({"path": "/dev/gone", "type": "b", "major": 8, "minor": 0})
+    document["linux"]["resources"] = {"devices": [{"allow": True, "access": "rwm"}]}
+    assert host_devices(document) == []
+
+    (tmp_path / "dev/block/8:0").mkdir(parents=True)
+    assert [device.path for device in host_devices(document)] == ["/dev/gone"]
