@@ -81,7 +81,7 @@ def test_other_character_devices_are_still_refused(sysfs: Sysfs, monkeypatch: py
 def test_a_privileged_container_gets_none_of_what_is_merely_there(
     sysfs: Sysfs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guest_devices, "_is_the_hosts_name", lambda device: device.path == "/dev/vfio/7")
+    monkeypatch.setattr(guest_devices, "_is_elsewhere", lambda device: device.path != "/dev/vfio/7")
     everything = {"allow": True, "access": "rwm"}
     own = {"allow": True, "type": "c", "major": 244, "minor": 0, "access": "rw"}
     assert vfio_nodes(spec(GROUP, rules=[everything]), str(sysfs)) == []
