@@ -125,8 +125,11 @@ class World:
         return vm
 
     async def make(self, kind: Kind) -> DeviceConfig | None:
-        """One of this kind, or None where this host lacks its other end (`Gear.missing`)."""
-        return None if self.gear.missing(kind) else await self.gear.make(kind)
+        """One of this kind; None for a PCI device where there is none to spare. `make setup` has all else."""
+        if missing := self.gear.missing(kind):
+            assert kind is Kind.VFIO, f"{kind.value} cannot be tried without {missing}"
+            return None
+        return await self.gear.make(kind)
 
     async def close(self) -> None:
         """Release, twice, as a failed sandbox start does; nothing may be left."""
