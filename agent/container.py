@@ -26,10 +26,10 @@ from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
 from agent.spec import process_json, resources_json
-from agent.stdio import Ports, Stdio
-from agent.storage import in_thread
-from agent.streams import StreamListener
-from agent.submounts import drop, hold
+from agent.stdio.stdio import Ports, Stdio
+from agent.stdio.streams import StreamListener
+from agent.storage.submounts import drop, hold
+from agent.threads import in_thread
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:

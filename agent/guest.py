@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from agent import deadlines
 from agent.fit import METADATA
-from agent.storage import DRIVERS, in_thread
+from agent.storage.storages import DRIVERS
+from agent.threads import in_thread
 from proto import agent_pb2
 from ttrpc import Code, RpcError
 

@@ -18,7 +18,7 @@ from agent import log
 __all__ = ["load"]
 
 _FINIT_MODULE = 313  # x86_64
-# A host of SCSI would look at each of 256 targets; the agent knows the address (`agent.blockdev`).
+# A host of SCSI would look at each of 256 targets; the agent knows the address (`agent.storage.blockdev`).
 _PARAMETERS = {"scsi_mod": b"scan=manual"}
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from agent.stdio import Stdio
+from agent.stdio.stdio import Stdio
 from ttrpc import Code, RpcError
 
 __all__ = ["Process"]

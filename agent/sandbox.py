@@ -25,8 +25,9 @@ from agent.fit import NOTHING, fit, merge
 from agent.pause import is_own, own_config
 from agent.reaper import Reaper
 from agent.spec import cgroup_path, spec_json
-from agent.storage import Storages, in_thread
-from agent.streams import StreamListener
+from agent.stdio.streams import StreamListener
+from agent.storage.storages import Storages
+from agent.threads import in_thread
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ __all__ = ["RUN_DIR", "Sandbox"]
 RUN_DIR = "/run/kata-containers"
 WORK_DIR = "/run/kata-agent"
 CONTAINERS_MAX = 1024
-_PRIVATE = "io.kata-shim.private-namespaces"  # shim/guest_spec.py says so to this agent
+_PRIVATE = "io.kata-shim.private-namespaces"  # shim/spec/guest_spec.py says so to this agent
 
 
 def check_id(name: str, what: str) -> str:
@@ -164,7 +165,7 @@ class Sandbox:
             passed = [device for device in request.devices if device.type in KINDS]
             disks = [device for device in request.devices if device.type not in KINDS]
             if disks:
-                from agent.blockdev import resolve_devices
+                from agent.storage.blockdev import resolve_devices
 
                 await resolve_devices(disks, container.config["linux"])
             if passed:
@@ -244,7 +245,7 @@ def _clear_run_dir() -> None:
     """Unmount everything below `RUN_DIR`, then empty it; leftovers of a template or a restart."""
     import shutil
 
-    from agent.mounts import MNT_DETACH, mounts_below, umount
+    from agent.storage.mounts import MNT_DETACH, mounts_below, umount
 
     for target in mounts_below(RUN_DIR):
         umount(target, MNT_DETACH)

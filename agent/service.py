@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agent.process import Process
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
-    from agent.streams import StreamListener
+    from agent.stdio.streams import StreamListener
     from proto import csi_pb2, types_pb2
 
 __all__ = ["VERSION", "AgentService", "HealthService", "serve"]
@@ -42,7 +42,7 @@ _PRELOAD = (
     "agent.sandbox",
     "json",
     "shutil",
-    "agent.storage",
+    "agent.storage.storages",
     "concurrent.futures.thread",
 )
 
@@ -103,7 +103,7 @@ class AgentService:
         """The VM's one sandbox."""
         if self._sandbox is None:
             from agent.sandbox import Sandbox
-            from agent.streams import StreamListener
+            from agent.stdio.streams import StreamListener
 
             listener: StreamListener | None = None
             if self._stream_fd >= 0:
@@ -154,7 +154,7 @@ class AgentService:
         self, _: CallContext, request: agent_pb2.UpdateEphemeralMountsRequest
     ) -> Empty:
         """Remount tmpfs storages with new options."""
-        from agent.storage import update_ephemeral
+        from agent.storage.storages import update_ephemeral
 
         await update_ephemeral(request.storages)
         return Empty()
@@ -318,7 +318,7 @@ class AgentService:
 
     async def copy_file(self, _: CallContext, request: agent_pb2.CopyFileRequest) -> Empty:
         """Write a part of a file below the shared directory."""
-        from agent.copyfile import copy_file
+        from agent.storage.copyfile import copy_file
 
         copy_file(request)
         return Empty()
@@ -354,21 +354,21 @@ class AgentService:
 
     async def resize_volume(self, _: CallContext, request: agent_pb2.ResizeVolumeRequest) -> Empty:
         """Grow a volume's file system to its disk's size (Kata's agent does not)."""
-        from agent.volumes import resize_volume
+        from agent.storage.volumes import resize_volume
 
         await resize_volume(request.volume_guest_path, request.size)
         return Empty()
 
     async def add_swap(self, _: CallContext, request: agent_pb2.AddSwapRequest) -> Empty:
         """Swap to the disk at this PCI path."""
-        from agent.volumes import add_swap, pci_path
+        from agent.storage.volumes import add_swap, pci_path
 
         await add_swap(pci_path(request.PCIPath))
         return Empty()
 
     async def add_swap_path(self, _: CallContext, request: agent_pb2.AddSwapPathRequest) -> Empty:
         """Swap to the disk of this name."""
-        from agent.volumes import add_swap
+        from agent.storage.volumes import add_swap
 
         await add_swap(request.path)
         return Empty()
@@ -379,10 +379,10 @@ class AgentService:
         self, _: CallContext, request: agent_pb2.UpdateInterfaceRequest
     ) -> types_pb2.Interface:
         """Name, address and raise a link, once it is there."""
-        from agent.network import update_interface
+        from agent.network.interfaces import update_interface
 
         if request.interface.devicePath:
-            from agent.blockdev import wait_for_link
+            from agent.storage.blockdev import wait_for_link
 
             await wait_for_link(request.interface.devicePath)
         update_interface(request.interface)
@@ -392,26 +392,26 @@ class AgentService:
         self, _: CallContext, __: agent_pb2.ListInterfacesRequest
     ) -> agent_pb2.Interfaces:
         """All links with their addresses."""
-        from agent.network import list_interfaces
+        from agent.network.interfaces import list_interfaces
 
         return agent_pb2.Interfaces(Interfaces=list_interfaces())
 
     async def update_routes(self, _: CallContext, request: agent_pb2.UpdateRoutesRequest) -> agent_pb2.Routes:
         """Replace the guest's routes by these."""
-        from agent.network import list_routes, update_routes
+        from agent.network.interfaces import list_routes, update_routes
 
         update_routes(request.routes.Routes)
         return agent_pb2.Routes(Routes=list_routes())
 
     async def list_routes(self, _: CallContext, __: agent_pb2.ListRoutesRequest) -> agent_pb2.Routes:
         """The main table."""
-        from agent.network import list_routes
+        from agent.network.interfaces import list_routes
 
         return agent_pb2.Routes(Routes=list_routes())
 
     async def add_arp_neighbors(self, _: CallContext, request: agent_pb2.AddARPNeighborsRequest) -> Empty:
         """Static neighbours."""
-        from agent.network import add_neighbors
+        from agent.network.interfaces import add_neighbors
 
         add_neighbors(request.neighbors.ARPNeighbors)
         return Empty()

@@ -21,9 +21,9 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from agent import log
-from agent.blockdev import HOTPLUG_DEADLINE, SYSFS, on_uevent, pci_directory
 from agent.modules import modprobe
 from agent.reaper import Reaper
+from agent.storage.blockdev import HOTPLUG_DEADLINE, SYSFS, on_uevent, pci_directory
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ import socket
 from urllib.parse import quote
 
 from devices.errors import CallerError, HostError
-from shim.guest_spec import Volume
-from shim.management import SOCKET
 from shim.resources.direct_volumes import DIRECTORY, MOUNT_INFO, find, volume_directory
+from shim.sandbox.management import SOCKET
+from shim.spec.guest_spec import Volume
 
 __all__ = ["add", "remove", "resize", "stats"]
 

@@ -12,7 +12,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 
-from shim import journalfile, procfs
+from shim.state import journalfile, procfs
 
 __all__ = ["SandboxInfo", "read_sandboxes", "run"]
 

@@ -1,4 +1,4 @@
-"""`kata-ctl trace`: the phases of one start, from the lines that `shim.trace` wrote.
+"""`kata-ctl trace`: the phases of one start, from the lines that `shim.state.trace` wrote.
 
 What: finds the run (a live sandbox's file, or the archive's), reads it, and prints phases with their
 milliseconds and a bar for each.
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from ctl.chart import draw_svg, draw_text
 from devices.errors import CallerError
-from shim.trace import ARCHIVE_DIR, TRACE_FILE
+from shim.state.trace import ARCHIVE_DIR, TRACE_FILE
 
 __all__ = ["Phase", "Run", "find_runs", "read_phases", "run", "stretches"]
 

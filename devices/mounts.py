@@ -125,7 +125,7 @@ class MountEntry:
 def make_private() -> int:
     """Give this process a mount namespace that receives the host's mounts and sends none.
 
-    Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks`).
+    Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks.hooks`).
 
     Call it before any thread or child exists: those keep the namespace that they were made in.
     Raises PermissionError without CAP_SYS_ADMIN.

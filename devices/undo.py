@@ -1,7 +1,7 @@
 """The undo log: what was acquired, written down before it is used, released in reverse.
 
 What: the protocol that device, hypervisor and sandbox code records its acquisitions with, and
-`MemoryUndo`, the in-memory stack. `shim.journal` adds the copy on disk, which `delete` replays
+`MemoryUndo`, the in-memory stack. `shim.state.journal` adds the copy on disk, which `delete` replays
 after a crash.
 Why: a failure at any point, kill -9 included, must leave nothing behind (design D10).
 Invariants: `record` returns before the thing is acquired; a release runs at most once; releasing

@@ -67,13 +67,13 @@ def make_bundles(root: str, places: dict[str, str], target: str) -> None:
 
 
 def _expand(pattern: str, places: dict[str, str]) -> list[str]:
-    """`package.*` stands for all modules of the package."""
+    """`package.*` stands for all modules of the package, those of packages in it included."""
     package, star, _ = pattern.partition(".*")
     if not star:
         return [pattern]
     found: set[str] = set()
     for place in places:
-        folder = os.path.join(place, package)
-        if os.path.isdir(folder):
-            found |= {f"{package}.{name[:-4]}" for name in os.listdir(folder) if name.endswith(".pyc")}
-    return sorted(found - {f"{package}.__init__"})
+        for folder, _, names in os.walk(os.path.join(place, package)):
+            here = os.path.relpath(folder, place).replace("/", ".")
+            found |= {f"{here}.{name[:-4]}" for name in names if name.endswith(".pyc")}
+    return sorted(name for name in found if not name.endswith(".__init__"))

@@ -51,7 +51,7 @@ install_python() {
 install_programs() {
     local name
     install -d "$DESTDIR$BIN"
-    .venv/bin/python -m shim.launcher_script "$DESTDIR$BIN/containerd-shim-kata-v2" --python "$TARGET/venv/bin/python3"
+    .venv/bin/python -m shim.launch.launcher_script "$DESTDIR$BIN/containerd-shim-kata-v2" --python "$TARGET/venv/bin/python3"
     cat >"$DESTDIR$BIN/kata-ctl" <<EOF
 #!$TARGET/venv/bin/python3 -I
 import sys

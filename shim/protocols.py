@@ -1,31 +1,54 @@
-"""The seams inside the shim: what the task service, a container and a sandbox know of each other.
+"""The seams inside the shim: what daemon, runtime, task service, container and sandbox know of each other.
 
 Why: each layer knows the one below by its protocol, so a test can stand a model in for a whole VM,
-and nothing imports upwards.
-Invariants: all methods are coroutines that either do their work or raise a `KataError`; none of
-them hangs: each has a deadline of its own underneath.
+and nothing imports upwards. Values that two wings speak of (`Exit`, `Deadlines`) stand here too.
+Invariants: coroutines either do their work or raise a `KataError`; none of them hangs: each has a
+deadline of its own underneath. A `DaemonContext` never changes after it was made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from devices.undo import UndoLog
 from proto import agent_pb2, oci_pb2
+from ttrpc import Server
 
 __all__ = [
+    "VM_DEATH",
     "AgentClient",
+    "DaemonContext",
     "Deadlines",
     "EventSink",
+    "Exit",
     "GuestContainer",
     "GuestProcess",
     "HostUsage",
     "RootfsMount",
     "Sandbox",
+    "ShimService",
 ]
+
+VM_DEATH = 255
+"""Exit status of a process whose end nobody saw, because its VM died: what containerd itself uses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: `status` 0..255 (128 + n for signal n), `at` in ns of the host's clock."""
+
+    status: int
+    at: int
+
+    @classmethod
+    def now(cls, status: int) -> Exit:
+        """An exit at this moment. A status out of range is the guest's mistake: cut to eight bits."""
+        return cls(status & 0xFF, time.time_ns())
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +78,7 @@ class GuestContainer:
     storages: Sequence[agent_pb2.Storage] = ()
     devices: Sequence[agent_pb2.Device] = ()
     sandbox_pidns: bool = False
-    #: What of the OCI spec Kata's protocol has no field for (`shim.oci_fields.BEYOND`), in OCI's shape.
+    #: What of the OCI spec Kata's protocol has no field for (`shim.spec.oci_fields.BEYOND`), in OCI's shape.
     beyond: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -191,4 +214,55 @@ class EventSink(Protocol):
 
     def publish(self, topic: str, event: Any) -> None:
         """`topic` such as "/tasks/create"; `event` a message of proto.events_pb2."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonContext:
+    """What the daemon hands to the service it runs: one daemon serves one sandbox.
+
+    `id` is the container that `start` was called for and `sandbox_id` the one whose VM this is;
+    they are the same but for callers that group containers in their own way. `bundle` is the
+    absolute path of that container's bundle. `address` is the shim's own ("unix:///run/...").
+    `publish_binary` is containerd's path. `config_path` is the configuration that the options of
+    `start` name, empty if they name none. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
+    `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
+    `shim.config.find`.
+    `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
+    """
+
+    namespace: str
+    id: str
+    sandbox_id: str
+    bundle: str
+    address: str
+    publish_binary: str
+    config_path: str
+    state_dir: str
+    debug: bool
+    events: EventSink
+    undo: UndoLog
+    shutdown: Callable[[], None]
+    runtime_class: str = ""
+    host_mounts: int | None = None
+
+
+class ShimService(Protocol):
+    """What `shim.runtime.build_service(context)` returns.
+
+    `DaemonContext.shutdown` may be called from anywhere on the loop, any number of times; it only asks, and
+    the daemon then does what `shim.launch.daemon` documents.
+    """
+
+    def register(self, server: Server) -> None:
+        """Register what containerd calls: containerd.task.v2.Task and .v3.Task, and the Sandbox service."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Whether no container exists or is being created: a shim that nobody would miss."""
+        ...
+
+    async def close(self) -> None:
+        """Stop whatever still runs (containers, VM). Idempotent; bounded (seconds), raises nothing."""
         ...

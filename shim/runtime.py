@@ -12,8 +12,6 @@ Source: the mission's "VirtContainer::init" and "new_instance" (shared/mission/m
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Mapping
@@ -22,47 +20,39 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from devices.config import (
-    BalloonConfig,
-    BlockConfig,
-    CacheMode,
-    ConsoleConfig,
-    DeviceConfig,
-    RngConfig,
-    ShareFsConfig,
-    VsockConfig,
-)
 from devices.errors import CallerError
 from devices.kinds import Kind, Op
 from devices.vsock import STREAM_PORT
-from hypervisors.config import HypervisorConfig
 from hypervisors.registry import get_plugin, register_built_in
-from proto import runtimeoptions_pb2, task_v2_pb2, task_v3_pb2
-from shim import logs, oci_fields
-from shim.bundle import share_dir
+from proto import task_v2_pb2, task_v3_pb2
+from shim.api.task_service import TaskService
 from shim.config import Config, load_config
-from shim.container_manager import ContainerManager
-from shim.context import DaemonContext
-from shim.guest_devices import check_devices, host_devices
-from shim.guest_spec import MEMBER, OWN, plan_volumes
-from shim.procfs import start_time
-from shim.protocols import Deadlines
+from shim.config.options import config_path
+from shim.protocols import DaemonContext, Deadlines
 from shim.resources.direct_volumes import check as check_direct
 from shim.resources.disks import disk_style
 from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.resources.vfio_settings import vfio_settings, wants
-from shim.sandbox import VirtSandbox
-from shim.sandbox_settings import SandboxSettings
-from shim.task_service import TaskService
-from shim.trace import Trace
+from shim.sandbox.cold_devices import cold_devices, key, swap, with_agent_params
+from shim.sandbox.host_files import dns, shm_size
+from shim.sandbox.sandbox import VirtSandbox
+from shim.sandbox.settings import SandboxSettings
+from shim.spec import oci_fields
+from shim.spec.guest_devices import check_devices, host_devices
+from shim.spec.guest_spec import OWN, plan_volumes
+from shim.spec.pod_role import annotations_of, container_type
+from shim.state import logs
+from shim.state.bundle import share_dir
+from shim.state.procfs import start_time
+from shim.state.trace import Trace
+from shim.tasks.container_manager import ContainerManager
 from ttrpc import Server
 
 if TYPE_CHECKING:
-    from shim.pod_config import PodDefaults
-    from shim.pod_sandbox import PodSandbox
-    from shim.resources.guest_swap import SwapSettings
     from shim.resources.vfio_devices import Wanted
+    from shim.sandbox.pod_config import PodDefaults
+    from shim.sandbox.pod_sandbox import PodSandbox
 
 __all__ = ["Service", "VirtContainer", "build_service"]
 
@@ -70,18 +60,6 @@ _log = structlog.get_logger("runtime")
 
 STREAMING_SERVICE = "containerd.services.streaming.v1.Streaming"
 SANDBOX_SERVICE = "containerd.runtime.sandbox.v1.Sandbox"
-DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
-MAX_RESOLV_CONF = 64 << 10  # bytes
-_SANDBOX_TYPES = frozenset({"sandbox", "podsandbox", "pod_sandbox"})
-_TYPE_KEYS = (
-    "io.kubernetes.cri-o.ContainerType",
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.docker.type",
-)
-_OPTIONS_TYPES = frozenset({"runtimeoptions.v1.Options", "cri.runtimeoptions.v1.Options"})
-
-
-_DEFAULTS = HypervisorConfig()
 
 
 class VirtContainer:
@@ -107,7 +85,7 @@ class VirtContainer:
     async def sandbox_for(
         self,
         container_id: str,
-        bundle: str,  # noqa: ARG002  (shim.container_manager.Runtime; a bundle decides nothing here)
+        bundle: str,  # noqa: ARG002  (shim.tasks.container_manager.Runtime; a bundle decides nothing here)
         spec: Mapping[str, Any],
         options: AnyMessage,
     ) -> VirtSandbox:
@@ -127,7 +105,7 @@ class VirtContainer:
         self, spec: Mapping[str, Any], options: AnyMessage, defaults: PodDefaults
     ) -> PodSandbox:
         """The shim's sandbox by the Sandbox API (not started). Raises ConfigError, CallerError."""
-        from shim.pod_sandbox import PodSandbox
+        from shim.sandbox.pod_sandbox import PodSandbox
 
         assert self.manager is not None
         async with self._making:
@@ -145,15 +123,15 @@ class VirtContainer:
             # A sandbox without a task of its own (Sandbox API) has its options from `start` alone.
             config = await asyncio.to_thread(
                 load_config,
-                options_path=_config_path(options) or context.config_path or None,
+                options_path=config_path(options) or context.config_path or None,
                 env=os.environ,
                 runtime_class=context.runtime_class,
-                annotations=_annotations(spec),
+                annotations=annotations_of(spec),
             )
         logs.set_level(config.runtime.log_level, debug=context.debug or config.runtime.enable_debug)
-        for key in config.inactive:
-            if not key.harmless:
-                _log.warning("configuration key without effect", key=str(key))
+        for idle in config.inactive:
+            if not idle.harmless:
+                _log.warning("configuration key without effect", key=str(idle))
         self._config = config
         self._check(spec)
         await self._check_disks(spec)
@@ -163,10 +141,10 @@ class VirtContainer:
         """Refuse what cannot be served, before anything is done for the container."""
         assert self._config is not None  # loaded by `_make`
         section = self._config.hypervisor
-        oci_fields.check(spec, guest_selinux=not _key(section, "disable_guest_selinux"))
+        oci_fields.check(spec, guest_selinux=not key(section, "disable_guest_selinux"))
         check_devices(spec)
         if spec.get("hooks"):
-            from shim.hook_process import read_hooks
+            from shim.hooks.hook_process import read_hooks
 
             read_hooks(spec)
 
@@ -174,8 +152,8 @@ class VirtContainer:
         """Refuse disks that the first container cannot have, before its VM is started. Those of a running
         VM are checked when they are plugged: some of them it may have itself."""
         assert self._config is not None  # loaded by `_make`
-        wanted = [] if _container_type(spec) == OWN else host_devices(spec)
-        volumes = [] if _container_type(spec) == OWN else plan_volumes(spec, self._context.id)
+        wanted = [] if container_type(spec) == OWN else host_devices(spec)
+        volumes = [] if container_type(spec) == OWN else plan_volumes(spec, self._context.id)
         if wanted:
             from shim.resources.container_devices import check
 
@@ -210,23 +188,23 @@ class VirtContainer:
         agent = config.agent
         stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
         section, bounds = sized(
-            _with_agent_params(config, stream_port),
+            with_agent_params(config, stream_port),
             spec,
             static=config.runtime.static_sandbox_resource_mgmt,
-            pod=_container_type(spec) != "single_container",
+            pod=container_type(spec) != "single_container",
         )
         hypervisor = get_plugin(config.hypervisor_name).create(
             section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
         )
         settings = SandboxSettings(
             sandbox_id=context.sandbox_id,
-            container_type=_container_type(spec),
+            container_type=container_type(spec),
             network=network_settings(config.runtime, section, spec, context.sandbox_id),
             hostname=str(spec.get("hostname") or ""),
-            dns=_dns(spec),
-            shm_size=_shm_size(spec),
+            dns=dns(spec),
+            shm_size=shm_size(spec),
             share_path=share_dir(context.sandbox_id),
-            devices=_devices(config, section, share_dir(context.sandbox_id)),
+            devices=cold_devices(config, section, share_dir(context.sandbox_id)),
             deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),
             bounds=bounds,
             agent_port=agent.server_port,
@@ -236,8 +214,8 @@ class VirtContainer:
             disks=disk_style(section),
             vfio=vfio_settings(config.runtime, section),
             passed=passed,
-            swap=_swap(section),
-            first_spec=None if _container_type(spec) == OWN else spec,
+            swap=swap(section),
+            first_spec=None if container_type(spec) == OWN else spec,
             host_mounts=context.host_mounts,
         )
         _log.info(
@@ -265,7 +243,7 @@ class VirtContainer:
 
 
 class Service:
-    """What the daemon runs: implements `shim.context.ShimService`."""
+    """What the daemon runs: implements `shim.protocols.ShimService`."""
 
     def __init__(self, context: DaemonContext) -> None:
         self._closing = asyncio.Event()
@@ -293,7 +271,7 @@ class Service:
 
     def _register_sandbox(self, server: Server) -> None:
         from proto import sandbox_v1_pb2
-        from shim.sandbox_service import SandboxService
+        from shim.api.sandbox_service import SandboxService
 
         context = self._context
         service = SandboxService(
@@ -329,7 +307,7 @@ class Service:
 
 def _register_streaming(server: Server) -> None:
     from proto import streaming_pb2
-    from shim.stdio_stream import StreamingService
+    from shim.stdio.stream import StreamingService
 
     server.register(streaming_pb2.DESCRIPTOR.services_by_name["Streaming"], StreamingService())
 
@@ -337,129 +315,3 @@ def _register_streaming(server: Server) -> None:
 def build_service(context: DaemonContext) -> Service:
     """The Task service of this daemon; call it on the running loop."""
     return Service(context)
-
-
-def _annotations(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = spec.get("annotations") or {}
-    if not isinstance(found, Mapping):
-        raise CallerError(
-            "config.json: annotations must be an object", code="INVALID_ARGUMENT", phase="bundle"
-        )
-    return found
-
-
-def _config_path(options: AnyMessage) -> str | None:
-    """The path that containerd's configuration (or `ctr --runtime-config-path`) names for this runtime.
-
-    Options of other types (runc's) are for other runtimes: containerd sends them to all.
-    """
-    if options.type_url.rsplit("/", 1)[-1] not in _OPTIONS_TYPES:
-        return None
-    message = runtimeoptions_pb2.Options()
-    try:
-        message.ParseFromString(options.value)
-    except Exception as error:
-        raise CallerError(
-            "the runtime options are not a runtimeoptions.v1.Options message",
-            code="INVALID_ARGUMENT",
-            phase="config",
-        ) from error
-    return message.config_path or None
-
-
-def _with_agent_params(config: Config, stream_port: int) -> Any:
-    """The hypervisor's section with the kernel parameters that speak to the agent (kata.md 4.4)."""
-    params = []
-    if config.agent.enable_debug:
-        params.append("agent.log=debug")
-    if stream_port:
-        params.append(f"agent.stream_port={stream_port}")
-    params.append(f"agent.hotplug_timeout={_key(config.hypervisor, 'hotplug_timeout'):g}")
-    own = [config.hypervisor.kernel_params] if config.hypervisor.kernel_params else []
-    return dataclasses.replace(config.hypervisor, kernel_params=" ".join(params + own))
-
-
-def _devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
-    """What every sandbox is cold-plugged with, in the order of the guest's PCI slots."""
-    devices: list[DeviceConfig] = []
-    if section.image:
-        devices.append(BlockConfig(id="image", path=section.image, read_only=True, ours=True))
-    devices.append(VsockConfig(home_call=config.agent.home_call, daemon=_key(section, "vsock_daemon")))
-    if _key(section, "shared_fs") != "none":
-        devices.append(
-            ShareFsConfig(
-                source=os.path.join(share, "ro"),
-                daemon=_key(section, "virtio_fs_daemon"),
-                cache=CacheMode(_key(section, "virtio_fs_cache")),
-                queue_size=_key(section, "virtio_fs_queue_size"),
-                extra_args=tuple(_key(section, "virtio_fs_extra_args")),
-            )
-        )
-    devices.append(RngConfig(source=_key(section, "entropy_source")))
-    if _key(section, "reclaim_guest_freed_memory"):
-        devices.append(BalloonConfig())
-    devices.append(ConsoleConfig())
-    if getattr(section, "confidential_guest", False):
-        from devices.protection import choose, probe
-
-        devices.append(
-            choose(
-                snp=section.sev_snp_guest,
-                policy=section.snp_guest_policy,
-                quote_port=section.tdx_quote_generation_service_socket_port,
-                found=probe(),
-            )
-        )
-    return devices
-
-
-def _swap(section: Any) -> SwapSettings | None:
-    """The guest's swap, if there is to be some: whole pages."""
-    if not getattr(section, "enable_guest_swap", False):
-        return None
-    from shim.resources.guest_swap import SwapSettings
-
-    size = section.default_memory * section.guest_swap_size_percent * (1 << 20) // 100
-    return SwapSettings(section.guest_swap_path, size >> 12 << 12)
-
-
-def _key(section: Any, name: str) -> Any:
-    """A key of the hypervisor's section; what the key means by default where its schema has no such key."""
-    return getattr(section, name, getattr(_DEFAULTS, name))
-
-
-def _container_type(spec: Mapping[str, Any]) -> str:
-    annotations = spec.get("annotations") or {}
-    for key in _TYPE_KEYS:
-        if key in annotations:
-            return OWN if annotations[key] in _SANDBOX_TYPES else MEMBER
-    return "single_container"
-
-
-def _mount_source(spec: Mapping[str, Any], destination: str) -> str:
-    for mount in spec.get("mounts") or []:
-        if isinstance(mount, Mapping) and mount.get("destination") == destination:
-            return str(mount.get("source") or "")
-    return ""
-
-
-def _dns(spec: Mapping[str, Any]) -> list[str]:
-    """The lines of the container's resolv.conf, for the guest's own."""
-    source = _mount_source(spec, "/etc/resolv.conf")
-    if not source.startswith("/"):
-        return []
-    try:
-        with open(source, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_RESOLV_CONF).splitlines()
-    except OSError as error:
-        _log.warning("resolv.conf cannot be read", path=source, error=error.strerror)
-        return []
-
-
-def _shm_size(spec: Mapping[str, Any]) -> int:
-    source = _mount_source(spec, "/dev/shm")
-    if source.startswith("/"):
-        with contextlib.suppress(OSError):
-            size = os.statvfs(source)
-            return size.f_frsize * size.f_blocks
-    return DEFAULT_SHM

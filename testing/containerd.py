@@ -133,7 +133,7 @@ def install_shim(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     if (PROJECT / "shim" / "launcher_script.py").exists():
         subprocess.run(
-            [sys.executable, "-m", "shim.launcher_script", str(target)],
+            [sys.executable, "-m", "shim.launch.launcher_script", str(target)],
             check=True,
             cwd=PROJECT,
             stdin=subprocess.DEVNULL,

@@ -1,4 +1,9 @@
-"""Kata's configuration file, read strictly: see `shim.config.load` and `shim.config.schema`."""
+"""Kata's configuration, read strictly: configuration.toml, drop-ins and annotations.
+
+Enters: Kata's files and a pod's annotations; the runtime options of a request.
+Leaves: a `Config` in which every value is checked, or a ConfigError with file, line and key.
+May import: none of its siblings.
+"""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ from devices.manager import DeviceManager
 from devices.undo import Entry, UndoLog
 from hypervisors.base import Hypervisor
 from proto import agent_pb2
-from shim.guest_spec import Volume, guest_rootfs
 from shim.protocols import RootfsMount
 from shim.resources.copied_volumes import FileCopier, copy_volume
 from shim.resources.disk_images import DATA_DIR, ImageStore, make_scratch, rootfs_digest
 from shim.resources.disks import DiskStyle
+from shim.spec.guest_spec import Volume, guest_rootfs
 
 __all__ = ["BlockFiles"]
 

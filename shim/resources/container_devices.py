@@ -23,9 +23,9 @@ from devices.holdings import Holdings
 from devices.in_use import device_node, probe
 from devices.manager import DeviceManager
 from proto import agent_pb2
-from shim.guest_devices import HostDevice
 from shim.resources.disks import DiskStyle
 from shim.resources.vhost_user_store import MAJORS, find
+from shim.spec.guest_devices import HostDevice
 
 __all__ = ["ContainerDevices", "check"]
 

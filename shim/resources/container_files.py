@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from proto import agent_pb2
-from shim.guest_spec import GUEST_SHARE, Volume
 from shim.protocols import RootfsMount
 from shim.resources.shared_dir import SharedDir
+from shim.spec.guest_spec import GUEST_SHARE, Volume
 
 __all__ = ["ContainerFiles", "SharedFiles"]
 

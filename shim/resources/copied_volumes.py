@@ -22,7 +22,7 @@ import structlog
 
 from devices.errors import CallerError
 from proto import agent_pb2
-from shim.guest_spec import Volume
+from shim.spec.guest_spec import Volume
 
 __all__ = ["MAX_BYTES", "MAX_ENTRIES", "FileCopier", "copy_volume"]
 

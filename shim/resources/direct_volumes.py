@@ -31,8 +31,8 @@ from devices.holdings import Holdings
 from devices.manager import AgentDevice, DeviceManager
 from devices.undo import Entry, UndoLog
 from proto import agent_pb2, csi_pb2, types_pb2
-from shim.guest_spec import Volume
 from shim.resources.disks import DiskStyle
+from shim.spec.guest_spec import Volume
 
 __all__ = [
     "DIRECTORY",

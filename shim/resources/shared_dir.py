@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from devices import mounts
 from devices.errors import CallerError, HostError, KataError
 from devices.undo import Entry, UndoLog
-from shim.guest_spec import Volume
 from shim.protocols import RootfsMount
-from shim.safefs import remove_tree
+from shim.spec.guest_spec import Volume
+from shim.state.safefs import remove_tree
 
 __all__ = ["SharedDir"]
 

@@ -32,8 +32,8 @@ from devices.errors import CallerError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from hypervisors.base import Capabilities, Hypervisor
 from proto import oci_pb2
-from shim.limits import Size, fold_unified, wanted
-from shim.oci import resources_from_json
+from shim.spec.limits import Size, fold_unified, wanted
+from shim.spec.oci import resources_from_json
 
 __all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits"]
 
@@ -49,7 +49,7 @@ _log = structlog.get_logger("sizing")
 
 
 class GuestSizing(Protocol):
-    """What is asked of the agent: a part of `shim.agent_client.GuestAgent`."""
+    """What is asked of the agent: a part of `shim.sandbox.agent_client.GuestAgent`."""
 
     async def memory_block_size(self) -> int:
         """Bytes; memory comes in whole blocks."""

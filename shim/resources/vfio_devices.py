@@ -33,8 +33,8 @@ from devices.undo import Entry, UndoLog
 from devices.vfio import CONTROL_NODES, IommuGroup, find_group, is_cdev, is_vfio_node
 from hypervisors.base import Hypervisor
 from proto import agent_pb2
-from shim.guest_devices import vfio_nodes
 from shim.resources.vfio_settings import VfioSettings
+from shim.spec.guest_devices import vfio_nodes
 
 __all__ = ["Passed", "VfioDevices", "Wanted", "find", "rewrite"]
 
@@ -68,7 +68,7 @@ def find(
     sysfs: str = "/sys",
     directories: Sequence[str] = DIRECTORIES,
 ) -> Wanted:
-    """What a container is to have, after `shim.guest_devices.check_devices`. Blocks.
+    """What a container is to have, after `shim.spec.guest_devices.check_devices`. Blocks.
 
     Raises CallerError, HostError for what cannot be had, naming it.
     """

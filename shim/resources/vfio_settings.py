@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shim.config.schema import RuntimeConfig
-from shim.guest_devices import vfio_nodes
+from shim.spec.guest_devices import vfio_nodes
 
 __all__ = ["VfioSettings", "vfio_settings", "wants"]
 

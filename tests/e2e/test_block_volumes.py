@@ -15,7 +15,7 @@ import pytest
 
 from devices.errors import CallerError
 from devices.in_use import probe
-from shim.journalfile import load
+from shim.state.journalfile import load
 from testing.containerd import KATA, Containerd
 from testing.guest import PROJECT, Value, write_configuration
 from testing.images import busybox_image

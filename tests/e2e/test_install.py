@@ -48,7 +48,8 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
     assert etc.read_text() == (share / "defaults/kata-containers/configuration.toml").read_text()
     # The installed package is complete: it runs without this checkout.
     python = tmp_path / "opt/kata-shim/venv/bin/python3"
-    code = "import shim.launcher, shim.daemon, ctl, hypervisors.qemu.plugin; print(shim.launcher.__file__)"
+    modules = "shim.launch.launcher, shim.launch.daemon, ctl, hypervisors.qemu.plugin"
+    code = f"import {modules}; print(shim.launch.launcher.__file__)"
     out = subprocess.run([python, "-I", "-c", code], check=False, capture_output=True, text=True, timeout=60)
     assert out.returncode == 0, out.stderr
     assert out.stdout.startswith(str(tmp_path))

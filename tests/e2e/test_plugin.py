@@ -45,7 +45,7 @@ def classes(containerd: Containerd, site: Path) -> Iterator[None]:
     """Two more runtimes: `kata-tiny`, whose program finds the plugin, and `kata-qemu`, a mere link."""
     programs = containerd.root / "bin"
     tiny = programs / "containerd-shim-kata-tiny-v2"
-    script = [sys.executable, "-m", "shim.launcher_script", str(tiny), "--path", str(site)]
+    script = [sys.executable, "-m", "shim.launch.launcher_script", str(tiny), "--path", str(site)]
     subprocess.run(script, check=True, cwd=PROJECT, timeout=60)
     link = programs / "containerd-shim-kata-qemu-v2"
     link.symlink_to("containerd-shim-kata-v2")

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from proto import metrics_v1_pb2, metrics_v2_pb2
-from shim.stats import host_is_unified
+from shim.tasks.stats import host_is_unified
 from testing.api import Api, Task
 
 Create = Callable[..., Task]

@@ -14,8 +14,8 @@ import pytest
 
 from devices.mounts import bind, mounts_below
 from proto import sandbox_v1_pb2, task_v2_pb2
-from shim.journalfile import encode
-from shim.procfs import start_time
+from shim.state.journalfile import encode
+from shim.state.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError
 

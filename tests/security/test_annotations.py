@@ -22,7 +22,7 @@ from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.recipes import Placed
 from shim.config import Config, load_config
 from shim.config.annotations import PREFIX, known_names
-from shim.runtime import _devices, _with_agent_params
+from shim.sandbox.cold_devices import cold_devices, with_agent_params
 
 MARK = "Xevil"
 KNOWN = known_names()
@@ -31,8 +31,8 @@ CONFIG = "io.katacontainers.config_path"
 
 def command_lines(config: Config) -> list[list[str]]:
     """The argv of QEMU and of virtiofsd in both its versions, as `new_instance` would have them."""
-    section = _with_agent_params(config, 1029)
-    devices = _devices(config, section, "/share")
+    section = with_agent_params(config, 1029)
+    devices = cold_devices(config, section, "/share")
     placed = [
         Placed(device=device, at={"bus": "pcie.0", "addr": f"{slot:#x}"}, fd=9)
         for slot, device in enumerate(devices, 1)

@@ -20,19 +20,21 @@ import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from devices.config import NetworkConfig, VhostUserNetConfig
 from devices.errors import HostError
 from devices.kinds import Op
 from devices.manager import DeviceManager
 from hypervisors.base import Hypervisor
-from shim.agent_client import GuestAgent
 from shim.resources.network.netns import Netns
 from shim.resources.network.scan import Address, Link, Neighbor, Route, Scan
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.network.tap import open_tap, open_vhost
-from shim.trace import Trace
+from shim.state.trace import Trace
+
+if TYPE_CHECKING:
+    from shim.resources.network.guest import NetworkAgent
 
 __all__ = ["Dan", "DanCard", "DanNetwork", "read"]
 
@@ -302,7 +304,7 @@ class DanNetwork:
             with contextlib.suppress(OSError):
                 os.close(self._fds.pop())
 
-    async def configure(self, agent: GuestAgent) -> None:
+    async def configure(self, agent: NetworkAgent) -> None:
         """Tell the guest. Raises KataError."""
         from shim.resources.network.guest import tell
 
@@ -310,7 +312,7 @@ class DanNetwork:
             cards = [(link, await self._devices.get_pci_path(name)) for name, link in self._cards]
             await tell(agent, cards, Scan((), self._dan.routes, self._dan.neighbors))
 
-    async def rescan(self, agent: GuestAgent) -> None:
+    async def rescan(self, agent: NetworkAgent) -> None:
         """The file is read once."""
 
     async def close(self) -> list[Exception]:

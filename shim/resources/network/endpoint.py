@@ -9,7 +9,7 @@ Why passthru, where Kata's macvtap is a bridge's: the macvtap has the link's own
 neither its address nor its IP addresses need be changed, and put back, whoever dies meanwhile.
 Rates: to the guest a tbf on the tap, from the guest one on the link. To a macvtap nothing can be queued:
 what arrives at the link goes through an ifb first.
-Invariants: everything is in the undo log before it is made, under the kind `tap`, with what `shim.releases`
+Invariants: everything is in the undo log before it is made, under the kind `tap`, with what `release_facts`
 needs to find it: the namespace by path and inode, the link by name and index.
 """
 

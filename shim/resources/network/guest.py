@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from typing import Protocol
 
 from proto import types_pb2
-from shim.agent_client import GuestAgent
 from shim.resources.network.scan import Link, Scan
 
-__all__ = ["interface", "neighbors", "routes", "tell"]
+__all__ = ["NetworkAgent", "interface", "neighbors", "routes", "tell"]
 
 _IFF_NOARP = 0x80
 _NUD_PERMANENT = 0x80
 
 
-async def tell(agent: GuestAgent, cards: Sequence[tuple[Link, str]], scan: Scan) -> None:
+class NetworkAgent(Protocol):
+    """What is asked of the agent: a part of `shim.sandbox.agent_client.GuestAgent`."""
+
+    async def update_interface(self, interface: types_pb2.Interface) -> None: ...
+    async def update_routes(self, routes: Sequence[types_pb2.Route]) -> None: ...
+    async def add_arp_neighbors(self, neighbors: Sequence[types_pb2.ARPNeighbor]) -> None: ...
+
+
+async def tell(agent: NetworkAgent, cards: Sequence[tuple[Link, str]], scan: Scan) -> None:
     """`cards`: those that the guest does not know yet, with their PCI paths. Raises KataError."""
     for link, path in cards:
         await agent.update_interface(interface(link, path))

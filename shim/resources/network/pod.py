@@ -24,13 +24,13 @@ from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, Hypervisor
-from shim.agent_client import GuestAgent
 from shim.resources.network.netns import Netns, names
 from shim.resources.network.settings import NetworkSettings
-from shim.trace import Trace
+from shim.state.trace import Trace
 
 if TYPE_CHECKING:
     from shim.resources.network.endpoint import Endpoint
+    from shim.resources.network.guest import NetworkAgent
     from shim.resources.network.scan import Link, Scan
 
 __all__ = ["PodNetwork"]
@@ -102,7 +102,7 @@ class PodNetwork:
                     endpoint.handed_over()
                     await endpoint.join()
 
-    async def configure(self, agent: GuestAgent) -> None:
+    async def configure(self, agent: NetworkAgent) -> None:
         """Tell the guest. Raises KataError."""
         if not self._untold or self._scan is None:
             return
@@ -113,7 +113,7 @@ class PodNetwork:
             await tell(agent, cards, self._scan)
         self._untold.clear()
 
-    async def rescan(self, agent: GuestAgent) -> None:
+    async def rescan(self, agent: NetworkAgent) -> None:
         """Plug what has come since, unplug what has gone. Raises KataError; what came is not there then."""
         if self._netns is None:
             return

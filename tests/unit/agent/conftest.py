@@ -17,7 +17,7 @@ import pytest
 from agent.container import Container
 from agent.crun import Crun
 from agent.reaper import Reaper
-from agent.streams import StreamListener
+from agent.stdio.streams import StreamListener
 
 _PR_SET_CHILD_SUBREAPER = 36
 FAKE_CRUN = str(Path(__file__).parent / "fake_crun.py")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from agent import blockdev
-from agent.blockdev import find_device, pci_directory, resolve_devices, wait_for_link, wait_for_size
-from agent.mounts import mounts_below, parse_options
-from agent.storage import Storages
+from agent.storage import blockdev
+from agent.storage.blockdev import find_device, pci_directory, resolve_devices, wait_for_link, wait_for_size
+from agent.storage.mounts import mounts_below, parse_options
+from agent.storage.storages import Storages
 from proto import agent_pb2
 from ttrpc import Code, RpcError
 
@@ -169,8 +169,8 @@ async def test_a_storage_is_used_until_its_last_user_goes(monkeypatch: pytest.Mo
         if storage.source == "bad":
             raise RpcError(Code.INTERNAL, "bad")
 
-    monkeypatch.setattr("agent.storage._DRIVERS", {"d": driver})
-    monkeypatch.setattr("agent.storage._unmount", lambda path: done.append(f"umount {path[-1]}"))
+    monkeypatch.setattr("agent.storage.storages._DRIVERS", {"d": driver})
+    monkeypatch.setattr("agent.storage.storages._unmount", lambda path: done.append(f"umount {path[-1]}"))
     base = "/run/kata-containers"
     one, two = (agent_pb2.Storage(driver="d", mount_point=f"{base}/{name}") for name in "ab")
     storages = Storages()

@@ -10,8 +10,8 @@ import pytest
 
 from ctl import sandboxes
 from ctl.sandboxes import read_sandboxes
-from shim import procfs
-from shim.journalfile import encode
+from shim.state import procfs
+from shim.state.journalfile import encode
 
 
 def journal(directory: Path, name: str, processes: list[tuple[str, int, int]]) -> Path:

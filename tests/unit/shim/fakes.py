@@ -22,12 +22,12 @@ from google.protobuf import any_pb2
 
 from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2, task_v2_pb2
-from shim.container_manager import ContainerManager
-from shim.limits import Size, wanted
+from shim.api.task_service import TaskService
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.protocols import GuestProcess as InGuest
-from shim.stdio_pump import END, FRAME_MAX, FrameReader
-from shim.task_service import TaskService
+from shim.spec.limits import Size, wanted
+from shim.stdio.pump import END, FRAME_MAX, FrameReader
+from shim.tasks.container_manager import ContainerManager
 from ttrpc import snake_case
 
 __all__ = [

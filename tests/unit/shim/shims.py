@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shim import bundle as bundles
+from shim.state import bundle as bundles
 
 REPO = Path(__file__).parents[3]
 STUB = Path(__file__).parent / "stub"
@@ -31,7 +31,7 @@ import sys
 sys.path[:0] = {paths!r}
 import shim
 shim.__path__.insert(0, {stub!r})
-from shim.launcher import main
+from shim.launch.launcher import main
 sys.exit(main())
 """
 

@@ -13,10 +13,10 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import CallerError
 from devices.undo import MemoryUndo
-from shim.container_manager import ContainerManager
-from shim.context import DaemonContext
-from shim.pod_config import PodDefaults
+from shim.protocols import DaemonContext
 from shim.runtime import VirtContainer
+from shim.sandbox.pod_config import PodDefaults
+from shim.tasks.container_manager import ContainerManager
 from tests.unit.shim.fakes import FakeSandbox, Recorder
 
 DEFAULTS = PodDefaults({}, {})

@@ -13,10 +13,10 @@ from devices.config import BlockConfig, DeviceConfig
 from devices.errors import CallerError, HypervisorError
 from devices.manager import DeviceManager
 from devices.undo import MemoryUndo
-from shim.guest_spec import Volume
 from shim.protocols import RootfsMount
 from shim.resources import block_files
 from shim.resources.block_files import BlockFiles
+from shim.spec.guest_spec import Volume
 
 
 class Vm:

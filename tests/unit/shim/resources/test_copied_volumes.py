@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.copyfile import copy_file
+from agent.storage.copyfile import copy_file
 from devices.errors import CallerError
 from proto import agent_pb2
-from shim.guest_spec import Volume
 from shim.resources import copied_volumes
 from shim.resources.copied_volumes import copy_volume
+from shim.spec.guest_spec import Volume
 
 
 class Guest:

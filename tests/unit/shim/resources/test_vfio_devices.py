@@ -14,13 +14,14 @@ from devices.errors import CallerError, HostError, UnsupportedByHypervisor
 from devices.holdings import Holdings
 from devices.manager import DeviceManager
 from devices.undo import MemoryUndo
-from shim import guest_devices
-from shim.guest_devices import check_devices, vfio_nodes
-from shim.journalfile import Record
-from shim.releases import ReleaseError, release
+from shim.launch.undo_kinds import release
 from shim.resources import vfio_devices
 from shim.resources.vfio_devices import VfioDevices, Wanted, find, rewrite
 from shim.resources.vfio_settings import VfioSettings, wants
+from shim.spec import guest_devices
+from shim.spec.guest_devices import check_devices, vfio_nodes
+from shim.state.journalfile import Record
+from shim.state.releases import ReleaseError
 from tests.unit.devices.sysfs import Sysfs
 
 HOT = VfioSettings(hot="root-port")

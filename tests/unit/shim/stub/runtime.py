@@ -14,8 +14,8 @@ from google.protobuf.empty_pb2 import Empty
 
 from devices.syscalls import mount
 from proto import events_pb2, task_v2_pb2, task_v3_pb2
-from shim.context import DaemonContext
-from shim.procfs import start_time
+from shim.protocols import DaemonContext
+from shim.state.procfs import start_time
 from ttrpc import Code, RpcError, Server
 
 

@@ -1,0 +1,1 @@
+"""The guest's links, addresses, routes and neighbours, by rtnetlink."""

@@ -1,0 +1,1 @@
+"""Storages of Kata's agent protocol: mounts, disks, copied files, and how full they are."""

@@ -1,0 +1,314 @@
+"""The daemon: one process, one sandbox, from the fork to the last event.
+
+What: prepares the process, then serves containerd's Task service (v2 and v3) on the socket that the
+launcher bound, until somebody asks for shutdown.
+Why the order in `_serve`: what is undone last was made first, so that each failure finds the means
+to undo it still there.
+Invariants:
+- The process has a mount namespace of its own: what it mounts dies with the last process of the pod.
+- SIGTERM and SIGINT end an idle daemon only: service managers send them to whole cgroups, and a pod
+  ends when containerd says so. SIGPIPE and SIGHUP are ignored.
+- Shutdown, in this order: the socket's path goes (the sign for `delete` that we are on our way),
+  containers and VM end, events are flushed (5 s), connections close, the journal is undone, exit 0.
+- A daemon that has no container for two minutes ends by itself: containerd died before Create.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+from typing import Any, NoReturn
+
+import structlog
+from google.protobuf.empty_pb2 import Empty
+
+from devices import syscalls
+from devices.errors import CallerError, KataError
+from devices.mounts import make_private
+from proto import task_v2_pb2, task_v3_pb2
+from shim.launch.flags import Flags
+from shim.launch.reaper import Reaper
+from shim.protocols import DaemonContext, ShimService
+from shim.state import logs
+from shim.state.bundle import state_dir
+from shim.state.journal import Journal
+from shim.state.procfs import start_time
+from shim.tasks.events import EventPublisher
+from ttrpc import CallContext, Server
+
+__all__ = ["run"]
+
+IDLE_LIMIT = 120.0
+"""Seconds without a container after which the daemon ends."""
+_FLUSH_LIMIT = 5.0  # seconds for the last events
+_CLOSE_LIMIT = 30.0  # seconds for containers and VM; they have deadlines of their own underneath
+_REPLY_GRACE = 1.0  # seconds for replies in flight
+_REFUSAL_LIMIT = 60.0  # seconds that a daemon which cannot work stays to say so
+
+_log = structlog.get_logger("daemon")
+
+
+def run(
+    flags: Flags,
+    *,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    listener: int,
+    config_path: str = "",
+    foreground: bool = False,
+) -> NoReturn:
+    """Serve on the listening socket `listener` until shutdown, then exit the process.
+
+    `config_path` is that of the options which came with `start`, if they had one.
+    """
+    logs.configure(
+        bundle, debug=flags.debug, foreground=foreground, sandbox=sandbox_id, namespace=flags.namespace
+    )
+    code = 1
+    try:
+        host_mounts = _prepare_process()
+        with asyncio.Runner() as runner:
+            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
+    except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
+        _log.exception("the daemon failed")
+        _unlink(address)
+    finally:
+        os._exit(code)
+
+
+def _prepare_process() -> int | None:
+    """Returns a descriptor of the mount namespace that was left, None if it could not be."""
+    os.umask(0o077)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    syscalls.set_child_subreaper()
+    try:
+        return make_private()
+    except PermissionError:
+        # Not root: no mounts either, so nothing can leak.
+        _log.warning("no mount namespace of our own: not permitted")
+        return None
+
+
+async def _serve(
+    flags: Flags,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    listener: int,
+    config_path: str,
+    host_mounts: int | None,
+) -> int:
+    """Set up, serve, take down; returns the exit code."""
+    sock = socket.socket(fileno=listener)
+    sock.setblocking(False)
+    server = Server(allowed_uids={0, os.geteuid()})
+    stop = asyncio.Event()
+    try:
+        return await _serve_tasks(
+            flags, sandbox_id, bundle, address, config_path, server, sock, stop, host_mounts
+        )
+    except KataError as error:
+        # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
+        # so it stays for the Create that will come and answers that.
+        _log.error("cannot serve", error=str(error))
+        await _serve_refusal(error, server, sock, stop)
+        _unlink(address)
+        return 1
+
+
+def _log_stray(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio would print to stderr, which is /dev/null here: a failure that nobody waited for."""
+    error = context.get("exception")
+    _log.error("unhandled", what=str(context.get("message"))[:200], exc_info=error or None)
+
+
+async def _serve_refusal(error: KataError, server: Server, sock: socket.socket, stop: asyncio.Event) -> None:
+    """Answer every Create with `error` until Shutdown, for a minute at most."""
+    from proto import sandbox_v1_pb2
+
+    for package in (task_v2_pb2, task_v3_pb2):
+        server.register(package.DESCRIPTOR.services_by_name["Task"], _Refusal(error, stop))
+    server.register(sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"], _SandboxRefusal(error, stop))
+    serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_REFUSAL_LIMIT):
+            await stop.wait()
+    await server.close(_REPLY_GRACE)
+    await serving
+
+
+class _SandboxRefusal:
+    """Its Sandbox service."""
+
+    def __init__(self, error: KataError, stop: asyncio.Event) -> None:
+        self._error = error
+        self._stop = stop
+
+    async def create_sandbox(self, _context: CallContext, _request: object) -> NoReturn:
+        raise self._error
+
+    async def shutdown_sandbox(self, _context: CallContext, _request: object) -> Any:
+        from proto import sandbox_v1_pb2
+
+        self._stop.set()
+        return sandbox_v1_pb2.ShutdownSandboxResponse()
+
+
+class _Refusal:
+    """The Task service of a daemon that cannot work."""
+
+    def __init__(self, error: KataError, stop: asyncio.Event) -> None:
+        self._error = error
+        self._stop = stop
+
+    async def create(self, _context: CallContext, _request: object) -> NoReturn:
+        raise self._error
+
+    async def state(self, _context: CallContext, _request: object) -> NoReturn:
+        raise CallerError("no container was created", code="NOT_FOUND")
+
+    delete = state
+
+    async def shutdown(self, _context: CallContext, _request: object) -> Empty:
+        self._stop.set()
+        return Empty()
+
+
+async def _serve_tasks(
+    flags: Flags,
+    sandbox_id: str,
+    bundle: str,
+    address: str,
+    config_path: str,
+    server: Server,
+    sock: socket.socket,
+    stop: asyncio.Event,
+    host_mounts: int | None,
+) -> int:
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_stray)
+    directory = state_dir(sandbox_id)
+    if os.path.exists(directory):
+        await asyncio.to_thread(_recover, sandbox_id, address)
+    journal = Journal.create(directory, sandbox_id)
+    # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
+    own = {"pid": os.getpid(), "start": start_time(os.getpid())}
+    journal.record("process", lambda: None, name="shim", **own)
+    listening = journal.record("socket", path=address.removeprefix("unix://"))
+
+    def ask() -> None:
+        # Before the answer: `delete` comes right after it, and waits for whoever has no socket any more.
+        _unlink(address)
+        stop.set()
+
+    events = EventPublisher(flags.namespace, os.environ.get("TTRPC_ADDRESS", ""))
+    context = DaemonContext(
+        namespace=flags.namespace,
+        id=flags.id,
+        sandbox_id=sandbox_id,
+        bundle=bundle,
+        address=address,
+        config_path=config_path,
+        publish_binary=flags.publish_binary,
+        state_dir=directory,
+        debug=flags.debug,
+        events=events,
+        undo=journal,
+        shutdown=ask,
+        runtime_class=flags.runtime_class,
+        host_mounts=host_mounts,
+    )
+    from shim.runtime import build_service
+
+    service: ShimService = build_service(context)
+    service.register(server)
+    reaper = Reaper(loop)
+    _handle_signals(loop, service, stop)
+    serving = asyncio.create_task(server.serve(sock), name="ttrpc server")
+    idle = asyncio.create_task(_end_when_idle(service, stop), name="idle timer")
+    gc.freeze()  # what is loaded now stays; the collector need not walk it again
+    gc.enable()
+    _log.info("serving", address=address, pid=os.getpid(), container=flags.id)
+
+    stopping = asyncio.create_task(stop.wait(), name="stop")
+    await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
+    failed = serving.done() and not stop.is_set()
+    if failed:
+        _log.error("the server ended by itself", error=str(serving.exception() or ""))
+    idle.cancel()
+    stopping.cancel()
+
+    _log.info("shutting down")
+    await journal.release(listening)
+    await _bounded("containers", service.close(), _CLOSE_LIMIT)
+    if not await events.flush(_FLUSH_LIMIT):
+        _log.warning("not all events were taken", pending=events.pending)
+    await _bounded("server", server.close(_REPLY_GRACE), _REPLY_GRACE * 2)
+    with contextlib.suppress(Exception):
+        await serving
+    await events.close()
+    reaper.close()
+    errors = await journal.release_all()
+    if not errors:
+        try:
+            await asyncio.to_thread(journal.remove)
+        except OSError as error:
+            errors.append(error)
+    for left in errors:
+        _log.error("not undone", error=str(left))
+    _log.info("done", leftovers=len(errors))
+    return 1 if failed or errors else 0
+
+
+def _recover(sandbox_id: str, address: str) -> None:
+    """Clean up after an earlier shim of this sandbox that was killed, if `delete` never came. Blocks.
+
+    What cannot be cleaned up stays in the journal, and `Journal.create` refuses.
+    """
+    from shim.launch.delete import clear_remains
+
+    problems = clear_remains(sandbox_id, keep=address.removeprefix("unix://"))
+    _log.warning("remains of an earlier shim", problems=problems)
+
+
+def _handle_signals(loop: asyncio.AbstractEventLoop, service: ShimService, stop: asyncio.Event) -> None:
+    def asked(number: signal.Signals) -> None:
+        if service.idle:
+            stop.set()
+        else:
+            _log.warning("signal ignored: containers live, containerd decides", signal=number.name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked, number)
+
+
+async def _end_when_idle(service: ShimService, stop: asyncio.Event) -> None:
+    """Ask for shutdown when no container existed at two checks in a row, IDLE_LIMIT apart."""
+    idle_before = True
+    while True:
+        await asyncio.sleep(IDLE_LIMIT)
+        if service.idle and idle_before:
+            _log.warning("no container: giving up", seconds=IDLE_LIMIT)
+            stop.set()
+            return
+        idle_before = service.idle
+
+
+async def _bounded(what: str, work: object, limit: float) -> None:
+    """Await `work`, log what it raises, and give up on it after `limit` seconds."""
+    try:
+        async with asyncio.timeout(limit):
+            await work  # type: ignore[misc]
+    except Exception as error:  # noqa: BLE001  (shutdown goes on past every error)
+        _log.error("shutdown step failed", step=what, error=str(error) or type(error).__name__)
+
+
+def _unlink(address: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(address.removeprefix("unix://"))

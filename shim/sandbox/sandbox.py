@@ -1,0 +1,387 @@
+"""One sandbox: a VM, the agent in it, the directory they share, and the order in which these begin and end.
+
+What: `VirtSandbox` implements `shim.protocols.Sandbox`. `start` goes through the phases share, vmm,
+boot, agent; `stop` releases all of them in reverse.
+Why one class: the phases depend on each other, and an error in any of them must be told with what
+the VMM and the guest's console said last, and must leave nothing behind.
+Invariants:
+- `start` runs once, in the sandbox's own task; callers wait for it and may go away.
+- `died` resolves within moments of the VMM's death, whoever waits for what.
+- After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
+  while `start` is under way, and any number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+import ttrpc
+from devices.config import ShareFsConfig
+from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.manager import DeviceManager
+from devices.undo import UndoLog
+from devices.vsock import AgentChannel
+from hypervisors.base import Hypervisor
+from proto import agent_pb2, oci_pb2
+from shim.protocols import GuestContainer, HostUsage, RootfsMount
+from shim.resources.container_files import ContainerFiles, SharedFiles
+from shim.resources.network.pod import PodNetwork
+from shim.resources.shared_dir import SharedDir
+from shim.resources.sizing import Sizing
+from shim.sandbox.agent_client import GuestAgent
+from shim.sandbox.container_resources import ContainerResources
+from shim.sandbox.settings import SandboxSettings
+from shim.spec.guest_spec import GUEST_SHM, OWN
+from shim.spec.limits import Size
+from shim.state.trace import Trace
+
+if TYPE_CHECKING:
+    from shim.resources.guest_swap import GuestSwap
+    from shim.resources.network.dan import DanNetwork
+
+__all__ = ["VirtSandbox"]
+
+_log = structlog.get_logger("sandbox")
+
+
+class VirtSandbox:
+    """See the module's docstring. `tasks` is the TaskGroup that the sandbox's own tasks live in."""
+
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        hypervisor: Hypervisor,
+        *,
+        undo: UndoLog,
+        tasks: asyncio.TaskGroup,
+        trace: Trace,
+        on_oom: Callable[[str], None],
+    ) -> None:
+        self.settings = settings
+        self._hypervisor = hypervisor
+        self._devices = DeviceManager(settings.disks.driver)
+        self._tasks = tasks
+        self._trace = trace
+        self._on_oom = on_oom
+        self._undo = undo
+        self._swap: GuestSwap | None = None
+        self._network: PodNetwork | DanNetwork = PodNetwork(
+            settings.network, hypervisor, self._devices, undo, trace
+        )
+        self._sizing = Sizing(
+            settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
+        )
+        self._files: ContainerFiles
+        if any(isinstance(device, ShareFsConfig) for device in settings.devices):
+            self._files = SharedFiles(SharedDir(settings.share_path, undo))
+        else:
+            from shim.resources.block_files import BlockFiles  # not on the usual start path
+
+            self._files = BlockFiles(
+                settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
+            )
+        self._containers = ContainerResources(
+            settings,
+            hypervisor,
+            self._devices,
+            files=self._files,
+            sizing=self._sizing,
+            undo=undo,
+            trace=trace,
+            agent=lambda: self.agent,
+            rescan=self._rescan,
+        )
+        self._agent: GuestAgent | None = None
+        self._channel: AgentChannel | None = None
+        self._vmm_pid = 0
+        loop = asyncio.get_running_loop()
+        self._died: asyncio.Future[str] = loop.create_future()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._ready.add_done_callback(_retrieve)
+        self._boot: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+        self._stop_lock = asyncio.Lock()
+        self._stopped = False
+
+    # --- shim.protocols.Sandbox
+
+    @property
+    def id(self) -> str:
+        """The sandbox's id: the container's own, or the pod's."""
+        return self.settings.sandbox_id
+
+    @property
+    def agent(self) -> GuestAgent:
+        """The agent's client; only after `start`."""
+        if self._agent is None:
+            raise GuestError("the sandbox is not running", phase="agent", code="FAILED_PRECONDITION")
+        return self._agent
+
+    @property
+    def vmm_pid(self) -> int:
+        """The VMM's pid on the host."""
+        return self._vmm_pid
+
+    @property
+    def hypervisor(self) -> Hypervisor:
+        """What runs the VM; for looking, not for changing."""
+        return self._hypervisor
+
+    @property
+    def size(self) -> Size:
+        """The VM's vCPUs and bytes of memory, as they are now."""
+        return self._sizing.size
+
+    async def check(self, timeout: float) -> None:
+        """Raise KataError unless VMM and agent answer now, each within `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout):
+                await self._hypervisor.check()
+        except TimeoutError:
+            raise HypervisorError(f"the VMM did not answer within {timeout:g} s", phase="vm") from None
+        await self.agent.check(timeout)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called: this object serves no longer."""
+        return self._stopped
+
+    @property
+    def died(self) -> asyncio.Future[str]:
+        """Resolves to the reason when the VM is gone without our asking."""
+        return self._died
+
+    @property
+    def direct_stdio(self) -> bool:
+        """Whether stdio goes over vsock connections of its own."""
+        return self.settings.direct_stdio
+
+    async def start(self) -> None:
+        """Boot to a ready agent. Raises KataError with phase, cause, evidence and hint."""
+        if self._stopped:
+            raise GuestError("the sandbox has been stopped", phase="boot", code="FAILED_PRECONDITION")
+        if self._boot is None:
+            self._boot = self._tasks.create_task(self._start_once(), name=f"boot {self.id}")
+        await asyncio.shield(self._ready)
+
+    async def prepare_container(
+        self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
+    ) -> GuestContainer:
+        """See `shim.sandbox.container_resources.ContainerResources.prepare`."""
+        return await self._containers.prepare(container_id, bundle, spec, rootfs)
+
+    async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
+        """See `shim.protocols.Sandbox.container_starting`."""
+        await self._rescan()
+
+    async def container_started(self, container_id: str) -> None:
+        """Run the poststart hooks."""
+        await self._containers.started(container_id)
+
+    async def release_container(self, container_id: str) -> None:
+        """Undo `prepare_container`. Idempotent."""
+        await self._containers.release(container_id, alive=not self._stopped and not self._died.done())
+
+    async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
+        """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
+        await self._sizing.fit(container_id, resources, strict=True)
+
+    @property
+    def is_pod(self) -> bool:
+        """Whether its own container is a pod's sandbox container."""
+        return self.settings.container_type == OWN
+
+    async def host_usage(self) -> HostUsage:
+        """Of the VMM and its daemons, by the hypervisor's own account."""
+        metrics = await self._hypervisor.get_hypervisor_metrics()
+        cpu, memory = metrics.get("cpu_seconds_total", 0.0), metrics.get("resident_bytes", 0.0)
+        return HostUsage(int(cpu * 1e9), int(memory))
+
+    async def open_stream(self) -> tuple[socket.socket, int]:
+        """A connection for one stdio stream, and the number that names it to the agent."""
+        if self._channel is None:
+            raise GuestError("the sandbox is not running", phase="stdio", code="FAILED_PRECONDITION")
+        return await self._channel.open_stream(self.settings.deadlines.request)
+
+    async def stop(self) -> None:
+        """End the VM, the guest unasked, and release everything. Never raises but for cancellation."""
+        async with self._stop_lock:
+            if self._stopped and self._boot is None:
+                return
+            self._stopped = True
+            with self._trace.phase("vmm.stop"):
+                await self._tear_down()
+            self._boot = None
+            self._trace.flush()
+
+    # --- the phases
+
+    async def _start_once(self) -> None:
+        try:
+            async with asyncio.timeout(self.settings.deadlines.boot + self.settings.deadlines.request):
+                await self._start_phases()
+        except asyncio.CancelledError:
+            self._fail(GuestError("the sandbox was stopped while it booted", phase="boot", code="CANCELLED"))
+            raise
+        except KataError as error:
+            self._fail(error)
+        except TimeoutError:
+            self._fail(
+                GuestError("the sandbox did not start in time", phase="boot", code="DEADLINE_EXCEEDED")
+            )
+        except Exception as error:  # noqa: BLE001  (whatever it is, whoever waits must hear of it)
+            _log.exception("sandbox start failed")
+            self._fail(BugError(f"{type(error).__name__}: {error}", phase="boot"))
+        else:
+            if not self._ready.done():
+                self._ready.set_result(None)
+        self._trace.flush()
+
+    def _fail(self, error: KataError) -> None:
+        error.with_context(phase="boot", details=self._hypervisor.diagnostics())
+        _log.error("sandbox start failed", error=str(error), owner=error.owner)
+        if not self._ready.done():
+            self._ready.set_exception(error)
+
+    async def _start_phases(self) -> None:
+        settings, hypervisor = self.settings, self._hypervisor
+        with self._trace.phase("share"):
+            await self._files.set_up()
+        if settings.network.dan:
+            await self._attach_directly(settings.network.dan)
+        with self._trace.phase("vmm.start"):
+            await hypervisor.prepare_vm(self.id, await self._network.open())
+            for device in settings.devices:
+                await self._devices.try_add_device(device, hypervisor)
+            await self._containers.plug_first()
+            await self._network.plug()
+            await hypervisor.start_vm(settings.deadlines.boot)
+        self._vmm_pid = await hypervisor.get_vmm_master_tid()
+        self._watch(self._watch_vm(), "vm")
+        self._channel = await hypervisor.get_agent_socket()
+        await self._network.join()
+        with self._trace.phase("vmm.boot"):
+            await self._channel.wait_ready(settings.deadlines.boot)
+        with self._trace.phase("agent.connect"):
+            sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
+            self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines, self._trace)
+        with self._trace.phase("agent.create_sandbox"):
+            await self._agent.create_sandbox(
+                sandbox_id=self.id,
+                hostname=settings.hostname,
+                dns=settings.dns,
+                storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
+                guest_hook_path=settings.guest_hook_path,
+                kernel_modules=settings.disks.modules(),
+            )
+        await self._network.configure(self._agent)
+        if settings.swap is not None:
+            from shim.resources.guest_swap import GuestSwap  # not on the usual start path
+
+            self._swap = GuestSwap(settings.swap, self.id, self._undo)
+            with self._trace.phase("swap"):
+                await self._swap.start(self._devices, hypervisor, self._agent)
+        self._watch(self._watch_oom(self._agent), "oom")
+
+    async def _attach_directly(self, path: str) -> None:
+        """If there is this file, the network is what it says, and not what is in the pod's namespace."""
+        there: bool = await asyncio.to_thread(lambda: os.path.exists(path))
+        if not there:
+            return
+        from shim.resources.network.dan import DanNetwork, read
+
+        dan = await asyncio.to_thread(read, path)
+        if dan is not None:
+            settings = self.settings.network
+            self._network = DanNetwork(dan, settings, self._hypervisor, self._devices, self._trace)
+
+    async def _rescan(self) -> None:
+        await self._network.rescan(self.agent)
+
+    def _watch(self, work: Any, name: str) -> None:
+        self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
+        self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
+
+    async def _watch_vm(self) -> None:
+        ended = await self._hypervisor.wait_vm()
+        if ended.expected or self._died.done():
+            return
+        details = {
+            "vmm stderr": ended.stderr_tail,
+            "guest console": ended.console_tail,
+            **self._hypervisor.diagnostics(),  # its daemons' words, too
+        }
+        reason = str(HypervisorError(ended.reason, phase="vm", details=details))
+        _log.error("the VM is gone", reason=reason, code=ended.code)
+        self._died.set_result(reason)
+        if self._agent is not None:
+            await self._agent.close()
+
+    async def _watch_oom(self, agent: GuestAgent) -> None:
+        while True:
+            try:
+                container_id = await agent.get_oom_event()
+            except KataError as error:
+                _log.debug("no more OOM events", error=str(error))
+                return
+            self._on_oom(container_id)
+
+    async def _tear_down(self) -> None:
+        if self._boot is not None and not self._boot.done():
+            self._boot.cancel()
+            await asyncio.wait([self._boot])
+        await self._step("stop serving volumes", self._containers.end_management())
+        writing = self._containers.writing
+        if self._agent is not None and not self._died.done():
+            # What the guest has written to disks is in its memory still: they are unmounted there.
+            for container_id in writing:
+                await self._step("unmount its disks", self._agent.remove_container(container_id))
+        writing.clear()
+        # The VM first: whoever waits for a container's exit waits for this.
+        await self._step("stop the VM", self._hypervisor.stop_vm())
+        if self._agent is not None:
+            await self._step("close the agent's connection", self._agent.close())
+        for watcher in self._watchers:
+            watcher.cancel()
+        if self._watchers:
+            await asyncio.wait(self._watchers)
+        self._watchers.clear()
+        await self._step("clean up after the VMM", self._hypervisor.cleanup())
+        self._devices.close()
+        if self._swap is not None:
+            await self._step("remove its swap", self._swap.close())
+        for error in [
+            *await self._containers.close(),
+            *await self._network.close(),
+            *await self._files.tear_down(),
+        ]:
+            _log.error("not released", error=str(error))
+
+    async def _step(self, what: str, work: Any) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001  (stopping goes on past every error)
+            _log.error("stopping the sandbox: step failed", step=what, error=str(error))
+
+
+def _retrieve(future: asyncio.Future[None]) -> None:
+    """Nobody may be waiting any more when start fails; that is no reason for asyncio to complain."""
+    with contextlib.suppress(asyncio.CancelledError):
+        future.exception()
+
+
+def _shm_storage(size: int) -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver="ephemeral",
+        source="shm",
+        fstype="tmpfs",
+        options=["noexec", "nosuid", "nodev", "mode=1777", f"size={size}"],
+        mount_point=GUEST_SHM,
+    )

@@ -1,0 +1,243 @@
+"""What of a container's OCI spec goes to the guest, and how it is changed on the way.
+
+What: `guest_spec` takes the parsed `config.json` and returns the spec for the agent; `plan_volumes`
+says which of its mounts need something of the host. Both are pure: no mount, no file.
+Why: namespaces, paths, hooks and devices of the host mean nothing inside the VM, or mean harm.
+Invariants: no path of the host reaches the guest except as the name of a share; hooks other than
+startContainer never reach the guest; what is left out is listed, never silently lost.
+Source: Kata's amend_spec (facts/kata.md 3.2 step 13 and 3.4).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from devices.errors import CallerError
+from shim.spec.guest_devices import HostDevice, guest_nodes, guest_rules, take_limits
+
+__all__ = [
+    "CONTAINER_TYPE",
+    "GUEST_SHARE",
+    "GUEST_SHM",
+    "MEMBER",
+    "OWN",
+    "Volume",
+    "guest_rootfs",
+    "guest_spec",
+    "plan_volumes",
+    "wants_sandbox_pidns",
+]
+
+#: Where the guest mounts the virtio-fs share; the same path as Kata's, so a stock agent agrees.
+GUEST_SHARE = "/run/kata-containers/shared/containers"
+GUEST_SHM = "/run/kata-containers/sandbox/shm"
+
+#: What a container is to its sandbox: the one that holds a pod together, or one of a pod's others.
+OWN = "pod_sandbox"
+MEMBER = "pod_container"
+
+#: A container with more mounts than this is refused before anything is done for it.
+MAX_MOUNTS = 1024
+
+CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
+_BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
+# Of a pod's member: the kinds of namespaces that it does not share with the pod (agent/sandbox.py).
+_PRIVATE = "io.kata-shim.private-namespaces"
+
+#: Bind mounts of these trees mean the guest's own, as in Kata: the host's are never shared.
+_GUESTS_OWN = ("/proc", "/sys", "/dev")
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """One bind mount of the spec that needs a path of the host in the share.
+
+    `index` is its place in spec.mounts, `share_name` its name below `passthrough/`.
+    """
+
+    index: int
+    source: str
+    destination: str
+    readonly: bool
+    recursive: bool
+    share_name: str
+
+    @property
+    def guest_path(self) -> str:
+        return f"{GUEST_SHARE}/passthrough/{self.share_name}"
+
+
+def guest_rootfs(container_id: str) -> str:
+    """Where the container's root file system appears in the guest."""
+    return f"{GUEST_SHARE}/passthrough/{container_id}/rootfs"
+
+
+def wants_sandbox_pidns(spec: Mapping[str, Any]) -> bool:
+    """A pid namespace by path means: the pod's, shared (runtime-spec, linux.namespaces)."""
+    return "pid" in _shared_kinds(spec)
+
+
+def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
+    """The bind mounts that must be shared with the guest. Raises CallerError for malformed mounts."""
+    volumes: list[Volume] = []
+    mounts = spec.get("mounts") or []
+    if not isinstance(mounts, list) or len(mounts) > MAX_MOUNTS:
+        raise CallerError(
+            f"config.json: mounts must be a list of at most {MAX_MOUNTS}",
+            phase="bundle",
+            code="INVALID_ARGUMENT",
+        )
+    for index, mount in enumerate(mounts):
+        if not isinstance(mount, Mapping) or not isinstance(mount.get("destination"), str):
+            raise CallerError(
+                f"config.json: mounts[{index}] needs a destination", phase="bundle", code="INVALID_ARGUMENT"
+            )
+        options = [str(option) for option in mount.get("options") or []]
+        if not _is_bind(mount, options):
+            continue
+        source, destination = str(mount.get("source") or ""), str(mount["destination"])
+        if destination == "/dev/shm" or _below(source, _GUESTS_OWN):
+            continue
+        if not source.startswith("/") or "\0" in source:
+            raise CallerError(
+                f"config.json: mounts[{index}].source must be an absolute path, not {source[:80]!r}",
+                phase="bundle",
+                code="INVALID_ARGUMENT",
+            )
+        digest = hashlib.sha256(f"{index}:{destination}".encode()).hexdigest()[:8]
+        base = "".join(c if c.isalnum() or c in "._-" else "_" for c in destination.rsplit("/", 1)[-1])[:64]
+        volumes.append(
+            Volume(
+                index=index,
+                source=source,
+                destination=destination,
+                readonly="ro" in options,
+                recursive="bind" not in options or "rbind" in options,
+                share_name=f"{container_id}-{digest}-{base or 'root'}",
+            )
+        )
+    return volumes
+
+
+def guest_spec(
+    spec: Mapping[str, Any],
+    *,
+    container_id: str,
+    bundle: str,
+    container_type: str,
+    volumes: Sequence[Volume],
+    disable_seccomp: bool = False,
+    keep_cpuset: bool = False,
+    devices: Sequence[HostDevice] = (),
+) -> tuple[dict[str, Any], list[str]]:
+    """The spec as the agent gets it, and what was left out (for the log).
+
+    `container_type` is "single_container", OWN (a pod's own container, which does nothing: it gets no
+    volumes) or MEMBER. `keep_cpuset`: the agent knows the host's CPU numbers from the guest's, as ours
+    does (`agent.fit`). `devices`: those of the host that it gets.
+    """
+    left_out: list[str] = []
+    guest: dict[str, Any] = copy.deepcopy(dict(spec))
+    guest["root"] = {
+        "path": guest_rootfs(container_id),
+        "readonly": bool((spec.get("root") or {}).get("readonly")),
+    }
+    mounts = guest.get("mounts") or []
+    if container_type == OWN:
+        mounts = [mount for mount in mounts if not _is_bind(mount, mount.get("options") or [])]
+    guest["mounts"] = _guest_mounts(mounts, {volume.index: volume for volume in volumes})
+    annotations = {str(k): str(v) for k, v in (guest.get("annotations") or {}).items()}
+    annotations[CONTAINER_TYPE] = container_type
+    annotations[_BUNDLE_PATH] = bundle
+    if container_type == MEMBER:
+        annotations[_PRIVATE] = ",".join(_private_namespaces(spec))
+    guest["annotations"] = annotations
+    hooks = guest.pop("hooks", None) or {}
+    if hooks.get("startContainer"):
+        guest["hooks"] = {"startContainer": hooks["startContainer"]}
+    linux = guest.get("linux")
+    if isinstance(linux, dict):
+        if container_type != MEMBER:  # there is nobody in the guest to share with yet
+            left_out.extend(f"linux.namespaces.{kind}.path" for kind in sorted(_shared_kinds(spec)))
+        _guest_linux(linux, left_out, disable_seccomp, keep_cpuset, devices)
+    return guest, left_out
+
+
+def _shared_kinds(spec: Mapping[str, Any]) -> set[str]:
+    """The kinds of namespaces that are given by a path, but for the network's, which the VM stands in."""
+    spaces = _objects(spec, "linux", "namespaces")
+    return {str(space.get("type")) for space in spaces if space.get("path")} - {"network"}
+
+
+def _private_namespaces(spec: Mapping[str, Any]) -> list[str]:
+    """Of the kinds that a pod can share, those that this container is to have of its own."""
+    own = {space.get("type") for space in _objects(spec, "linux", "namespaces") if not space.get("path")}
+    return [kind for kind in ("ipc", "uts") if kind in own]
+
+
+def _guest_linux(
+    linux: dict[str, Any],
+    left_out: list[str],
+    disable_seccomp: bool,
+    keep_cpuset: bool,
+    devices: Sequence[HostDevice],
+) -> None:
+    spaces = []
+    for space in linux.get("namespaces") or []:
+        # pid: the agent decides by sandbox_pidns; network: the VM's own is the pod's.
+        if space.get("type") == "time":
+            left_out.append("linux.namespaces time (offsets are not supported, so it would change nothing)")
+        if space.get("type") in {"pid", "network", "time"}:
+            continue
+        spaces.append({"type": space.get("type")})
+    # The guest is on cgroup v2, where containerd asks for one; on a v1 host it does not, and without
+    # it a mounted cgroup file system shows the whole guest's.
+    if {"type": "cgroup"} not in spaces:
+        spaces.append({"type": "cgroup"})
+    linux["namespaces"] = spaces
+    resources = linux.get("resources") or {}
+    resources["devices"] = guest_rules(resources.get("devices") or [], left_out, devices)
+    take_limits(resources, devices)
+    if linux.get("devices"):
+        linux["devices"] = guest_nodes(linux["devices"], left_out, devices)
+    if isinstance(resources.get("cpu"), dict) and not keep_cpuset:
+        _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
+    linux["resources"] = resources
+    if disable_seccomp:
+        _drop(linux, ("seccomp",), "linux", left_out)
+
+
+def _drop(table: dict[str, Any], keys: Sequence[str], place: str, left_out: list[str]) -> None:
+    left_out.extend(f"{place}.{key}" for key in keys if table.pop(key, None))
+
+
+def _guest_mounts(mounts: list[dict[str, Any]], volumes: Mapping[int, Volume]) -> list[dict[str, Any]]:
+    rewritten = []
+    for index, mount in enumerate(mounts):
+        volume = volumes.get(index)
+        options = [str(option) for option in mount.get("options") or []]
+        changed: dict[str, Any] = {}
+        if volume is not None:
+            kept = [o for o in options if o not in {"bind", "rbind"}]
+            changed = {"type": "bind", "source": volume.guest_path, "options": ["rbind", *kept]}
+        elif mount.get("destination") == "/dev/shm" and _is_bind(mount, options):
+            changed = {"type": "bind", "source": GUEST_SHM, "options": ["rbind"]}
+        rewritten.append({**mount, **changed})
+    return rewritten
+
+
+def _is_bind(mount: Mapping[str, Any], options: Sequence[str]) -> bool:
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def _below(path: str, trees: Sequence[str]) -> bool:
+    return any(path == tree or path.startswith(tree + "/") for tree in trees)
+
+
+def _objects(spec: Mapping[str, Any], outer: str, inner: str) -> list[Mapping[str, Any]]:
+    found = (spec.get(outer) or {}).get(inner) or []
+    return [item for item in found if isinstance(item, Mapping)]

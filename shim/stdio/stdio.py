@@ -1,0 +1,254 @@
+"""The stdio of one process: its three streams between containerd's ends and the guest.
+
+What: `Stdio.open` takes the host's ends, `connect` opens the guest's (direct mode: a connection per
+stream), `run` starts the copies, `drain` waits for the output after the exit, `close` gives all
+back.
+Why one object: a stream that breaks must not touch the other two, yet all of them end together.
+Invariants:
+- The three streams are independent: each has its own task and its own bounded buffer.
+- The guest's stdin ends after its last byte; at once if containerd gave none. A terminal's stdin
+  is never ended: a pty has no EOF of its own, and closing it would hang the program up.
+- `drain` is bounded: output that stands still for two seconds, or flows for more than ten, is left
+  to flow on until `close`.
+- After `close` no task and no descriptor is left, whatever happened before.
+Source: design D7; facts/containerd-shim.md 3.1 (stdio).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from devices.errors import CallerError
+from shim.stdio import pump as stdio_pump
+from shim.stdio.ends import InputEnd, OutputEnd, check_input, open_file, open_input, open_output
+
+if TYPE_CHECKING:
+    from shim.protocols import AgentClient, Sandbox
+    from shim.stdio.logger import Logger
+
+__all__ = ["Stdio", "StdioSpec"]
+
+#: Seconds after the exit without a byte moving, and in total, for which the exit waits for output.
+DRAIN_IDLE = 2.0
+DRAIN_TOTAL = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class StdioSpec:
+    """What containerd asked for, kept word by word: CRI reopens these paths from State.
+
+    Each is empty (none), the path of a FIFO, or a URL: fifo://, file://, binary://, ttrpc+unix://.
+    """
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+
+
+class Stdio:
+    """Made by `open` only."""
+
+    def __init__(self, spec: StdioSpec) -> None:
+        self.spec = spec
+        self._input: InputEnd | None = None
+        self._input_ended = False  # CloseIO came, perhaps before the input was opened
+        self._outputs: list[OutputEnd | None] = []
+        self._loggers: dict[str, Logger] = {}
+        self._sockets: list[socket.socket] = []
+        self._input_task: asyncio.Task[None] | None = None
+        self._output_tasks: list[asyncio.Task[None]] = []
+        self._moved_at = 0.0
+
+    @classmethod
+    async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str) -> Stdio:
+        """Take the host's ends. Raises CallerError or HostError; nothing is left open then."""
+        stdio = cls(spec)
+        try:
+            if spec.stdin and not _is_stream(spec.stdin):
+                check_input(_fifo_path(spec.stdin))
+            outputs = {"stdout": spec.stdout}
+            if not spec.terminal:
+                outputs["stderr"] = spec.stderr
+            for stream, where in outputs.items():
+                end = await stdio._open_output(where, stream, container_id, namespace) if where else None
+                stdio._outputs.append(end)
+            for logger in stdio._loggers.values():
+                for end in (logger.stdout, logger.stderr):
+                    if end not in stdio._outputs:
+                        end.close()
+        except BaseException:
+            await stdio.close()
+            raise
+        return stdio
+
+    async def _open_output(self, where: str, stream: str, container_id: str, namespace: str) -> OutputEnd:
+        if "://" not in where:
+            return open_output(where, stream)
+        if _is_stream(where):
+            from shim.stdio.stream import STREAMS
+
+            return STREAMS.output(where)
+        from urllib.parse import unquote, urlsplit
+
+        url = urlsplit(where)
+        if url.scheme in {"fifo", "pipe"}:
+            return open_output(unquote(url.path), stream)
+        if url.scheme == "file":
+            return open_file(unquote(url.path), stream)
+        if url.scheme == "binary":
+            from shim.stdio.logger import Logger
+
+            if where not in self._loggers:
+                self._loggers[where] = await Logger.start(url, container_id=container_id, namespace=namespace)
+            logger = self._loggers[where]
+            return logger.stdout if stream == "stdout" else logger.stderr
+        raise CallerError(
+            f"{stream}: {url.scheme}:// is not supported",
+            phase="stdio",
+            hint="a FIFO, or fifo://, file://, binary://, ttrpc+unix://",
+            code="INVALID_ARGUMENT",
+        )
+
+    def _open_input(self) -> None:
+        """Take the host's end of stdin, as late as possible.
+
+        A client writes once the FIFO has a reader, and says CloseIO at the end of its input; `ctr exec`
+        can say it only when Exec was answered, and forgets it before (runc opens at Start too).
+        """
+        if self.spec.stdin and self._input is None:
+            if _is_stream(self.spec.stdin):
+                from shim.stdio.stream import STREAMS
+
+                self._input = STREAMS.input(self.spec.stdin)
+            else:
+                self._input = open_input(_fifo_path(self.spec.stdin))
+            if self._input_ended:
+                self._input.end()
+
+    async def connect(self, sandbox: Sandbox) -> tuple[int, int, int]:
+        """Direct mode: open a connection for each stream and start to copy; their names for the agent.
+
+        A stream that containerd left empty has none: 0 tells the agent that it is /dev/null. Raises
+        GuestError if the guest does not take a connection; `close` cleans up.
+        """
+        names = [0, 0, 0]
+        self._open_input()
+        if self._input is not None:
+            sock, names[0] = await self._open_stream(sandbox)
+            self._input_task = asyncio.create_task(self._input_to_socket(self._input, sock))
+        for index, out in enumerate(self._outputs, start=1):
+            if out is not None:
+                sock, names[index] = await self._open_stream(sandbox)
+                self._copy_output(stdio_pump.socket_to_output(sock, out, self._moved))
+        return names[0], names[1], names[2]
+
+    async def _open_stream(self, sandbox: Sandbox) -> tuple[socket.socket, int]:
+        sock, name = await sandbox.open_stream()
+        self._sockets.append(sock)
+        return sock, name
+
+    def run(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
+        """By the agent's calls: start to copy. The process exists in the guest by now."""
+        reads = (agent.read_stdout, agent.read_stderr)
+        for read, out in zip(reads, self._outputs, strict=False):
+
+            async def next_piece(size: int, read: Any = read) -> bytes:
+                data: bytes = await read(container_id, exec_id, size)
+                return data
+
+            self._copy_output(stdio_pump.calls_to_output(next_piece, out, self._moved))
+        self._open_input()
+        self._input_task = asyncio.create_task(self._input_to_calls(agent, container_id, exec_id))
+
+    def _copy_output(self, copy: Coroutine[Any, Any, None]) -> None:
+        self._output_tasks.append(asyncio.create_task(copy))
+
+    def _moved(self) -> None:
+        self._moved_at = asyncio.get_running_loop().time()
+
+    async def _input_to_socket(self, source: InputEnd, sock: socket.socket) -> None:
+        await stdio_pump.input_to_socket(source, sock, say_end=not self.spec.terminal)
+        source.close()
+        if not self.spec.terminal:
+            sock.close()
+
+    async def _input_to_calls(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
+        async def write(data: bytes) -> int:
+            return await agent.write_stdin(container_id, exec_id, data)
+
+        if self._input is not None:
+            await stdio_pump.input_to_calls(self._input, write)
+            self._input.close()
+        if not self.spec.terminal:
+            await agent.close_stdin(container_id, exec_id)
+
+    def end_input(self) -> None:
+        """CloseIO: the process's stdin ends after what was written so far."""
+        self._input_ended = True
+        if self._input is not None:
+            self._input.end()
+
+    async def until_output_ends(self) -> None:
+        """Wait for the end of stdout and stderr, however long that takes."""
+        if self._output_tasks:
+            await asyncio.wait(self._output_tasks)
+
+    async def drain(self, limits: tuple[float, float] | None = None) -> bool:
+        """The process has exited: stop its stdin, wait for its output. False if that took too long.
+
+        `limits`: seconds without progress and in total, instead of DRAIN_IDLE and DRAIN_TOTAL.
+        """
+        idle, total = limits or (DRAIN_IDLE, DRAIN_TOTAL)
+        await self._stop_input()
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        while pending := [task for task in self._output_tasks if not task.done()]:
+            until = min(max(started, self._moved_at) + idle, started + total)
+            if until <= loop.time():
+                return False
+            await asyncio.wait(pending, timeout=until - loop.time())
+        return True
+
+    async def _stop_input(self) -> None:
+        if self._input_task is not None:
+            await _cancelled([self._input_task])
+        if self._input is not None:
+            self._input.close()
+
+    async def close(self) -> None:
+        """Stop all copies and give every descriptor, connection and logger back. Idempotent."""
+        await self._stop_input()
+        await _cancelled(self._output_tasks)
+        for sock in self._sockets:
+            sock.close()
+        for out in self._outputs:
+            if out is not None:
+                out.close()
+        loggers, self._loggers = self._loggers, {}
+        for logger in loggers.values():
+            await logger.close()
+
+
+def _is_stream(where: str) -> bool:
+    return where.startswith("ttrpc+unix://")
+
+
+def _fifo_path(where: str) -> str:
+    scheme, separator, rest = where.partition("://")
+    return rest if separator and scheme in {"fifo", "pipe"} else where
+
+
+async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            task.result()  # an error of a copy has been told to nobody on purpose: its stream ended

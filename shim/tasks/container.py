@@ -1,0 +1,397 @@
+"""One container: its init process, its execs, and what the guest is asked to do with them.
+
+What: `Container` carries the calls of the task service that concern one container, from the guest's
+creation of it to its removal.
+Why: the order of guest calls, state changes and events is the contract with containerd; it stands
+here, apart from the service's messages above and the VM below.
+Invariants:
+- Events of a process come in containerd's order: create < start < exit < delete, exec-added <
+  exec-started < exit; exit exactly once, and only for a process that was created in the guest.
+- A state change and its event are one step: no await lies between them.
+- State, Kill, Wait and CloseIO never wait for another call.
+- When the guest dies, each process in it exits with `VM_DEATH` within a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from typing import Any
+
+import structlog
+
+from devices.errors import CallerError, KataError
+from proto import mount_pb2, oci_pb2
+from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
+from shim.stdio.stdio import Stdio, StdioSpec
+from shim.tasks.exit_status import exit_status
+from shim.tasks.process import Call, Kind, Process, Status
+from shim.tasks.task_events import TaskEvents
+
+__all__ = ["Container"]
+
+#: Exit status of what is killed along with its container.
+_KILLED = 128 + 9
+_SIGKILL = 9
+_MAX_SIGNAL = 64
+#: Seconds: for an exec to follow its container's end, for a killed container to be gone, for the
+#: guest to forget a container, and for output to drain out of a VM that is dead.
+_EXEC_GRACE = 1.0
+_KILL_GRACE = 5.0
+_REMOVE_DEADLINE = 5.0
+_DEAD_DRAIN = (0.2, 0.5)  # without progress, and in total
+
+_log = structlog.get_logger("container")
+
+
+class Container:
+    """One container. `quieted` is awaited after its output is drained, before its exit is told."""
+
+    def __init__(
+        self,
+        container_id: str,
+        bundle: str,
+        sandbox: Sandbox,
+        spec: StdioSpec,
+        events: EventSink,
+        quieted: Callable[[Container], Awaitable[None]],
+        *,
+        namespace: str,
+    ) -> None:
+        self.id = container_id
+        self.bundle = bundle
+        self.sandbox = sandbox
+        self.pid = sandbox.vmm_pid
+        self.init = Process(container_id, "", spec)
+        self.execs: dict[str, Process] = {}
+        #: Nothing more is to be expected of its init process: it has ended and its output is drained.
+        self.quiet = False
+        self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
+        self.events = TaskEvents(events, container_id, self.pid)
+        self._quieted = quieted
+        self._namespace = namespace
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Container {self.id} {self.init.status.value}>"
+
+    # -- finding -----------------------------------------------------------------------------------
+
+    def process(self, exec_id: str) -> Process:
+        """The init process for an empty id. Raises CallerError NOT_FOUND."""
+        process = self.execs.get(exec_id) if exec_id else self.init
+        if process is None:
+            raise CallerError(f"exec {exec_id} of {self.id}: not found", code="NOT_FOUND")
+        return process
+
+    def processes(self) -> Iterator[Process]:
+        """The init process first, then the execs in the order in which they were added."""
+        yield self.init
+        yield from self.execs.values()
+
+    # -- creation ----------------------------------------------------------------------------------
+
+    async def create(self, guest: GuestContainer, rootfs: Sequence[mount_pb2.Mount]) -> None:
+        """Make it in the guest, its process stopped. After an error `abandon` undoes what was done."""
+        spec = self.init.stdio_spec
+        stdio = await Stdio.open(spec, container_id=self.id, namespace=self._namespace)
+        self.init.stdio = stdio
+        agent = self.sandbox.agent
+        ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
+        await agent.create_container(self.id, guest, ports=ports)
+        if not self.sandbox.direct_stdio:
+            stdio.run(agent, self.id, "")
+        self.events.created(self.bundle, rootfs, spec)
+        self._watch(self.init)
+
+    async def abandon(self) -> None:
+        """Give the host's side back, without a word to containerd. Idempotent."""
+        watchers = list(self._watchers)
+        for watcher in watchers:
+            watcher.cancel()
+        if watchers:
+            await asyncio.wait(watchers)
+        for process in self.processes():
+            if process.stdio is not None:
+                await process.stdio.close()
+
+    async def remove_from_guest(self) -> None:
+        """Have the agent forget it. Bounded; a guest that cannot is left to its end."""
+        if self.sandbox.died.done():
+            return
+        try:
+            async with asyncio.timeout(_REMOVE_DEADLINE):
+                await self.sandbox.agent.remove_container(self.id)
+        except (KataError, TimeoutError) as error:
+            _log.warning("the guest did not remove the container", container=self.id, error=str(error))
+
+    # -- start -------------------------------------------------------------------------------------
+
+    async def start(self, exec_id: str) -> int:
+        """Run a created process; its pid on the host, which is the VMM's."""
+        process = self.process(exec_id)
+        async with process.lock:
+            process.check(Call.START)
+            process.begin_start()
+            try:
+                if process.kind is Kind.INIT:
+                    await self._start_init(process)
+                else:
+                    await self._start_exec(process)
+            finally:
+                process.end_start()
+        return self.pid
+
+    async def _start_init(self, process: Process) -> None:
+        shown = None
+        if process.window is not None:
+            # The terminal exists since Create: with luck the program never sees another size.
+            shown = await self._try_resize(process)
+        await self.sandbox.container_starting(self.id)
+        await self.sandbox.agent.start_container(self.id)
+        process.apply(Call.START)
+        self.events.started()
+        await self.sandbox.container_started(self.id)
+        if process.window != shown:
+            await self._try_resize(process)
+
+    async def _start_exec(self, process: Process) -> None:
+        self._check_takes_execs()
+        agent, stdio = self.sandbox.agent, process.stdio
+        assert stdio is not None  # made by `add_exec`
+        spec, beyond = self._exec_specs[process.exec_id]
+        if process.window is not None:
+            spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window
+        try:
+            ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
+            await agent.exec_process(self.id, process.exec_id, spec, ports=ports, beyond=beyond)
+        except BaseException:
+            # It never ran, so there is no exit event; but who waits for it must not wait for ever.
+            process.finish(Exit.now(VM_DEATH))
+            await stdio.close()
+            raise
+        if not self.sandbox.direct_stdio:
+            stdio.run(agent, self.id, process.exec_id)
+        process.apply(Call.START)
+        self.events.exec_started(process.exec_id)
+        self._watch(process)
+        if process.window is not None:
+            await self._try_resize(process)
+
+    async def add_exec(
+        self, exec_id: str, spec: oci_pb2.Process, stdio: StdioSpec, *, beyond: Mapping[str, Any]
+    ) -> None:
+        """Remember a process to be run by Start. Its output FIFOs are taken now, stdin at Start.
+
+        `beyond`: what of the process is not in `spec` (`shim.spec.oci.Rest`).
+        """
+        self._check_takes_execs()
+        if exec_id in self._exec_specs:
+            raise CallerError(f"exec {exec_id} of {self.id}: already exists", code="ALREADY_EXISTS")
+        process = Process(self.id, exec_id, stdio)
+        spec.Terminal = stdio.terminal
+        self._exec_specs[exec_id] = (spec, beyond)
+        try:
+            process.stdio = await Stdio.open(stdio, container_id=self.id, namespace=self._namespace)
+            try:
+                self._check_takes_execs()
+            except CallerError:
+                await process.stdio.close()
+                raise
+        except BaseException:
+            self._forget_exec(exec_id)
+            raise
+        self.execs[exec_id] = process
+        self.events.exec_added(exec_id)
+
+    def _check_takes_execs(self) -> None:
+        self.init.check(Call.EXEC)
+        if self.init.ended is not None:
+            raise CallerError(f"cannot exec in {self.id}: it has ended: failed precondition")
+
+    def _forget_exec(self, exec_id: str) -> None:
+        self.execs.pop(exec_id, None)
+        self._exec_specs.pop(exec_id, None)
+
+    # -- while it lives ----------------------------------------------------------------------------
+
+    async def kill(self, exec_id: str, signal: int, *, everyone: bool = False) -> None:
+        """Send a signal. NOT_FOUND if the process has ended, here or, unknown to us yet, in the guest.
+
+        `everyone` means each process of the container; if it has ended there is nobody to signal, which
+        is no error. An exec has no such thing: `everyone` makes no difference.
+        """
+        if not 0 <= signal <= _MAX_SIGNAL:
+            raise CallerError(f"signal {signal} does not exist", code="INVALID_ARGUMENT")
+        process = self.process(exec_id)
+        everyone = everyone and process.kind is Kind.INIT
+        if everyone and process.exit is not None:
+            return
+        process.check(Call.KILL)
+        # To the agent an empty exec id is the whole container; the init process alone has its name.
+        whole = everyone or signal == _SIGKILL
+        target = exec_id if exec_id or whole else self.id
+        try:
+            await self.sandbox.agent.signal_process(self.id, target, signal)
+        except KataError as error:
+            if error.code == "NOT_FOUND" or process.ended is not None or self.sandbox.died.done():
+                raise CallerError("process already finished: not found", code="NOT_FOUND") from error
+            raise
+        if signal == _SIGKILL:
+            process.killed.set()
+
+    async def pause(self) -> None:
+        """Freeze all its processes."""
+        async with self.init.lock:
+            self.init.check(Call.PAUSE)
+            await self.sandbox.agent.pause_container(self.id)
+            self.init.apply(Call.PAUSE)
+            self.events.paused()
+
+    async def resume(self) -> None:
+        """Let them run on."""
+        async with self.init.lock:
+            self.init.check(Call.RESUME)
+            await self.sandbox.agent.resume_container(self.id)
+            self.init.apply(Call.RESUME)
+            self.events.resumed()
+
+    async def update(self, resources: oci_pb2.LinuxResources, *, beyond: Mapping[str, Any]) -> None:
+        """Change its limits: the VM grows first where it must, then the guest is told.
+
+        `beyond` as for `add_exec`.
+        """
+        self.init.check(Call.UPDATE)
+        if not self.sandbox.direct_stdio:
+            # Our agent knows the host's CPU numbers from the guest's; a stock one would fail.
+            resources.CPU.ClearField("Cpus")
+            resources.CPU.ClearField("Mems")
+        await self.sandbox.resize(self.id, resources)
+        await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
+
+    async def resize(self, exec_id: str, rows: int, columns: int) -> None:
+        """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op."""
+        process = self.process(exec_id)
+        if not process.stdio_spec.terminal:
+            return
+        process.window = (rows, columns)
+        if process.status in {Status.RUNNING, Status.PAUSED} and process.ended is None:
+            await self.sandbox.agent.tty_win_resize(self.id, exec_id, rows, columns)
+
+    async def _try_resize(self, process: Process) -> tuple[int, int] | None:
+        window = process.window
+        assert window is not None
+        try:
+            await self.sandbox.agent.tty_win_resize(self.id, process.exec_id, *window)
+        except KataError as error:
+            _log.info("the guest did not resize the terminal", process=process.name, error=str(error))
+            return None
+        return window
+
+    def end_input(self, exec_id: str) -> None:
+        """CloseIO of stdin."""
+        stdio = self.process(exec_id).stdio
+        if stdio is not None:
+            stdio.end_input()
+
+    async def wait(self, exec_id: str) -> Exit:
+        """How the process ended, as soon as it has."""
+        return await asyncio.shield(self.process(exec_id).exited)
+
+    # -- exit --------------------------------------------------------------------------------------
+
+    def _watch(self, process: Process) -> None:
+        watcher = asyncio.create_task(self._see_exit(process), name=f"exit of {process.name}")
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _see_exit(self, process: Process) -> None:
+        status = await exit_status(self.sandbox, process)
+        process.ended = Exit.now(VM_DEATH if status is None else status)
+        assert process.stdio is not None
+        dead = self.sandbox.died.done()
+        if process.kind is Kind.INIT and not dead:
+            await self._end_execs()
+        if not await process.stdio.drain(_DEAD_DRAIN if dead else None):
+            _log.warning("output was not taken in time; the exit is told without it", process=process.name)
+        if process.kind is Kind.INIT:
+            self.quiet = True
+            if not dead:
+                await self._quieted(self)
+        await process.until_started_or_not()
+        self._tell_exit(process, process.ended)
+        if process.kind is Kind.INIT:
+            for exec_ in self.execs.values():
+                if exec_.status is Status.CREATED and not exec_.lock.locked():
+                    exec_.finish(Exit.now(_KILLED))  # it can never run: nobody is to wait for it
+            if dead:
+                await self._quieted(self)
+
+    async def _end_execs(self) -> None:
+        """The init process has gone: what runs beside it goes too, and is told before it."""
+        waiting = [exec_ for exec_ in self.execs.values() if exec_.status is Status.RUNNING]
+        for process in waiting:
+            if process.ended is None:
+                with contextlib.suppress(KataError):
+                    await self.sandbox.agent.signal_process(self.id, process.exec_id, _SIGKILL)
+        if waiting:
+            await asyncio.wait([process.exited for process in waiting], timeout=_EXEC_GRACE)
+        for process in waiting:
+            self._tell_exit(process, process.ended or Exit.now(_KILLED))
+
+    def _tell_exit(self, process: Process, ended: Exit) -> None:
+        if process.finish(ended):
+            self.events.exited(process, ended)
+
+    # -- removal -----------------------------------------------------------------------------------
+
+    async def delete_exec(self, exec_id: str) -> Exit:
+        """Forget an exec that has ended or never ran (then its status is 0)."""
+        process = self.process(exec_id)
+        await self._until_exit_is_told(process)
+        async with process.lock:
+            if process.status is Status.DELETED:
+                raise CallerError(f"exec {exec_id} of {self.id}: not found", code="NOT_FOUND")
+            process.apply(Call.DELETE)
+            process.finish(Exit.now(0))
+            self._forget_exec(exec_id)
+            assert process.stdio is not None
+            await process.stdio.close()
+        return process.exited.result()
+
+    async def delete(self, remove: Callable[[], Coroutine[Any, Any, None]]) -> Exit:
+        """Remove a container that has ended or was never started; `remove` releases its resources.
+
+        A created one is killed first, so that its exit is told before its deletion.
+        """
+        process = self.init
+        await self._until_exit_is_told(process)
+        async with process.lock:
+            if process.status is Status.DELETED:
+                raise CallerError(f"container {self.id}: not found", code="NOT_FOUND")
+            process.check(Call.DELETE)
+            if process.status is Status.CREATED:
+                await self._kill_created(process)
+            for exec_ in list(self.execs.values()):
+                async with exec_.lock:  # a start under way comes to its end first
+                    if exec_.status is Status.RUNNING:
+                        self._tell_exit(exec_, exec_.ended or Exit.now(_KILLED))
+                    exec_.finish(Exit.now(_KILLED))
+            process.apply(Call.DELETE)
+            await self.abandon()
+            await remove()
+            ended = process.exited.result()
+            self.events.deleted(ended)
+        return ended
+
+    async def _kill_created(self, process: Process) -> None:
+        with contextlib.suppress(KataError):
+            await self.sandbox.agent.signal_process(self.id, "", _SIGKILL)
+        await asyncio.wait([process.exited], timeout=_KILL_GRACE)
+        self._tell_exit(process, process.ended or Exit.now(_KILLED))
+
+    @staticmethod
+    async def _until_exit_is_told(process: Process) -> None:
+        if process.ended is not None:
+            await asyncio.shield(process.exited)

@@ -1,0 +1,95 @@
+"""The figures of a pod's containers add up to what the pod costs the host, and each has its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from devices.errors import GuestError
+from proto import agent_pb2, metrics_v2_pb2
+from shim.protocols import HostUsage
+from shim.tasks import container_manager
+from tests.unit.shim.fakes import TaskClient
+
+MIB = 1 << 20
+MS = 1_000_000  # ns
+
+
+def used(cpu_ms: int, memory: int) -> agent_pb2.StatsContainerResponse:
+    """What the guest answers for one container; the links are the VM's."""
+    response = agent_pb2.StatsContainerResponse()
+    response.cgroup_stats.cpu_stats.cpu_usage.total_usage = cpu_ms * MS
+    response.cgroup_stats.memory_stats.usage.usage = memory
+    response.network_stats.add(name="eth0", rx_bytes=100)
+    return response
+
+
+@pytest_asyncio.fixture
+async def shim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TaskClient]:
+    """A pod with its sandbox container and a and b."""
+    monkeypatch.setattr(container_manager, "host_is_unified", lambda: True)
+    client = TaskClient(tmp_path, pod="pod")
+    for name in ("pod", "a", "b"):
+        await client.create(name)
+        await client.start(name)
+    client.agent.stats_of.update(pod=used(10, MIB), a=used(200, 20 * MIB), b=used(300, 30 * MIB))
+    client.sandbox.usage = HostUsage(cpu=900 * MS, memory=160 * MIB)
+    yield client
+    await client.close()
+
+
+async def stats(shim: TaskClient, name: str) -> Any:
+    answer = await shim.call("Stats", id=name)
+    return metrics_v2_pb2.Metrics.FromString(answer.stats.value)
+
+
+async def test_the_containers_add_up_to_the_pod(shim: TaskClient) -> None:
+    found = [await stats(shim, name) for name in ("pod", "a", "b")]
+    assert [figures.cpu.usage_usec for figures in found] == [400_000, 200_000, 300_000]
+    assert [figures.memory.usage for figures in found] == [110 * MIB, 20 * MIB, 30 * MIB]
+    assert found[0].cpu.system_usec == 390_000, "what the VM costs is no time of the container's program"
+
+
+async def test_the_links_are_told_once(shim: TaskClient) -> None:
+    found = [await stats(shim, name) for name in ("pod", "a", "b")]
+    assert [[link.name for link in figures.network] for figures in found] == [["eth0"], [], []]
+
+
+async def test_cpu_time_never_goes_back(shim: TaskClient) -> None:
+    """Neither when a container goes with what it had used, nor when the two clocks disagree."""
+    first = (await stats(shim, "pod")).cpu.usage_usec
+    shim.guest("a").exit(0)
+    await shim.wait("a")
+    await shim.delete("a")
+    assert (await stats(shim, "pod")).cpu.usage_usec == first, "a's time is not charged to the sandbox"
+    shim.agent.stats_of["b"] = used(350, 0)
+    assert (await stats(shim, "pod")).cpu.usage_usec == first
+    shim.agent.stats_of["b"] = used(100, 0)
+    assert (await stats(shim, "pod")).cpu.usage_usec == first
+
+
+async def test_a_container_that_goes_meanwhile_hurts_nobody(shim: TaskClient) -> None:
+    async def gone() -> None:
+        if shim.agent.calls[-1] == ("stats_container", "a", ""):
+            raise GuestError("no such container", code="NOT_FOUND")
+
+    shim.agent.before["stats_container"] = gone
+    assert (await stats(shim, "pod")).cpu.usage_usec == 600_000
+
+
+async def test_a_single_container_has_its_own_figures_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its limit holds in the guest, so the VM's memory must not be counted against it."""
+    monkeypatch.setattr(container_manager, "host_is_unified", lambda: True)
+    shim = TaskClient(tmp_path)
+    await shim.create()
+    shim.agent.stats = used(10, MIB)
+    shim.sandbox.usage = HostUsage(cpu=900 * MS, memory=160 * MIB)
+    figures = await stats(shim, "c")
+    assert (figures.cpu.usage_usec, figures.memory.usage, figures.network[0].name) == (10_000, MIB, "eth0")
+    await shim.close()
