@@ -125,22 +125,16 @@ def programs(version: str) -> Path:
 
 
 def install_shim(directory: Path) -> Path:
-    """Put `containerd-shim-kata-v2` of this checkout into `directory`; answers its path.
-
-    The launcher script is the one that `make install` writes; until it exists, the console script.
-    """
+    """Put `containerd-shim-kata-v2` of this checkout into `directory`, as `make install` does; its path."""
     target = directory / "containerd-shim-kata-v2"
     directory.mkdir(parents=True, exist_ok=True)
-    if (PROJECT / "shim" / "launcher_script.py").exists():
-        subprocess.run(
-            [sys.executable, "-m", "shim.launch.launcher_script", str(target)],
-            check=True,
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            timeout=30,
-        )
-    else:
-        target.symlink_to(PROJECT / ".venv/bin/containerd-shim-kata-v2")
+    subprocess.run(
+        [sys.executable, "-m", "shim.launch.launcher_script", str(target)],
+        check=True,
+        cwd=PROJECT,
+        stdin=subprocess.DEVNULL,
+        timeout=30,
+    )
     return target
 
 

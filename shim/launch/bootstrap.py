@@ -15,9 +15,6 @@ containerd.runtime.bootstrap.v1.BootstrapParams {... 3 log_level, 8 repeated Ext
 9 socket_dir}; only the second has fields above 2.
 """
 
-from __future__ import annotations
-
-import errno
 import os
 
 __all__ = ["Options", "answer", "decode", "join_cgroup"]
@@ -86,7 +83,7 @@ def join_cgroup(root: str, path: str, pid: int) -> None:
     """
     clean = os.path.normpath("/" + path).lstrip("/")
     if ".." in path.split("/") or not clean:
-        raise OSError(errno.EINVAL, f"shim_cgroup {path!a} is not a path below the cgroup root")
+        raise OSError(22, f"shim_cgroup {path!a} is not a path below the cgroup root")
     unified = os.path.exists(os.path.join(root, "cgroup.controllers"))
     hierarchies = [""] if unified else sorted(os.listdir(root))
     joined = False
@@ -98,7 +95,7 @@ def join_cgroup(root: str, path: str, pid: int) -> None:
                 procs.write(b"%d" % pid)
             joined = True
     if not joined:
-        raise OSError(errno.ENOENT, f"shim_cgroup {path!a} does not exist below {root}")
+        raise OSError(2, f"shim_cgroup {path!a} does not exist below {root}")
 
 
 def _take(options: Options, any_fields: list[tuple[int, bytes, int]]) -> None:

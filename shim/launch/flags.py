@@ -6,8 +6,6 @@ Why not argparse: importing it costs more than the whole rest of `start`, and it
 Invariants: no import at all; nothing here touches the system.
 """
 
-from __future__ import annotations
-
 __all__ = ["USAGE", "FlagError", "Flags", "check_id", "parse", "runtime_class_of"]
 
 MAX_ID = 128

@@ -7,8 +7,6 @@ module imports nothing that a bare interpreter has not loaded already.
 Invariants: every path is made of constants, checked ids and hex digits.
 """
 
-from __future__ import annotations
-
 import os
 
 __all__ = [
