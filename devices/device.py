@@ -12,7 +12,6 @@ plugged without users, and the next one finds it there.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from dataclasses import replace
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from devices.config import BlockConfig, DeviceConfig, VhostUserBlkConfig, VhostUserNetConfig
 from devices.errors import BugError, CallerError, UnsupportedByHypervisor
+from devices.threads import look
 
 __all__ = ["ChangingHost", "Device", "DeviceHost", "PluggedDevice"]
 
@@ -129,7 +129,7 @@ class PluggedDevice:
     async def get_major_minor(self) -> tuple[int, int]:
         """Of the host's block device behind it; (-1, -1) for an image file and for other kinds."""
         path = await self.get_host_path()
-        info = await asyncio.to_thread(os.stat, path) if path else None
+        info = await look(os.stat, path) if path else None
         if info is None or not stat.S_ISBLK(info.st_mode):
             return (-1, -1)
         return (os.major(info.st_rdev), os.minor(info.st_rdev))

@@ -14,8 +14,6 @@ bytes that it locks), loop(4), Documentation/ABI/stable/sysfs-block.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import fcntl
 import os
@@ -23,6 +21,7 @@ import stat
 import struct
 
 from devices.errors import CallerError, HostError
+from devices.threads import acquire
 
 __all__ = ["claim", "device_node", "hold", "probe", "users"]
 
@@ -72,17 +71,7 @@ def probe(path: str, *, read_only: bool) -> None:
 
 async def hold(path: str, *, read_only: bool) -> int:
     """`claim` beside the event loop."""
-    work = asyncio.ensure_future(asyncio.to_thread(claim, path, read_only=read_only))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        work.add_done_callback(_let_go)
-        raise
-
-
-def _let_go(work: asyncio.Future[int]) -> None:
-    with contextlib.suppress(CallerError, HostError, asyncio.CancelledError):
-        os.close(work.result())
+    return await acquire(claim, path, read_only=read_only, lost=os.close)
 
 
 def device_node(number: int) -> str:

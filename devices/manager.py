@@ -21,6 +21,7 @@ from devices.config import BlockConfig, DeviceConfig, IoLimits, VhostUserBlkConf
 from devices.device import ChangingHost, DeviceHost, PluggedDevice
 from devices.errors import BugError, CallerError, HostError
 from devices.kinds import Kind
+from devices.threads import look
 
 __all__ = ["AgentDevice", "DeviceManager", "PluggedDevice", "disk_name"]
 
@@ -75,7 +76,7 @@ class DeviceManager:
         Raises HostError when a disk's source is not there, CallerError when it is in use on the host, or here
         with other properties, BugError when the id is another device's, and what the hypervisor raises.
         """
-        source = await asyncio.to_thread(_source, dev_info)
+        source = await look(_source, dev_info)
         async with self._lock(source):
             name = next((name for name, known in self._sources.items() if known == source), None)
             if name is not None and self._devices[name].leaving:

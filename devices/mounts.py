@@ -3,7 +3,7 @@
 What: `make_private`, `mount_rootfs`, `bind`, `unmount`, `unmount_below`, and a reader of mountinfo.
 Why not mount(8): a fork and exec for each, and its text for an interface.
 Invariants: nothing here follows a symbolic link on unmount; every function blocks, so callers on the
-event loop use asyncio.to_thread (all threads share the daemon's mount namespace as long as they were
+event loop use `devices.threads.acquire` (all threads share the daemon's mount namespace as long as they were
 made after `make_private`).
 
 An overlay of many layers does not fit the one page that mount(2) takes as data. As containerd does,

@@ -14,7 +14,6 @@ Source: Documentation/ABI/testing/sysfs-bus-pci (driver_override), drivers/base/
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from devices.errors import CallerError, HostError
 from devices.in_use import users
+from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from devices.vfio import PciFunction, read_function
 
@@ -47,20 +47,18 @@ async def give_to_vfio(function: PciFunction, undo: UndoLog, sysfs: str = "/sys"
     Raises CallerError when the host uses it (`check_unused`), HostError when the kernel refuses; its driver
     is the old one then.
     """
-    await asyncio.to_thread(check_unused, function, sysfs)
+    await look(check_unused, function, sysfs)
     old = _text(f"{sysfs}/bus/pci/devices/{function.address}/driver_override").strip()
     facts = {
         "address": function.address,
         "driver": function.driver,
         "override": "" if old == "(null)" else old,
     }
-    entry = undo.record(KIND, lambda: asyncio.to_thread(restore, facts, sysfs), **facts)
-    binding = asyncio.ensure_future(asyncio.to_thread(_bind, function, sysfs))
+    entry = undo.record(KIND, lambda: acquire(restore, facts, sysfs), **facts)
     try:
-        await asyncio.shield(binding)
+        await acquire(_bind, function, sysfs)
     except BaseException:
-        await asyncio.wait({binding})  # who gave up must not be overtaken by what he began
-        await asyncio.to_thread(restore, facts, sysfs)
+        await acquire(restore, facts, sysfs)
         undo.forget(entry)
         raise
     return entry

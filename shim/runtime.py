@@ -22,6 +22,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import CallerError
 from devices.kinds import Kind, Op
+from devices.threads import acquire, look
 from devices.vsock import STREAM_PORT
 from hypervisors.registry import get_plugin, register_built_in
 from proto import task_v2_pb2, task_v3_pb2
@@ -121,7 +122,7 @@ class VirtContainer:
         context = self._context
         with self.trace.phase("config", id=name):
             # A sandbox without a task of its own (Sandbox API) has its options from `start` alone.
-            config = await asyncio.to_thread(
+            config = await look(
                 load_config,
                 options_path=config_path(options) or context.config_path or None,
                 env=os.environ,
@@ -157,9 +158,9 @@ class VirtContainer:
         if wanted:
             from shim.resources.container_devices import check
 
-            await asyncio.to_thread(check, wanted, disk_style(self._config.hypervisor).store)
+            await look(check, wanted, disk_style(self._config.hypervisor).store)
         if volumes:
-            await asyncio.to_thread(check_direct, volumes)
+            await look(check_direct, volumes)
 
     async def _passed(self, config: Config, spec: Mapping[str, Any]) -> Wanted | None:
         """The devices of VFIO that the VM starts with. Refuses what the first container cannot have, before
@@ -172,7 +173,7 @@ class VirtContainer:
             able.require(config.hypervisor_name, Kind.VFIO, Op.COLD)
         from shim.resources.vfio_devices import find
 
-        found = await asyncio.to_thread(find, spec, vfio)
+        found = await look(find, spec, vfio)
         return found if vfio.cold != "no-port" else None
 
     def new_instance(
@@ -239,7 +240,7 @@ class VirtContainer:
             await self.pod.stop(0)
         if self._sandbox is not None:
             await self._sandbox.stop()
-        await asyncio.to_thread(self.trace.close)
+        await acquire(self.trace.close)
 
 
 class Service:

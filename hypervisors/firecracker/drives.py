@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from devices.config import BlockConfig
 from devices.errors import HostError, HypervisorError
+from devices.threads import acquire
 from hypervisors.firecracker import boot
 from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
@@ -56,9 +57,7 @@ class Drives:
         calls = []
         for device in disks:
             slot = self._add(device.read_only, device.id)
-            path = await asyncio.to_thread(
-                self._den.lend, device.path, slot.drive, read_only=device.read_only
-            )
+            path = await acquire(self._den.lend, device.path, slot.drive, read_only=device.read_only)
             calls.append(boot.drive(self._section, slot.drive, path, read_only=device.read_only))
         for number in range(2 * self._section.block_device_slots):
             slot = self._add(number < self._section.block_device_slots)
@@ -81,15 +80,13 @@ class Drives:
                     hint="raise [hypervisor.firecracker] block_device_slots",
                 )
             try:
-                path = await asyncio.to_thread(
-                    self._den.lend, device.path, slot.drive, read_only=device.read_only
-                )
+                path = await acquire(self._den.lend, device.path, slot.drive, read_only=device.read_only)
                 await _patch(api, slot, path)
             except OSError as error:
-                await asyncio.to_thread(self._den.take_back, slot.drive)
+                await acquire(self._den.take_back, slot.drive)
                 raise HostError(f"cannot lend {device.path} to the VM: {error}", phase="devices") from error
             except BaseException:
-                await asyncio.to_thread(self._den.take_back, slot.drive)
+                await acquire(self._den.take_back, slot.drive)
                 raise
             slot.user = device.id
             return disk_path(slot.index)
@@ -101,7 +98,7 @@ class Drives:
             if slot is None:
                 return False
             await _patch(api, slot, EMPTY)
-            await asyncio.to_thread(self._den.take_back, slot.drive)
+            await acquire(self._den.take_back, slot.drive)
             slot.user = ""
             return True
 

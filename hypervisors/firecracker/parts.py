@@ -8,11 +8,11 @@ Invariants: a part is here from the moment it exists; `Firecracker.cleanup` rele
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from devices.child import Child
 from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, NetworkConfig, RngConfig, VsockConfig
+from devices.threads import acquire
 from devices.undo import Entry
 from devices.vsock import HybridVsock
 from hypervisors.firecracker import boot
@@ -50,8 +50,8 @@ async def configure(parts: Parts, section: FirecrackerConfig) -> None:
     den, api = parts.den, parts.api
     assert den is not None
     assert api is not None
-    kernel = await asyncio.to_thread(den.lend, section.kernel, "kernel")
-    initrd = await asyncio.to_thread(den.lend, section.initrd, "initrd") if section.initrd else ""
+    kernel = await acquire(den.lend, section.kernel, "kernel")
+    initrd = await acquire(den.lend, section.initrd, "initrd") if section.initrd else ""
     words = boot.kernel_command_line(
         section,
         console=any(isinstance(device, ConsoleConfig) for device in parts.cold),
@@ -83,8 +83,8 @@ async def load(parts: Parts, section: FirecrackerConfig) -> None:
     assert den is not None
     assert api is not None
     await _drives(parts, section)  # the saved state knows them by these names
-    state = await asyncio.to_thread(den.lend, section.device_state_path, "device-state")
-    memory = await asyncio.to_thread(den.lend, section.memory_path, "memory")
+    state = await acquire(den.lend, section.device_state_path, "device-state")
+    memory = await acquire(den.lend, section.memory_path, "memory")
     body = {
         "snapshot_path": state,
         "mem_backend": {"backend_type": "File", "backend_path": memory},

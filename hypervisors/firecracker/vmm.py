@@ -31,6 +31,7 @@ from devices.config import (
 from devices.errors import BugError, HostError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.rendezvous import connect_when_listening
+from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
@@ -86,7 +87,7 @@ class Firecracker:
                 hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
             )
         self._netns = netns
-        self._parts.den = await asyncio.to_thread(self._open_den)
+        self._parts.den = await acquire(self._open_den)
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
@@ -161,8 +162,8 @@ class Firecracker:
             await self.pause_vm()
         try:
             if den.jailed:
-                await asyncio.to_thread(os.chown, path, den.uid, den.gid)
-            inside = await asyncio.to_thread(den.lend, path, "snapshot", read_only=False)
+                await acquire(os.chown, path, den.uid, den.gid)
+            inside = await acquire(den.lend, path, "snapshot", read_only=False)
             body = {
                 "snapshot_type": "Full",
                 "snapshot_path": f"{inside}/device_state",
@@ -174,7 +175,7 @@ class Firecracker:
                 f"cannot save the VM to {path}: {error.strerror or error}", phase="save"
             ) from error
         finally:
-            await asyncio.to_thread(den.take_back, "snapshot")
+            await acquire(den.take_back, "snapshot")
             if running:
                 await self.resume_vm()
 
@@ -255,7 +256,7 @@ class Firecracker:
 
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`: Firecracker names its threads `fc_vcpu N`."""
-        return VcpuThreadIds(await asyncio.to_thread(vcpu_threads, self._process().pid))
+        return VcpuThreadIds(await look(vcpu_threads, self._process().pid))
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -285,10 +286,10 @@ class Firecracker:
         parts.report.close()
         while parts.cgroups:
             entry = parts.cgroups.pop()
-            await asyncio.to_thread(remove_cgroup, str(entry.facts["path"]))
+            await acquire(remove_cgroup, str(entry.facts["path"]))
             self._undo.forget(entry)
         if parts.den is not None:
-            await asyncio.to_thread(_remove_files, parts.den)
+            await acquire(_remove_files, parts.den)
 
     async def check(self) -> None:
         """See `Hypervisor.check`."""
@@ -347,7 +348,7 @@ class Firecracker:
     async def _spawn(self, timeout: float) -> None:
         """Firecracker up to an answering API, log and metrics flowing. Raises KataError, OSError."""
         den, parts, section = self._den(), self._parts, self._section
-        await asyncio.to_thread(self._make_files, den)
+        await acquire(self._make_files, den)
         parts.report.open(den)
         jail = jail_id(self._sandbox_id) if den.jailed else ""
         version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1

@@ -8,12 +8,12 @@ Source: qapi/block-core.json (block_resize, query-named-block-nodes), docs/throt
 
 from __future__ import annotations
 
-import asyncio
 import os
 from dataclasses import replace
 
 from devices.config import BlockConfig, BlockFormat
 from devices.errors import CallerError, HostError, HypervisorError, UnsupportedByHypervisor
+from devices.threads import look
 from hypervisors.qemu.qmp import QmpClient
 from hypervisors.qemu.recipes import limits_name, node_name, throttle
 
@@ -33,7 +33,7 @@ async def update_disk(qmp: QmpClient, old: BlockConfig, new: BlockConfig) -> Non
     if limits and not old.options.limits:
         raise UnsupportedByHypervisor("qemu", f"limits on disk {old.id}, which was plugged without")
     present = await _virtual_size(qmp, old.id)
-    size = new.size or (await asyncio.to_thread(_host_size, new.path) if new.format is BlockFormat.RAW else 0)
+    size = new.size or (await look(_host_size, new.path) if new.format is BlockFormat.RAW else 0)
     if 0 < size < present:
         raise CallerError(
             f"disk {old.id} has {present} bytes and cannot shrink to {size}",

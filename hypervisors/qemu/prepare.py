@@ -7,7 +7,6 @@ Invariants: a daemon gets ready while the rest is prepared; QEMU inherits its co
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from devices.console import Console
 from devices.errors import CallerError, HostError
 from devices.kinds import Kind
 from devices.share_fs import Virtiofsd, is_noise
+from devices.threads import look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
@@ -67,8 +67,8 @@ async def prepare(
         case VsockConfig():
             return await _vsock(parts, device, state_dir, undo)
         case BlockConfig():
-            host_device = await asyncio.to_thread(is_block_device, device.path)
-            size = await asyncio.to_thread(memory_size, device) if device.kind is Kind.PMEM else 0
+            host_device = await look(is_block_device, device.path)
+            size = await look(memory_size, device) if device.kind is Kind.PMEM else 0
             return Placed(device=device, host_device=host_device, bytes=size)
         case ConsoleConfig():
             parts.console = Console(_log_console if debug else None)

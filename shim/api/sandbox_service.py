@@ -24,6 +24,7 @@ import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import CallerError
+from devices.threads import acquire
 from proto import sandbox_v1_pb2 as messages
 from shim.api.pod_info import describe, measure
 from shim.sandbox.pod_config import PodDefaults, parse_options, sandbox_spec, shares_pids, write_files
@@ -106,7 +107,7 @@ class SandboxService:
         config = parse_options(request.options)
         bundle = request.bundle_path or self._bundle
         base = load_spec(bundle) if os.path.exists(os.path.join(bundle, "config.json")) else {}
-        files = await asyncio.to_thread(write_files, self._files, config)
+        files = await acquire(write_files, self._files, config)
         spec = sandbox_spec(
             base,
             config,

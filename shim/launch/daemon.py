@@ -29,6 +29,7 @@ from google.protobuf.empty_pb2 import Empty
 from devices import syscalls
 from devices.errors import CallerError, KataError
 from devices.mounts import make_private
+from devices.threads import acquire
 from proto import task_v2_pb2, task_v3_pb2
 from shim.launch.flags import Flags
 from shim.launch.reaper import Reaper
@@ -195,7 +196,7 @@ async def _serve_tasks(
     loop.set_exception_handler(_log_stray)
     directory = state_dir(sandbox_id)
     if os.path.exists(directory):
-        await asyncio.to_thread(_recover, sandbox_id, address)
+        await acquire(_recover, sandbox_id, address)
     journal = Journal.create(directory, sandbox_id)
     # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
     own = {"pid": os.getpid(), "start": start_time(os.getpid())}
@@ -257,7 +258,7 @@ async def _serve_tasks(
     errors = await journal.release_all()
     if not errors:
         try:
-            await asyncio.to_thread(journal.remove)
+            await acquire(journal.remove)
         except OSError as error:
             errors.append(error)
     for left in errors:

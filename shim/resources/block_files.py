@@ -23,6 +23,7 @@ import structlog
 from devices import mounts
 from devices.errors import HostError, KataError
 from devices.manager import DeviceManager
+from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from hypervisors.base import Hypervisor
 from proto import agent_pb2
@@ -100,7 +101,7 @@ class BlockFiles:
         async with self._lock:
             held = self._containers[container_id] = _Container()
             try:
-                device = await asyncio.to_thread(_block_rootfs, rootfs)
+                device = await look(_block_rootfs, rootfs)
                 if device is not None:
                     path, fstype, options = device
                     storages = [await self._disk(held, path, guest_rootfs(container_id), fstype, options)]
@@ -142,7 +143,7 @@ class BlockFiles:
     ) -> list[agent_pb2.Storage]:
         """An image of the root file system, a scratch disk, and one above the other."""
         base = os.path.dirname(guest_rootfs(container_id))
-        digest = await asyncio.to_thread(rootfs_digest, rootfs)
+        digest = await look(rootfs_digest, rootfs)
         image = await self._image(held, container_id, rootfs, root_path, digest)
         scratch = f"{self._folder}/{container_id}.ext4"
         held.entries.append(self._undo.record("file", path=scratch))
@@ -168,9 +169,9 @@ class BlockFiles:
             os.mkdir(stage, 0o700)
             entries.append(self._undo.record("mount", path=stage))
             if rootfs:
-                await asyncio.to_thread(mounts.mount_rootfs, rootfs, stage)
+                await acquire(mounts.mount_rootfs, rootfs, stage)
             else:
-                await asyncio.to_thread(mounts.bind, root_path, stage, read_only=True)
+                await acquire(mounts.bind, root_path, stage, read_only=True)
             image, held.image = await self._store.image(stage, digest)
         finally:
             for error in await self._release(entries):
@@ -185,7 +186,7 @@ class BlockFiles:
         """Plug the disk in; how the agent finds and mounts it."""
         read_only = "ro" in options
         name = "d" + hashlib.sha256(mount_point.encode()).hexdigest()[:16]
-        info = await asyncio.to_thread(os.stat, path)
+        info = await look(os.stat, path)
         ours = path.startswith(f"{self._data_dir}/")
         config = await self._style.disk(name, path, read_only=read_only, ours=ours)
         device = await self._devices.try_add_device(config, self._hypervisor)
@@ -217,7 +218,7 @@ class BlockFiles:
         while entries:
             entry = entries.pop()
             with _collected(errors):
-                await asyncio.to_thread(_release, entry)
+                await acquire(_release, entry)
                 self._undo.forget(entry)
         return errors
 

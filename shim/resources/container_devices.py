@@ -11,7 +11,6 @@ hold it back). What `add` plugged is among the container's holdings.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import os
 import struct
@@ -22,6 +21,7 @@ from devices.errors import HostError
 from devices.holdings import Holdings
 from devices.in_use import device_node, probe
 from devices.manager import DeviceManager
+from devices.threads import look
 from proto import agent_pb2
 from shim.resources.disks import DiskStyle
 from shim.resources.vhost_user_store import MAJORS, find
@@ -70,11 +70,9 @@ class ContainerDevices:
         name = f"b{device.major}-{device.minor}"
         if device.major in MAJORS:
             store = self._style.store
-            return self._style.served(
-                name, await asyncio.to_thread(find, store, device.major, device.minor, device.path)
-            )
-        path = await asyncio.to_thread(_node, device)
-        read_only = await asyncio.to_thread(_read_only, path, device)
+            return self._style.served(name, await look(find, store, device.major, device.minor, device.path))
+        path = await look(_node, device)
+        read_only = await look(_read_only, path, device)
         return await self._style.disk(name, path, read_only=read_only, limits=device.limits)
 
 

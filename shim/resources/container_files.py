@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
+from devices.threads import acquire
 from proto import agent_pb2
 from shim.protocols import RootfsMount
 from shim.resources.shared_dir import SharedDir
@@ -64,7 +65,7 @@ class SharedFiles:
     async def set_up(self) -> None:
         """See `ContainerFiles`."""
         async with self._lock:
-            await asyncio.to_thread(self._share.set_up)
+            await acquire(self._share.set_up)
 
     def sandbox_storages(self) -> list[agent_pb2.Storage]:
         """The share itself."""
@@ -81,22 +82,22 @@ class SharedFiles:
     async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
         """Those that another container has already get its names, so that both see one file."""
         async with self._lock:
-            return await asyncio.to_thread(self._share.merge, volumes)
+            return await acquire(self._share.merge, volumes)
 
     async def add(
         self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
     ) -> list[agent_pb2.Storage]:
         """See `ContainerFiles`."""
         async with self._lock:
-            await asyncio.to_thread(self._share.add_container, container_id, rootfs, root_path, volumes)
+            await acquire(self._share.add_container, container_id, rootfs, root_path, volumes)
         return []
 
     async def remove(self, container_id: str) -> list[Exception]:
         """See `ContainerFiles`."""
         async with self._lock:
-            return list(await asyncio.to_thread(self._share.remove_container, container_id))
+            return list(await acquire(self._share.remove_container, container_id))
 
     async def tear_down(self) -> list[Exception]:
         """See `ContainerFiles`."""
         async with self._lock:
-            return list(await asyncio.to_thread(self._share.tear_down))
+            return list(await acquire(self._share.tear_down))

@@ -11,7 +11,6 @@ are left out, with a line in the log.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import Protocol
 import structlog
 
 from devices.errors import CallerError
+from devices.threads import acquire, look
 from proto import agent_pb2
 from shim.spec.guest_spec import Volume
 
@@ -52,7 +52,7 @@ class _Entry:
 
 async def copy_volume(agent: FileCopier, volume: Volume) -> None:
     """Copy it to `volume.guest_path`. Raises CallerError if it cannot be, and what the agent raises."""
-    entries = await asyncio.to_thread(_plan, volume)
+    entries = await look(_plan, volume)
     for entry in entries:
         request = agent_pb2.CopyFileRequest(
             path=volume.guest_path + entry.below,
@@ -72,12 +72,12 @@ async def copy_volume(agent: FileCopier, volume: Volume) -> None:
 
 async def _copy_content(agent: FileCopier, request: agent_pb2.CopyFileRequest, path: str) -> None:
     """A file that changes meanwhile is cut or filled up to the size it had at first."""
-    file = await asyncio.to_thread(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = await acquire(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, lost=os.close)
     try:
         request.file_size = os.fstat(file).st_size
         while True:
             left = request.file_size - request.offset
-            data = await asyncio.to_thread(os.pread, file, min(left, _PIECE), request.offset)
+            data = await look(os.pread, file, min(left, _PIECE), request.offset)
             request.data = data or bytes(min(left, _PIECE))
             await agent.copy_file(request)
             request.offset += len(request.data)

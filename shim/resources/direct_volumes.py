@@ -12,7 +12,6 @@ Source: Kata's direct-assigned-volume design: the storage driver (or an administ
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import errno
@@ -29,6 +28,7 @@ from devices.device import ChangingHost
 from devices.errors import CallerError, HostError
 from devices.holdings import Holdings
 from devices.manager import AgentDevice, DeviceManager
+from devices.threads import acquire
 from devices.undo import Entry, UndoLog
 from proto import agent_pb2, csi_pb2, types_pb2
 from shim.resources.disks import DiskStyle
@@ -287,7 +287,7 @@ class DirectVolumes:
             raise CallerError(
                 f"volume {volume.source} cannot be resized: {why}", phase=_PHASE, code="INVALID_ARGUMENT"
             )
-        await asyncio.to_thread(_grow, volume.device, size)
+        await acquire(_grow, volume.device, size)
         await self._devices.update_disk(used.disk, host)
         await agent.resize_volume(volume.mount_point, size)
 

@@ -14,7 +14,6 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import itertools
@@ -26,6 +25,7 @@ import structlog
 
 from devices.child import Child
 from devices.errors import HostError
+from devices.threads import acquire
 from devices.undo import UndoLog
 from shim.protocols import RootfsMount
 
@@ -77,14 +77,14 @@ class ImageStore:
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         name = digest or f"private-{os.getpid()}-{hashlib.sha256(tree.encode()).hexdigest()[:16]}"
         path = f"{self._directory}/{name}.erofs"
-        held = await asyncio.to_thread(_hold, path) if digest else -1
+        held = await acquire(_hold, path, lost=_drop) if digest else -1
         if held < 0:
             partial = f"{path}.{os.getpid()}-{next(_numbers)}"
             entry = self._undo.record("file", path=partial)
             try:
                 await _run(self._undo, "mkfs.erofs", ["-d0", "-x1", partial, tree], _BUILD)
                 os.chmod(partial, 0o444)  # for a VMM without root's rights; the directory is root's
-                held = await asyncio.to_thread(_hold, partial)
+                held = await acquire(_hold, partial, lost=_drop)
                 os.rename(partial, path)
             except BaseException:
                 if os.path.exists(partial):
@@ -92,7 +92,7 @@ class ImageStore:
                 raise
             finally:
                 self._undo.forget(entry)
-            await asyncio.to_thread(self._make_room)
+            await acquire(self._make_room)
         return path, held
 
     def _make_room(self) -> None:
@@ -146,6 +146,11 @@ def _hold(path: str) -> int:
             os.utime(fd)
             return fd
         os.close(fd)  # removed between open and lock
+
+
+def _drop(held: int) -> None:
+    if held >= 0:
+        os.close(held)
 
 
 async def _run(undo: UndoLog, program: str, arguments: Sequence[str], timeout: float) -> None:

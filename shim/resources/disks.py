@@ -9,7 +9,6 @@ Source: Kata's keys (facts/kata.md 5.2).
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
 import stat
@@ -17,6 +16,7 @@ from typing import Any
 
 from devices.config import BlockConfig, BlockOptions, IoLimits, VhostUserBlkConfig
 from devices.kinds import Kind
+from devices.threads import look
 from proto import agent_pb2
 
 __all__ = ["PMEM_MODULES", "DiskStyle", "disk_style"]
@@ -41,7 +41,7 @@ class DiskStyle:
     ) -> BlockConfig:
         """One disk; `limits` instead of the configuration's. Its file is looked at, nothing refused yet."""
         driver = self.driver
-        if driver is Kind.PMEM and not (read_only and await asyncio.to_thread(_can_be_memory, path)):
+        if driver is Kind.PMEM and not (read_only and await look(_can_be_memory, path)):
             driver = Kind.BLK
         options = self.options if limits is None else dataclasses.replace(self.options, limits=limits)
         return BlockConfig(id=name, path=path, read_only=read_only, driver=driver, options=options, ours=ours)

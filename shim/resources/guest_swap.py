@@ -12,7 +12,6 @@ Source: mkswap(8), include/linux/swap.h (union swap_header), Kata's enable_guest
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import struct
@@ -23,6 +22,7 @@ from devices.config import BlockConfig
 from devices.device import DeviceHost
 from devices.errors import HostError
 from devices.manager import DeviceManager
+from devices.threads import acquire
 from devices.undo import Entry, UndoLog
 
 __all__ = ["GuestSwap", "SwapAgent", "SwapSettings", "write_signature"]
@@ -57,7 +57,7 @@ class GuestSwap:
     async def start(self, devices: DeviceManager, host: DeviceHost, agent: SwapAgent) -> None:
         """Make it, plug it, use it. Raises KataError; `close` undoes what was done."""
         self._entry = self._undo.record("file", path=self._path)
-        await asyncio.to_thread(_make, self._path, self._settings.size)
+        await acquire(_make, self._path, self._settings.size)
         name = await devices.try_add_device(BlockConfig(id="swap0", path=self._path, ours=True), host)
         disk = await devices.generate_agent_device(name)
         await agent.add_swap(disk.id)
@@ -66,7 +66,7 @@ class GuestSwap:
         """Remove the file; only when the VM is gone. Idempotent."""
         if self._entry is not None:
             entry, self._entry = self._entry, None
-            await asyncio.to_thread(_remove, self._path)
+            await acquire(_remove, self._path)
             self._undo.forget(entry)
 
 

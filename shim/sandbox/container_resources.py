@@ -11,7 +11,6 @@ have are imported when one has it.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from devices.errors import KataError
 from devices.holdings import Holdings
 from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
+from devices.threads import look
 from devices.undo import UndoLog
 from hypervisors.base import Hypervisor
 from proto import agent_pb2
@@ -99,7 +99,7 @@ class ContainerResources:
 
         devices = ContainerDevices(self._devices, self._holdings, self._settings.disks)
         disks = [await devices.disk(device) for device in host_devices(spec)]
-        direct = await asyncio.to_thread(find_direct, plan_volumes(spec, self._settings.sandbox_id))
+        direct = await look(find_direct, plan_volumes(spec, self._settings.sandbox_id))
         disks += [await self._direct.disk(volume) for volume in direct.values()]
         for disk in disks:
             await self._devices.try_add_device(disk, self._hypervisor)
@@ -115,7 +115,7 @@ class ContainerResources:
             spec = complete(spec, self._settings.pod)
         kind = self._settings.container_type if container_id == self._settings.sandbox_id else MEMBER
         volumes = [] if kind == OWN else plan_volumes(spec, container_id)
-        direct = await asyncio.to_thread(find_direct, volumes) if volumes else {}
+        direct = await look(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
         disks = [] if kind == OWN else host_devices(spec)
         passed = await self._find_passed(spec) if kind != OWN else None
@@ -191,7 +191,7 @@ class ContainerResources:
             return None
         from shim.resources.vfio_devices import find
 
-        return await asyncio.to_thread(find, spec, self._settings.vfio)
+        return await look(find, spec, self._settings.vfio)
 
     def _vfio_devices(self) -> VfioDevices:
         if self._vfio is None:

@@ -26,6 +26,7 @@ import ttrpc
 from devices.config import ShareFsConfig
 from devices.errors import BugError, GuestError, HypervisorError, KataError
 from devices.manager import DeviceManager
+from devices.threads import look
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
@@ -292,12 +293,12 @@ class VirtSandbox:
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
-        there: bool = await asyncio.to_thread(lambda: os.path.exists(path))
+        there: bool = await look(lambda: os.path.exists(path))
         if not there:
             return
         from shim.resources.network.dan import DanNetwork, read
 
-        dan = await asyncio.to_thread(read, path)
+        dan = await look(read, path)
         if dan is not None:
             settings = self.settings.network
             self._network = DanNetwork(dan, settings, self._hypervisor, self._devices, self._trace)

@@ -10,12 +10,12 @@ failed stays in the file, for `delete` to try again, and is not tried twice here
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import inspect
 import os
 
 from devices.errors import HostError
+from devices.threads import acquire
 from devices.undo import Entry, Release
 from shim.state import journalfile, releases
 from shim.state.safefs import remove_tree
@@ -91,7 +91,7 @@ class Journal:
             return
         if entry.release is None:
             record = journalfile.Record(number, entry.kind, entry.facts)
-            await asyncio.to_thread(releases.release, record)
+            await acquire(releases.release, record)
         else:
             outcome = entry.release()
             if inspect.isawaitable(outcome):

@@ -10,7 +10,6 @@ Source: Kata's DAN (facts/kata.md 1.6; runtime-rs, network/dan.rs, for names and
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import json
@@ -26,6 +25,7 @@ from devices.config import NetworkConfig, VhostUserNetConfig
 from devices.errors import HostError
 from devices.kinds import Op
 from devices.manager import DeviceManager
+from devices.threads import acquire
 from hypervisors.base import Hypervisor
 from shim.resources.network.netns import Netns
 from shim.resources.network.scan import Address, Link, Neighbor, Route, Scan
@@ -288,10 +288,10 @@ class DanNetwork:
             return NetworkConfig(id=name, mac=card.link.mac, tap=card.tap)
 
         def there() -> list[int]:
-            return open_tap(card.tap, queues=queues, existing=True)
+            self._fds += (taps := open_tap(card.tap, queues=queues, existing=True))  # ours, whoever gives up
+            return taps
 
-        taps = await (self._netns.run(there) if self._netns is not None else asyncio.to_thread(there))
-        self._fds += taps
+        taps = await (self._netns.run(there) if self._netns is not None else acquire(there))
         vhosts = open_vhost(queues) if self._settings.vhost else []
         self._fds += vhosts
         return NetworkConfig(

@@ -24,6 +24,7 @@ from typing import ParamSpec, TypeVar
 
 from devices.errors import HostError
 from devices.syscalls import CLONE_NEWNET, setns, unshare
+from devices.threads import to_end
 
 __all__ = ["OURS", "Netns", "identity", "inside", "names", "open_netns"]
 
@@ -142,9 +143,4 @@ def _identity_of(path: str) -> str:
 
 
 async def _wait(work: Future[T]) -> T:
-    waiting = asyncio.wrap_future(work)
-    try:
-        return await asyncio.shield(waiting)
-    except asyncio.CancelledError:
-        await asyncio.wait([waiting])
-        raise
+    return await to_end(asyncio.wrap_future(work))

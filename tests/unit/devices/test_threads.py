@@ -1,0 +1,89 @@
+"""A thread that acquires runs to its end before anybody undoes; one that only looks is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from devices.threads import acquire, look
+
+
+class Slow:
+    """A call that goes on until `end` is set."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.end = threading.Event()
+        self.began = threading.Event()
+        self.log: list[str] = []
+        self._error = error
+
+    def __call__(self, answer: int) -> int:
+        self.began.set()
+        self.end.wait(20)
+        self.log.append("made")
+        if self._error is not None:
+            raise self._error
+        return answer
+
+
+async def _begun(work: asyncio.Task[int], slow: Slow) -> None:
+    while not slow.began.is_set():
+        assert not work.done()
+        await asyncio.sleep(0)
+
+
+async def test_it_answers_and_raises_what_the_call_does() -> None:
+    assert await acquire(divmod, 7, 2) == (3, 1)
+    assert await look(int, "12") == 12
+    with pytest.raises(ValueError, match="invalid literal"):
+        await acquire(int, "x")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_the_undo_comes_after_the_thread(times: int) -> None:
+    slow = Slow()
+
+    async def user() -> int:
+        try:
+            return await acquire(slow, 5, lost=lambda answer: slow.log.append(f"lost {answer}"))
+        except asyncio.CancelledError:
+            slow.log.append("undone")
+            raise
+
+    work = asyncio.create_task(user())
+    await _begun(work, slow)
+    for _ in range(times):
+        work.cancel()
+        await asyncio.sleep(0.01)
+    assert not work.done()
+    slow.end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+
+    assert slow.log == ["made", "lost 5", "undone"]
+
+
+async def test_a_call_that_failed_meanwhile_has_nothing_to_undo() -> None:
+    slow = Slow(OSError(5, "broken"))
+    work = asyncio.create_task(acquire(slow, 5, lost=lambda _: slow.log.append("lost")))
+    await _begun(work, slow)
+    work.cancel()
+    slow.end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+
+    assert slow.log == ["made"]
+
+
+async def test_who_only_looks_may_leave() -> None:
+    slow = Slow()
+    work = asyncio.create_task(look(slow, 5))
+    await _begun(work, slow)
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+
+    assert slow.log == []
+    slow.end.set()
