@@ -1,85 +1,60 @@
-"""Mounts: the daemon's own namespace, containerd's list of rootfs mounts, what is mounted where.
+"""Mounts: the daemon's own namespace, binds, what is mounted where.
 
-What: `make_private`, `mount_rootfs`, `bind`, `unmount`, `unmount_below`, and a reader of mountinfo.
+What: `make_private`, `bind`, `seal`, `unmount`, `unmount_below`, and a reader of mountinfo. Root file systems
+are `devices.rootfs_mounts`'.
 Why not mount(8): a fork and exec for each, and its text for an interface.
-Invariants: nothing here follows a symbolic link on unmount; every function blocks, so callers on the
-event loop use `devices.threads.acquire` (all threads share the daemon's mount namespace as long as they were
-made after `make_private`).
-
-An overlay of many layers does not fit the one page that mount(2) takes as data. As containerd does,
-the common directory is then left out of the paths and entered instead; here by a thread that has a
-working directory of its own.
+Invariants: nothing here follows a symbolic link on unmount; what a tenant may have made is bound `nodev` and
+`nosuid`: a node or a setuid program in it is the guest's to use, never the host's. Every function blocks, so
+callers on the event loop use `devices.threads.acquire` (all threads share the daemon's mount namespace as
+long as they were made after `make_private`).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
+from devices.beneath import descriptor_path
 from devices.syscalls import (
-    CLONE_FS,
     CLONE_NEWNS,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
+    MOUNT_ATTR_RDONLY,
     mount,
     move_mount,
     open_tree,
-    set_mount_readonly,
+    set_mount_attributes,
     umount2,
     unshare,
 )
 
 __all__ = [
+    "PROPAGATION",
+    "TENANT",
     "MountEntry",
     "MountError",
-    "MountLike",
     "bind",
+    "failed",
     "is_mountpoint",
     "make_private",
-    "mount_rootfs",
     "mounts_below",
     "parse_mountinfo",
+    "seal",
     "set_propagation",
     "unmount",
     "unmount_below",
 ]
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_NOATIME, MS_NODIRATIME, MS_STRICTATIME = 0x400, 0x800, 1 << 24
 MS_REMOUNT, MS_BIND, MS_REC = 0x20, 0x1000, 0x4000
 MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 18, 1 << 19, 1 << 20
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8
 
-# option -> (flag, whether the option sets it)
-_FLAGS: dict[str, tuple[int, bool]] = {
-    "ro": (MS_RDONLY, True),
-    "rw": (MS_RDONLY, False),
-    "nosuid": (MS_NOSUID, True),
-    "suid": (MS_NOSUID, False),
-    "nodev": (MS_NODEV, True),
-    "dev": (MS_NODEV, False),
-    "noexec": (MS_NOEXEC, True),
-    "exec": (MS_NOEXEC, False),
-    "sync": (0x10, True),
-    "async": (0x10, False),
-    "remount": (MS_REMOUNT, True),
-    "mand": (0x40, True),
-    "nomand": (0x40, False),
-    "dirsync": (0x80, True),
-    "noatime": (0x400, True),
-    "atime": (0x400, False),
-    "nodiratime": (0x800, True),
-    "diratime": (0x800, False),
-    "bind": (MS_BIND, True),
-    "rbind": (MS_BIND | MS_REC, True),
-    "relatime": (1 << 21, True),
-    "norelatime": (1 << 21, False),
-    "strictatime": (1 << 24, True),
-    "nostrictatime": (1 << 24, False),
-    "defaults": (0, True),
-}
-_PROPAGATION = {
+PROPAGATION = {
     "private": MS_PRIVATE,
     "rprivate": MS_PRIVATE | MS_REC,
     "slave": MS_SLAVE,
@@ -87,25 +62,13 @@ _PROPAGATION = {
     "shared": MS_SHARED,
     "rshared": MS_SHARED | MS_REC,
 }
-_MAX_DATA = os.sysconf("SC_PAGE_SIZE") - 1
+TENANT = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID
+"""The attributes of a mount of what a guest or an image may have made."""
 _MAX_MOUNTINFO = 64 << 20  # bytes; some 400 000 mounts
 
 
 class MountError(OSError):
     """A mount failed; its text names type, source, target and the likely cause."""
-
-
-class MountLike(Protocol):
-    """containerd.types.Mount, or shim.protocols.RootfsMount."""
-
-    @property
-    def type(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def target(self) -> str: ...
-    @property
-    def options(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,143 +103,74 @@ def make_private() -> int:
     return left
 
 
-def parse_options(options: Sequence[str]) -> tuple[int, int, str]:
-    """(mount flags, propagation flags, data) of fstab-like options."""
-    flags = propagation = 0
-    data: list[str] = []
-    for option in options:
-        if option in _FLAGS:
-            bits, sets = _FLAGS[option]
-            flags = flags | bits if sets else flags & ~bits
-        elif option in _PROPAGATION:
-            propagation = _PROPAGATION[option]
-        else:
-            data.append(option)
-    return flags, propagation, ",".join(data)
-
-
-def mount_rootfs(mounts: Sequence[MountLike], target: str) -> None:
-    """Mount containerd's list at `target`, in order; a mount's own `target` is relative to it.
-
-    Raises MountError; what this call mounted before is unmounted again.
-    """
-    done: list[str] = []
-    try:
-        for item in mounts:
-            where = _inside(target, item.target)
-            _mount_one(item.type, item.source, where, item.options)
-            done.append(where)
-    except OSError:
-        for where in reversed(done):
-            unmount(where)
-        raise
-
-
-def bind(source: str, target: str, *, read_only: bool = False, recursive: bool = True) -> None:
-    """Bind `source` to `target`. Raises MountError.
+def bind(
+    source: str | int,
+    target: str | int,
+    *,
+    read_only: bool = False,
+    recursive: bool = True,
+    tenant: bool = False,
+) -> None:
+    """Bind `source` to `target`: paths, or descriptors of what was found there. `tenant`: it holds what a
+    guest or an image may have made. Raises MountError.
 
     A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
     not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
     are made by the first step and never see the second.
     """
+    attributes = (MOUNT_ATTR_RDONLY if read_only else 0) | (TENANT if tenant else 0)
     try:
         tree = open_tree(source, recursive=recursive)
         try:
-            if read_only:
-                set_mount_readonly(tree)
+            if attributes:
+                set_mount_attributes(tree, attributes)
             move_mount(tree, target)
         finally:
             os.close(tree)
     except OSError as error:
-        why = _why(error.errno, source, "")
-        text = f"cannot bind {source} to {target}: {error.strerror}{why}"
-        raise MountError(error.errno, text) from error
+        raise failed("bind", source, target, error) from error
+
+
+def seal(path: str) -> None:
+    """Make what is mounted at `path`, and on that, safe for a program that walks it by its names: nothing is
+    written, no link is followed, no device opened. Raises MountError; Linux 5.14."""
+    try:
+        top = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            set_mount_attributes(top, TENANT | MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSYMFOLLOW)
+        finally:
+            os.close(top)
+    except OSError as error:
+        old = (
+            " (before Linux 5.14 mounts cannot be told to follow no links)"
+            if error.errno == errno.EINVAL
+            else ""
+        )
+        raise MountError(error.errno, f"cannot seal {path}: {error.strerror}{old}") from error
 
 
 def set_propagation(target: str, option: str) -> None:
     """Set how the mount at `target` passes mounts on: "shared", "slave", "rprivate", ..."""
-    mount("", target, "", _PROPAGATION[option], "")
+    mount("", target, "", PROPAGATION[option], "")
 
 
-def _inside(base: str, relative: str) -> str:
-    if not relative:
-        return base
-    path = os.path.normpath(os.path.join(base, relative.lstrip("/")))
-    if path != base and not path.startswith(base.rstrip("/") + "/"):
-        raise MountError(errno.EINVAL, f"mount target {relative!r} leaves the root file system", base)
-    return path
-
-
-def _mount_one(fstype: str, source: str, target: str, options: Sequence[str]) -> None:
-    if "loop" in options:
-        raise MountError(errno.ENOTSUP, "mounts of image files (option loop) are not supported", source)
-    flags, propagation, data = parse_options(options)
-    directory = ""
-    if len(os.fsencode(data)) > _MAX_DATA:
-        directory, data = _shorten_overlay(data)
-    try:
-        if flags & MS_BIND:
-            mount(source, target, "", flags & (MS_BIND | MS_REC), "")
-            if flags & ~(MS_BIND | MS_REC):  # a bind takes its flags only when remounted
-                mount("", target, "", (flags & ~MS_REC) | MS_REMOUNT, "")
-        elif directory:
-            _in_directory(directory, source, target, fstype, flags, data)
-        else:
-            mount(source, target, fstype, flags, data)
-        if propagation:
-            mount("", target, "", propagation, "")
-    except OSError as error:
-        why = _why(error.errno, source, fstype)
-        text = f"cannot mount {fstype or 'bind'} {source} on {target}: {error.strerror}{why}"
-        raise MountError(error.errno, text) from error
+def failed(what: str, source: str | int, target: str | int, error: OSError, fstype: str = "") -> MountError:
+    """The error of `what` ("bind", "mount overlay") with source, target and the likely cause."""
+    names = [
+        os.readlink(descriptor_path(each)) if isinstance(each, int) else each for each in (source, target)
+    ]
+    why = _why(error.errno, names[0], fstype)
+    return MountError(error.errno, f"cannot {what} {names[0]} on {names[1]}: {error.strerror}{why}")
 
 
 def _why(number: int | None, source: str, fstype: str) -> str:
     if number == errno.ENODEV:
         return f" (this kernel has no {fstype}; try: modprobe {fstype})"
+    if number == errno.ENOSYS:
+        return " (Linux 5.12 or later is needed)"
     if number == errno.ENOENT and source.startswith("/") and not os.path.exists(source):
         return f" ({source} does not exist)"
     return ""
-
-
-def _shorten_overlay(data: str) -> tuple[str, str]:
-    """(common directory, data with lower directories relative to it) of an overlay's long data."""
-    options = data.split(",")
-    for index, option in enumerate(options):
-        if not option.startswith("lowerdir="):
-            continue
-        # An escaped colon ("\:") is part of a name.
-        layers = option[9:].replace("\\:", "\0").split(":")
-        common = os.path.commonpath(layers) if all(layer.startswith("/") for layer in layers) else ""
-        if len(common) > 1:
-            relative = [os.path.relpath(layer, common).replace("\0", "\\:") for layer in layers]
-            options[index] = "lowerdir=" + ":".join(relative)
-            return common.replace("\0", ":"), ",".join(options)
-    raise MountError(errno.E2BIG, f"mount options of {len(data)} bytes; the kernel takes {_MAX_DATA}")
-
-
-def _in_directory(directory: str, source: str, target: str, fstype: str, flags: int, data: str) -> None:
-    """mount(2) with `directory` as the working directory, of a thread that has its own."""
-    if len(os.fsencode(data)) > _MAX_DATA:
-        raise MountError(
-            errno.E2BIG,
-            f"mount options of {len(data)} bytes even when shortened; the kernel takes {_MAX_DATA}",
-        )
-    failure: list[OSError] = []
-
-    def work() -> None:
-        try:
-            unshare(CLONE_FS)
-            os.chdir(directory)
-            mount(source, target, fstype, flags, data)
-        except OSError as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="mount")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
 
 
 def unmount(target: str) -> None:

@@ -14,13 +14,23 @@ __all__ = [
     "CLONE_FS",
     "CLONE_NEWNET",
     "CLONE_NEWNS",
+    "MOUNT_ATTR_NODEV",
+    "MOUNT_ATTR_NOEXEC",
+    "MOUNT_ATTR_NOSUID",
+    "MOUNT_ATTR_NOSYMFOLLOW",
+    "MOUNT_ATTR_RDONLY",
+    "RESOLVE_BENEATH",
+    "RESOLVE_IN_ROOT",
+    "RESOLVE_NO_MAGICLINKS",
+    "RESOLVE_NO_SYMLINKS",
+    "RESOLVE_NO_XDEV",
     "create_core_scheduling_cookie",
     "mount",
     "move_mount",
     "open_tree",
     "openat2",
     "set_child_subreaper",
-    "set_mount_readonly",
+    "set_mount_attributes",
     "setns",
     "umount2",
     "unshare",
@@ -29,6 +39,10 @@ __all__ = [
 CLONE_FS = 0x200
 CLONE_NEWNS = 0x20000
 CLONE_NEWNET = 0x40000000
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS = 0x01, 0x02, 0x04
+RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x08, 0x10
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MOUNT_ATTR_NOSYMFOLLOW = 0x200000  # Linux 5.14
 
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SCHED_CORE = 62
@@ -44,8 +58,7 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _OPEN_TREE_CLONE = 1
-_MOVE_MOUNT_F_EMPTY_PATH = 4
-_MOUNT_ATTR_RDONLY = 1
+_MOVE_MOUNT_F_EMPTY_PATH, _MOVE_MOUNT_T_EMPTY_PATH = 0x04, 0x40
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
@@ -113,43 +126,54 @@ def openat2(directory: int, path: str, flags: int, resolve: int) -> int:
     return _check(int(result), path)
 
 
-def open_tree(path: str, *, recursive: bool) -> int:
-    """open_tree(2) with OPEN_TREE_CLONE: a detached copy of the mount at `path`, as a descriptor."""
+def open_tree(what: str | int, *, recursive: bool) -> int:
+    """open_tree(2) with OPEN_TREE_CLONE: a detached copy of the mount at `what`, a path or a descriptor of
+    what lies there, as a descriptor."""
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    directory, path, empty = _place(what, _AT_EMPTY_PATH)
     result = _libc.syscall(
         ctypes.c_long(_SYS_OPEN_TREE),
-        ctypes.c_long(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(path)),
-        ctypes.c_ulong(flags),
+        ctypes.c_long(directory),
+        ctypes.c_char_p(path),
+        ctypes.c_ulong(flags | empty),
     )
-    return _check(int(result), path)
+    return _check(int(result), "" if isinstance(what, int) else what)
 
 
-def set_mount_readonly(tree: int) -> None:
-    """mount_setattr(2): make all mounts of a detached tree read-only. Linux 5.12."""
-    attributes = _MountAttr(attr_set=_MOUNT_ATTR_RDONLY)
+def set_mount_attributes(
+    tree: int, attributes: int, *, clear: int = 0, propagation: int = 0, recursive: bool = True
+) -> None:
+    """mount_setattr(2) on the mount whose root `tree` is: MOUNT_ATTR_* on, those of `clear` off."""
+    wanted = _MountAttr(attr_set=attributes, attr_clr=clear, propagation=propagation)
     result = _libc.syscall(
         ctypes.c_long(_SYS_MOUNT_SETATTR),
         ctypes.c_long(tree),
         ctypes.c_char_p(b""),
-        ctypes.c_ulong(_AT_EMPTY_PATH | _AT_RECURSIVE),
-        ctypes.byref(attributes),
-        ctypes.c_size_t(ctypes.sizeof(attributes)),
+        ctypes.c_ulong(_AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)),
+        ctypes.byref(wanted),
+        ctypes.c_size_t(ctypes.sizeof(wanted)),
     )
     _check(int(result))
 
 
-def move_mount(tree: int, target: str) -> None:
-    """move_mount(2): attach a detached tree at `target`."""
+def move_mount(tree: int, target: str | int) -> None:
+    """move_mount(2): attach a detached tree at `target`, a path or a descriptor. No link is followed in the
+    path's last place."""
+    directory, path, empty = _place(target, _MOVE_MOUNT_T_EMPTY_PATH)
     result = _libc.syscall(
         ctypes.c_long(_SYS_MOVE_MOUNT),
         ctypes.c_long(tree),
         ctypes.c_char_p(b""),
-        ctypes.c_long(_AT_FDCWD),
-        ctypes.c_char_p(os.fsencode(target)),
-        ctypes.c_ulong(_MOVE_MOUNT_F_EMPTY_PATH),
+        ctypes.c_long(directory),
+        ctypes.c_char_p(path),
+        ctypes.c_ulong(_MOVE_MOUNT_F_EMPTY_PATH | empty),
     )
-    _check(int(result), target)
+    _check(int(result), "" if isinstance(target, int) else target)
+
+
+def _place(what: str | int, empty: int) -> tuple[int, bytes, int]:
+    """(directory, path below it, flag for the empty path) of a path or a descriptor."""
+    return (what, b"", empty) if isinstance(what, int) else (_AT_FDCWD, os.fsencode(what), 0)
 
 
 def set_child_subreaper() -> None:

@@ -23,6 +23,7 @@ import structlog
 from devices import mounts
 from devices.errors import HostError, KataError
 from devices.manager import DeviceManager
+from devices.rootfs_mounts import bind_rootfs, mount_rootfs
 from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from hypervisors.base import Hypervisor
@@ -169,9 +170,10 @@ class BlockFiles:
             os.mkdir(stage, 0o700)
             entries.append(self._undo.record("mount", path=stage))
             if rootfs:
-                await acquire(mounts.mount_rootfs, rootfs, stage)
+                await acquire(mount_rootfs, rootfs, stage)
             else:
-                await acquire(mounts.bind, root_path, stage, read_only=True)
+                await acquire(bind_rootfs, root_path, stage, read_only=True)
+            await acquire(mounts.seal, stage)
             image, held.image = await self._store.image(stage, digest)
         finally:
             for error in await self._release(entries):

@@ -3,23 +3,32 @@
 What: `copy_volume` sends a file or a directory tree of the host to the agent, piece by piece (CopyFile).
 Why: /etc/resolv.conf, hostname, hosts, config maps and secrets are small and are read; that is most
 bind mounts of a pod.
-Invariants: what is copied is what is there now: later changes are seen by neither side. A volume has at most
-`MAX_ENTRIES` entries and `MAX_BYTES` bytes, else it is refused by name before its first byte is sent.
-Symbolic links are copied as links, never followed (but the volume itself); sockets, FIFOs and devices
-are left out, with a line in the log.
+Invariants:
+- What is copied is what is there at the moment: later changes are seen by neither side. Another pod may write
+  to the volume and the guest paces the copy, so nothing that was seen once is believed later: each entry is
+  opened beneath the volume, no link followed (`devices.beneath`), looked at and read by one descriptor.
+- A volume has at most `MAX_ENTRIES` entries and `MAX_BYTES` bytes. It is counted twice: before its first byte
+  is sent, and while it is sent, each file with the size that it has when it is opened to be read.
+- Symbolic links are copied as links, never followed (but the volume itself); sockets, FIFOs and devices
+  are never opened, and left out with a line in the log.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import structlog
 
+from devices.beneath import open_entry, open_named, reopen
 from devices.errors import CallerError
+from devices.syscalls import open_tree
 from devices.threads import acquire, look
 from proto import agent_pb2
 from shim.spec.guest_spec import Volume
@@ -43,41 +52,55 @@ class FileCopier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """One file, directory or link: where it is on the host, and below the volume in the guest."""
+    """One file, directory or link: its name below the volume ("" is the volume itself), an O_PATH descriptor
+    of it, and what that said."""
 
-    path: str
     below: str
+    descriptor: int
     info: os.stat_result
 
 
 async def copy_volume(agent: FileCopier, volume: Volume) -> None:
     """Copy it to `volume.guest_path`. Raises CallerError if it cannot be, and what the agent raises."""
-    entries = await look(_plan, volume)
-    for entry in entries:
-        request = agent_pb2.CopyFileRequest(
-            path=volume.guest_path + entry.below,
-            file_mode=entry.info.st_mode,
-            dir_mode=0o755,
-            uid=entry.info.st_uid,
-            gid=entry.info.st_gid,
-        )
-        if stat.S_ISLNK(entry.info.st_mode):
-            request.data = os.fsencode(os.readlink(entry.path))
-            await agent.copy_file(request)
-        elif stat.S_ISDIR(entry.info.st_mode):
-            await agent.copy_file(request)
-        else:
-            await _copy_content(agent, request, entry.path)
-
-
-async def _copy_content(agent: FileCopier, request: agent_pb2.CopyFileRequest, path: str) -> None:
-    """A file that changes meanwhile is cut or filled up to the size it had at first."""
-    file = await acquire(os.open, path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, lost=os.close)
+    top = await acquire(_open_top, volume, lost=os.close)
     try:
-        request.file_size = os.fstat(file).st_size
+        await look(_count, volume, os.dup(top))
+        walk = _walk(volume, top)
+        try:
+            while (entry := await acquire(_next, walk)) is not None:
+                await _copy_entry(agent, volume, entry)
+        finally:
+            walk.close()  # `acquire` has seen to it that it stands still
+    except OSError as error:
+        raise _refusal(volume, f"cannot be read: {error.strerror}") from error
+    finally:
+        os.close(top)
+
+
+async def _copy_entry(agent: FileCopier, volume: Volume, entry: _Entry) -> None:
+    request = agent_pb2.CopyFileRequest(
+        path=volume.guest_path + entry.below,
+        file_mode=entry.info.st_mode,
+        dir_mode=0o755,
+        uid=entry.info.st_uid,
+        gid=entry.info.st_gid,
+    )
+    if stat.S_ISREG(entry.info.st_mode):
+        await _copy_content(agent, request, entry)
+        return
+    if stat.S_ISLNK(entry.info.st_mode):
+        request.data = os.fsencode(os.readlink("", dir_fd=entry.descriptor))
+    await agent.copy_file(request)
+
+
+async def _copy_content(agent: FileCopier, request: agent_pb2.CopyFileRequest, entry: _Entry) -> None:
+    """A file that changes meanwhile is cut or filled up to the size that was counted."""
+    file = await acquire(reopen, entry.descriptor, lost=os.close)
+    try:
+        request.file_size = entry.info.st_size
         while True:
             left = request.file_size - request.offset
-            data = await look(os.pread, file, min(left, _PIECE), request.offset)
+            data = await acquire(os.pread, file, min(left, _PIECE), request.offset)
             request.data = data or bytes(min(left, _PIECE))
             await agent.copy_file(request)
             request.offset += len(request.data)
@@ -87,51 +110,101 @@ async def _copy_content(agent: FileCopier, request: agent_pb2.CopyFileRequest, p
         os.close(file)
 
 
-def _plan(volume: Volume) -> list[_Entry]:
-    """What to send, parents first. Raises CallerError."""
-    entries, size = [], 0
+def _count(volume: Volume, top: int) -> None:
+    """Refuse what is too much, or cannot be read, before anything is sent, and close `top`. Raises
+    CallerError, OSError."""
     try:
-        for entry in _walk(volume.source):
-            kind = stat.S_IFMT(entry.info.st_mode)
-            if kind not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
-                _log.info("not copied into the guest", path=entry.path, mode=oct(entry.info.st_mode))
-                continue
-            entries.append(entry)
-            size += entry.info.st_size if kind == stat.S_IFREG else 0
-            if len(entries) > MAX_ENTRIES or size > MAX_BYTES:
-                raise CallerError(
-                    f"the mount at {volume.destination} ({volume.source}) has more than {MAX_ENTRIES} files"
-                    f" or {MAX_BYTES >> 20} MiB: without a shared file system it would have to be copied",
-                    phase="volume",
-                    code="INVALID_ARGUMENT",
-                    hint="use a hypervisor with shared_fs, or put it on a block device",
-                )
+        with contextlib.closing(_entries(top, tell=True)) as entries:
+            for _ in _bounded(entries, volume):
+                pass
+    finally:
+        os.close(top)
+
+
+def _next(walk: Iterator[_Entry]) -> _Entry | None:
+    return next(walk, None)
+
+
+def _walk(volume: Volume, top: int) -> Generator[_Entry, None, None]:
+    """What is there now, parents first, level by level. The descriptor of an entry is closed when the next
+    one is asked for. Raises CallerError. Blocks."""
+    try:
+        with contextlib.closing(_entries(top)) as entries:
+            yield from _bounded(entries, volume)
     except OSError as error:
-        raise CallerError(
-            f"the source {volume.source} of the mount at {volume.destination} cannot be read:"
-            f" {error.strerror}",
-            phase="volume",
-            code="INVALID_ARGUMENT",
-        ) from error
-    if not entries:
-        raise CallerError(
-            f"the source {volume.source} of the mount at {volume.destination} is neither file nor directory",
-            phase="volume",
-            code="INVALID_ARGUMENT",
-        )
-    return entries
+        why = f"changed while it was copied: {error.strerror}"
+        raise _refusal(volume, why, "UNAVAILABLE", "try again") from error
 
 
-def _walk(source: str) -> Iterator[_Entry]:
-    top = os.path.realpath(source, strict=True)
-    info = os.stat(top, follow_symlinks=False)
-    yield _Entry(top, "", info)
-    if stat.S_ISDIR(info.st_mode):
-        for folder, folders, files in os.walk(top, onerror=_raise):
-            for name in sorted(folders + files):
-                path = os.path.join(folder, name)
-                yield _Entry(path, path[len(top) :], os.stat(path, follow_symlinks=False))
+def _open_top(volume: Volume) -> int:
+    """What the source leads to; where mounts below it are not meant, without them. Raises CallerError."""
+    try:
+        top = open_named(volume.source)
+    except OSError as error:
+        raise _refusal(volume, f"cannot be read: {error.strerror}") from error
+    try:
+        kind = os.fstat(top).st_mode
+        if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
+            raise _refusal(volume, "is neither file nor directory")
+        if volume.recursive or not stat.S_ISDIR(kind):
+            return top
+        alone = open_tree(top, recursive=False)
+    except BaseException:
+        os.close(top)
+        raise
+    os.close(top)
+    return alone
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _bounded(entries: Iterator[_Entry], volume: Volume) -> Iterator[_Entry]:
+    """The entries until there are too many of them, or too many bytes in them."""
+    size = 0
+    for number, entry in enumerate(entries, 1):
+        if stat.S_ISREG(entry.info.st_mode):
+            size += entry.info.st_size
+        if number > MAX_ENTRIES or size > MAX_BYTES:
+            raise _refusal(
+                volume,
+                f"has more than {MAX_ENTRIES} files or {MAX_BYTES >> 20} MiB: without a shared file system it"
+                " would have to be copied",
+                hint="use a hypervisor with shared_fs, or put it on a block device",
+            )
+        yield entry
+
+
+def _entries(top: int, *, tell: bool = False) -> Generator[_Entry, None, None]:
+    """`tell`: log what is left out."""
+    waiting = deque([""])
+    while waiting:
+        below = waiting.popleft()
+        descriptor = open_entry(top, below.lstrip("/")) if below else os.dup(top)
+        try:
+            info = os.fstat(descriptor)
+            kind = stat.S_IFMT(info.st_mode)
+            if kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK):
+                yield _Entry(below, descriptor, info)
+                if kind == stat.S_IFDIR:
+                    waiting += [f"{below}/{name}" for name in _names(descriptor)]
+            elif tell:
+                _log.info("not copied into the guest", path=below, mode=oct(info.st_mode))
+        finally:
+            os.close(descriptor)
+
+
+def _names(directory: int) -> list[str]:
+    """What is in it, sorted; of too much, more than is allowed."""
+    listed = reopen(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with os.scandir(listed) as entries:
+            return sorted(entry.name for entry in islice(entries, MAX_ENTRIES + 1))
+    finally:
+        os.close(listed)
+
+
+def _refusal(volume: Volume, why: str, code: str = "INVALID_ARGUMENT", hint: str = "") -> CallerError:
+    return CallerError(
+        f"the mount at {volume.destination} ({volume.source}) {why}",
+        phase="volume",
+        code=code,
+        hint=hint,
+    )

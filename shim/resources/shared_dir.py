@@ -21,7 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from devices import mounts
+from devices.beneath import open_named
 from devices.errors import CallerError, HostError, KataError
+from devices.rootfs_mounts import bind_rootfs, mount_rootfs
 from devices.undo import Entry, UndoLog
 from shim.protocols import RootfsMount
 from shim.spec.guest_spec import Volume
@@ -110,9 +112,9 @@ class SharedDir:
             _make_searchable(target)
             entries.append(self._undo.record("mount", path=target))
             if rootfs:
-                mounts.mount_rootfs(rootfs, target)
+                mount_rootfs(rootfs, target)
             else:
-                mounts.bind(root_path, target, recursive=True)
+                bind_rootfs(root_path, target)
             for volume in volumes:
                 self._use_volume(volume, self._uses.setdefault(container_id, []))
         except (OSError, KataError) as error:
@@ -130,20 +132,16 @@ class SharedDir:
         if shared is None:
             shared = self._volumes[volume.share_name] = _Shared(_key(volume), [])
         elif shared.key != _key(volume):
-            raise CallerError(
-                f"the source {volume.source} of the mount at {volume.destination} changed meanwhile",
-                phase="volume",
-                code="UNAVAILABLE",
-                hint="try again",
-            )
+            raise _changed(volume)
         shared.users += 1
         uses.append(volume.share_name)
         if not shared.entries:
-            self._add_volume(volume, shared.entries)
+            self._add_volume(volume, shared)
 
-    def _add_volume(self, volume: Volume, entries: list[Entry]) -> None:
+    def _add_volume(self, volume: Volume, shared: _Shared) -> None:
+        """Mount what the source leads to at one moment: it is opened once, looked at, and bound by that."""
         try:
-            kind = os.stat(volume.source).st_mode
+            source = open_named(volume.source)
         except OSError as error:
             raise CallerError(
                 f"the source {volume.source} of the mount at {volume.destination} cannot be used:"
@@ -152,22 +150,28 @@ class SharedDir:
                 code="INVALID_ARGUMENT",
                 hint="create it on the host first",
             ) from error
-        if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind) or stat.S_ISSOCK(kind) or stat.S_ISFIFO(kind)):
-            raise CallerError(
-                f"the source {volume.source} of the mount at {volume.destination} is a device; a bind"
-                " mount of the host's device means nothing in the guest",
-                phase="volume",
-                code="INVALID_ARGUMENT",
-            )
-        target = os.path.join(self._passthrough, volume.share_name)
-        if stat.S_ISDIR(kind):
-            entries.append(self._undo.record("dir", path=target))
-            _make_searchable(target)
-        else:
-            entries.append(self._undo.record("file", path=target))
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
-        entries.append(self._undo.record("mount", path=target))
-        mounts.bind(volume.source, target, read_only=volume.readonly, recursive=volume.recursive)
+        try:
+            info = os.fstat(source)
+            if not _is_what(shared.key, info):
+                raise _changed(volume)
+            if stat.S_ISBLK(info.st_mode) or stat.S_ISCHR(info.st_mode):
+                raise CallerError(
+                    f"the source {volume.source} of the mount at {volume.destination} is a device; a bind"
+                    " mount of the host's device means nothing in the guest",
+                    phase="volume",
+                    code="INVALID_ARGUMENT",
+                )
+            target = os.path.join(self._passthrough, volume.share_name)
+            if stat.S_ISDIR(info.st_mode):
+                shared.entries.append(self._undo.record("dir", path=target))
+                _make_searchable(target)
+            else:
+                shared.entries.append(self._undo.record("file", path=target))
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
+            shared.entries.append(self._undo.record("mount", path=target))
+            mounts.bind(source, target, read_only=volume.readonly, recursive=volume.recursive, tenant=True)
+        finally:
+            os.close(source)
 
     def remove_container(self, container_id: str) -> list[OSError]:
         """Unmount and remove one container's part, going on past errors, which are returned."""
@@ -207,6 +211,20 @@ def _key(volume: Volume) -> tuple[object, ...]:
     except OSError:  # `_add_volume` says so
         return (volume.share_name,)
     return volume.source, there.st_dev, there.st_ino, volume.readonly, volume.recursive
+
+
+def _is_what(key: tuple[object, ...], info: os.stat_result) -> bool:
+    """Whether the key is of what is there; one of nothing fits whatever has come since."""
+    return len(key) == 1 or key[1:3] == (info.st_dev, info.st_ino)
+
+
+def _changed(volume: Volume) -> CallerError:
+    return CallerError(
+        f"the source {volume.source} of the mount at {volume.destination} changed meanwhile",
+        phase="volume",
+        code="UNAVAILABLE",
+        hint="try again",
+    )
 
 
 def _release(entry: Entry) -> None:

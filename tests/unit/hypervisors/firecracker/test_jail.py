@@ -9,6 +9,7 @@ import pytest
 
 from devices import mounts
 from devices.errors import BugError, HostError
+from devices.syscalls import mount
 from devices.undo import MemoryUndo
 from hypervisors.firecracker.jail import Den, jail_id
 from tests.unit.shim.namespaces import in_mount_namespace
@@ -16,13 +17,9 @@ from tests.unit.shim.namespaces import in_mount_namespace
 
 def _base() -> str:
     """A directory of root's below directories of root's, in this namespace only."""
-    mounts.mount_rootfs([_Tmpfs()], "/mnt")
+    mount("tmpfs", "/mnt", "tmpfs", 0, "mode=0755")
     os.mkdir("/mnt/kata", 0o700)
     return "/mnt/kata"
-
-
-class _Tmpfs:
-    type, source, target, options = "tmpfs", "tmpfs", "", ("mode=0755",)
 
 
 def _jail(undo: MemoryUndo, base: str, uid: int = 0) -> Den:
