@@ -68,6 +68,7 @@ class Container:
         self.pci_addresses: dict[str, str] = {}  # of devices passed on: the host's -> the guest's
         self._crun = crun
         self._held: list[str] = []
+        self._has_nodes = False
         self._reaper = reaper
         self._listener = listener
 
@@ -79,6 +80,7 @@ class Container:
         self._held = await asyncio.to_thread(hold, self.config)
         log.debug(f"container {self.id} uses {self._held}")
         try:
+            await self._place_nodes()
             _write_json(f"{self.bundle}/config.json", self.config)
             arguments = ["create", "--bundle", self.bundle]
             self.init = await self._launch(
@@ -87,6 +89,15 @@ class Container:
         except BaseException:
             await self._discard()
             raise
+
+    async def _place_nodes(self) -> None:
+        from agent.nodes import apart, place
+
+        nodes = apart(self.config)
+        if nodes:
+            self._has_nodes = True
+            work = functools.partial(place, self.config, nodes, self.id)
+            await in_thread(f"making device nodes for {self.id}", work)
 
     async def _launch(
         self, what: str, exec_id: str, process: dict[str, Any], ports: Ports, arguments: list[str]
@@ -132,7 +143,15 @@ class Container:
             await self._crun.run("cleaning up", "delete", "--force", self.id)
         except RpcError as error:
             log.debug(error.message)
+        await self._clean()
+
+    async def _clean(self) -> None:
+        """Remove its files, with no process of it left."""
         await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
+        if self._has_nodes:
+            from agent.nodes import remove
+
+            await asyncio.to_thread(remove, self.id)
         await asyncio.to_thread(drop, self._held)
 
     async def start(self) -> None:
@@ -285,8 +304,7 @@ class Container:
             self.init.stdio.release()
         for process in self.execs.values():
             process.stdio.release()
-        await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
-        await asyncio.to_thread(drop, self._held)
+        await self._clean()
         with contextlib.suppress(OSError):  # crun removed it already, as it should
             os.rmdir(self.cgroup)
 

@@ -7,6 +7,7 @@ reused pid is not taken for a VM.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -89,12 +90,12 @@ def _resident(pid: int) -> int:
 
 def _containers(share: str) -> tuple[str, ...]:
     """The folders with a rootfs; the others there are volumes."""
-    folder = os.path.join(share, "rw", "passthrough")
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return ()
-    return tuple(name for name in names if os.path.isdir(os.path.join(folder, name, "rootfs")))
+    found: list[str] = []
+    for folder in (os.path.join(share, "rw", "passthrough"), os.path.join(share, "roots", "rw")):
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder)
+            found += [name for name in names if os.path.isdir(os.path.join(folder, name, "rootfs"))]
+    return tuple(sorted(found))
 
 
 def _age(seconds: float) -> str:

@@ -153,7 +153,10 @@ class BlockConfig(_Device):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShareFsConfig(_Device):
-    """A host directory shared by virtio-fs; mounts made below it later appear in the guest."""
+    """A host directory shared by virtio-fs; mounts made below it later appear in the guest.
+
+    `mknod`: the guest may make device nodes there, which are the host's nodes then.
+    """
 
     kind: ClassVar[Kind] = Kind.SHARE_FS
     id: str = "share-fs"
@@ -163,6 +166,7 @@ class ShareFsConfig(_Device):
     cache: CacheMode = CacheMode.AUTO
     queue_size: int = 1024  # a power of two, at most 1024
     xattr: bool = True
+    mknod: bool = False
     extra_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

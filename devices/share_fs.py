@@ -9,6 +9,8 @@ Invariants:
   virtiofsd has started, and it must see them. It stays in the shim's (private) mount namespace, so it
   does; with a namespace of its own a later mount was an empty directory in the guest, unless the
   shim's mounts are shared (tried with QEMU 7.2's: private and slave no, shared yes).
+- It has no CAP_MKNOD unless its directory's config says so: a device node that a guest makes in a volume is
+  the host's. FIFOs, sockets and the whiteouts of an overlay need no capability (Linux 5.8).
 - announce_submounts is on: each mount below the directory is a file system of its own in the guest,
   so equal inode numbers of two overlays do not collide.
 """
@@ -18,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -35,6 +38,8 @@ _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU,
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
 # What the C version says whenever its VMM goes: no evidence of anything.
 _NOISE = ("virtio_loop: Unexpected poll revents", "fv_remove_watch: TODO!")
+_NO_MKNOD = "-mknod"
+_MODCAPS = re.compile(r"(?:^|,|^-o|^--)modcaps=")
 _PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
 
 
@@ -95,7 +100,27 @@ def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> lis
         argv += [f"--shared-dir={config.source}", f"--cache={config.cache.value}", "--sandbox=chroot"]
         argv += ["--seccomp=kill", "--announce-submounts"]
         argv += ["--xattr"] if config.xattr else []
-    return argv + list(config.extra_args)
+    return argv + _extra_arguments(config, flavour)
+
+
+def _extra_arguments(config: ShareFsConfig, flavour: Flavour) -> list[str]:
+    """The administrator's, and what is taken from the capabilities: he may give it back, but only by name.
+
+    Of several `modcaps` both programs take the last: ours goes into his.
+    """
+    extra = list(config.extra_args)
+    if config.mknod:
+        return extra
+    found = False
+    for index, word in enumerate(extra):
+        if index and extra[index - 1] == "--modcaps":
+            extra[index], found = f"{_NO_MKNOD}:{word}", True
+        elif _MODCAPS.search(word):
+            extra[index], found = _MODCAPS.sub(rf"\g<0>{_NO_MKNOD}:", word), True
+    if found:
+        return extra
+    own = ["-o", f"modcaps={_NO_MKNOD}"] if flavour is Flavour.C else [f"--modcaps={_NO_MKNOD}"]
+    return own + extra
 
 
 def is_noise(line: str) -> bool:

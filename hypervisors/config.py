@@ -70,6 +70,9 @@ class HypervisorConfig(VhostUserSection):
     # --- programs
     path: str = ""
 
+    # --- shared file system
+    virtio_fs_rootfs_mknod: bool = False  # ours: device nodes in root file systems, by a daemon of their own
+
     # --- boot
     rootfs_type: str = "ext4"
 

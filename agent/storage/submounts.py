@@ -23,8 +23,8 @@ from agent.storage.mounts import MNT_DETACH, umount
 
 __all__ = ["SHARE", "drop", "hold"]
 
-SHARE = "/run/kata-containers/shared/containers/"
-"""Where the shared directory is in the guest, by Kata's convention."""
+SHARE = "/run/kata-containers/shared/"
+"""Where the shared directories are in the guest, by Kata's convention."""
 _TYPE = "virtiofs"
 
 

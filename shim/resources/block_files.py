@@ -91,6 +91,10 @@ class BlockFiles:
         """None: there is nothing shared."""
         return []
 
+    def rootfs(self, container_id: str) -> str:
+        """See `ContainerFiles`."""
+        return guest_rootfs(container_id)
+
     async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
         """As they are: each container gets a copy of its own."""
         return list(volumes)

@@ -16,8 +16,8 @@ from typing import Protocol
 from devices.threads import acquire
 from proto import agent_pb2
 from shim.protocols import RootfsMount
-from shim.resources.shared_dir import SharedDir
-from shim.spec.guest_spec import GUEST_SHARE, Volume
+from shim.resources.shared_dir import ROOTS_TAG, SHARE_TAG, SharedDir
+from shim.spec.guest_spec import GUEST_ROOTS, GUEST_SHARE, Volume, guest_rootfs
 
 __all__ = ["ContainerFiles", "SharedFiles"]
 
@@ -31,6 +31,10 @@ class ContainerFiles(Protocol):
 
     def sandbox_storages(self) -> list[agent_pb2.Storage]:
         """What the agent mounts for the whole sandbox."""
+        ...
+
+    def rootfs(self, container_id: str) -> str:
+        """Where the root file system of a container to come will be in the guest."""
         ...
 
     async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
@@ -68,16 +72,20 @@ class SharedFiles:
             await acquire(self._share.set_up)
 
     def sandbox_storages(self) -> list[agent_pb2.Storage]:
-        """The share itself."""
+        """The share itself, and that of root file systems."""
+        places = {SHARE_TAG: GUEST_SHARE, **({ROOTS_TAG: GUEST_ROOTS} if self._share.roots_apart else {})}
         return [
             agent_pb2.Storage(
-                driver="virtio-fs",
-                source="kataShared",
-                fstype="virtiofs",
-                options=["nodev"],
-                mount_point=GUEST_SHARE + "/",
+                driver="virtio-fs", source=tag, fstype="virtiofs", options=["nodev"], mount_point=f"{place}/"
             )
+            for tag, place in places.items()
         ]
+
+    def rootfs(self, container_id: str) -> str:
+        """See `ContainerFiles`."""
+        return (
+            f"{GUEST_ROOTS}/{container_id}/rootfs" if self._share.roots_apart else guest_rootfs(container_id)
+        )
 
     async def name(self, volumes: Sequence[Volume]) -> list[Volume]:
         """Those that another container has already get its names, so that both see one file."""

@@ -3,6 +3,8 @@
 What: `<root>/<sandbox>/rw` is where the host mounts root file systems and volumes; `ro` is the same
 tree bound read-only, and what virtiofsd exports. A mount made below `rw` propagates to `ro` and on
 into virtiofsd's own mount namespace.
+`roots/rw` and `roots/ro` are two more of the same kind, for root file systems alone, where another
+virtiofsd serves them (`virtio_fs_rootfs_mknod`).
 Why two trees: the guest must not create files beside the mounts (symlinks for the host to trip
 over, or a full /run), while a container's root file system stays writable.
 Why volumes are counted: containers of a pod that mount the same source must see each other's writes at
@@ -29,7 +31,11 @@ from shim.protocols import RootfsMount
 from shim.spec.guest_spec import Volume
 from shim.state.safefs import remove_tree
 
-__all__ = ["SharedDir"]
+__all__ = ["ROOTS", "ROOTS_TAG", "SHARE_TAG", "SharedDir"]
+
+SHARE_TAG, ROOTS_TAG = "kataShared", "kataRoots"
+"""What the guest mounts: the share (Kata's name), and that of root file systems."""
+ROOTS = "roots"
 
 
 @dataclass(eq=False, slots=True)
@@ -44,12 +50,14 @@ class _Shared:
 class SharedDir:
     """One sandbox's share. Not thread-safe: its owner calls one method at a time."""
 
-    def __init__(self, path: str, undo: UndoLog) -> None:
+    def __init__(self, path: str, undo: UndoLog, *, roots_apart: bool = False) -> None:
         self.path = path
+        self.roots_apart = roots_apart
         self.rw = os.path.join(path, "rw")
         self.ro = os.path.join(path, "ro")
         self._undo = undo
         self._passthrough = os.path.join(self.rw, "passthrough")
+        self._roots = os.path.join(path, ROOTS, "rw") if roots_apart else self._passthrough
         self._own: list[Entry] = []
         self._containers: dict[str, list[Entry]] = {}
         self._volumes: dict[str, _Shared] = {}  # by name below passthrough/
@@ -66,20 +74,27 @@ class SharedDir:
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             self._own.append(self._undo.record("dir", path=self.path))
             os.mkdir(self.path, 0o700)
-            for folder in (self.rw, self._passthrough, self.ro):
-                _make_searchable(folder)
-            self._own.append(self._undo.record("mount", path=self.rw))
-            mounts.bind(self.rw, self.rw)
-            mounts.set_propagation(self.rw, "shared")
-            self._own.append(self._undo.record("mount", path=self.ro))
-            mounts.bind(self.rw, self.ro, read_only=True)
-            mounts.set_propagation(self.ro, "slave")
+            if self.roots_apart:
+                os.mkdir(os.path.dirname(self._roots), 0o700)
+                self._make_trees(self._roots, os.path.join(os.path.dirname(self._roots), "ro"))
+            self._make_trees(self.rw, self.ro, self._passthrough)
         except OSError as error:
             raise HostError(
                 f"cannot prepare {self.path}: {error.strerror or error}",
                 phase="share",
                 hint="the shim needs CAP_SYS_ADMIN and a writable /run",
             ) from error
+
+    def _make_trees(self, rw: str, ro: str, *below: str) -> None:
+        """What is mounted below `rw` appears below `ro`, which cannot be written."""
+        for folder in (rw, *below, ro):
+            _make_searchable(folder)
+        self._own.append(self._undo.record("mount", path=rw))
+        mounts.bind(rw, rw)
+        mounts.set_propagation(rw, "shared")
+        self._own.append(self._undo.record("mount", path=ro))
+        mounts.bind(rw, ro, read_only=True)
+        mounts.set_propagation(ro, "slave")
 
     def merge(self, volumes: Sequence[Volume]) -> list[Volume]:
         """The same volumes, each under the name of one there that shows the same, or a name not taken."""
@@ -104,7 +119,7 @@ class SharedDir:
             raise CallerError(f"container {container_id} is in the share already", code="ALREADY_EXISTS")
         entries: list[Entry] = []
         self._containers[container_id] = entries
-        folder = os.path.join(self._passthrough, container_id)
+        folder = os.path.join(self._roots, container_id)
         target = os.path.join(folder, "rootfs")
         try:
             entries.append(self._undo.record("dir", path=folder))

@@ -22,6 +22,7 @@ from devices.config import (
 )
 from hypervisors.config import HypervisorConfig
 from shim.config import Config
+from shim.resources.shared_dir import ROOTS, ROOTS_TAG
 
 if TYPE_CHECKING:
     from shim.resources.guest_swap import SwapSettings
@@ -38,15 +39,7 @@ def cold_devices(config: Config, section: Any, share: str) -> list[DeviceConfig]
         devices.append(BlockConfig(id="image", path=section.image, read_only=True, ours=True))
     devices.append(VsockConfig(home_call=config.agent.home_call, daemon=key(section, "vsock_daemon")))
     if key(section, "shared_fs") != "none":
-        devices.append(
-            ShareFsConfig(
-                source=os.path.join(share, "ro"),
-                daemon=key(section, "virtio_fs_daemon"),
-                cache=CacheMode(key(section, "virtio_fs_cache")),
-                queue_size=key(section, "virtio_fs_queue_size"),
-                extra_args=tuple(key(section, "virtio_fs_extra_args")),
-            )
-        )
+        devices += _shares(section, share)
     devices.append(RngConfig(source=key(section, "entropy_source")))
     if key(section, "reclaim_guest_freed_memory"):
         devices.append(BalloonConfig())
@@ -63,6 +56,23 @@ def cold_devices(config: Config, section: Any, share: str) -> list[DeviceConfig]
             )
         )
     return devices
+
+
+def _shares(section: Any, share: str) -> list[DeviceConfig]:
+    """What virtio-fs serves: everything in one directory, or root file systems apart (`SharedDir`)."""
+    one = ShareFsConfig(
+        source=os.path.join(share, "ro"),
+        daemon=key(section, "virtio_fs_daemon"),
+        cache=CacheMode(key(section, "virtio_fs_cache")),
+        queue_size=key(section, "virtio_fs_queue_size"),
+        extra_args=tuple(key(section, "virtio_fs_extra_args")),
+    )
+    if not key(section, "virtio_fs_rootfs_mknod"):
+        return [one]
+    roots = dataclasses.replace(
+        one, id="share-roots", tag=ROOTS_TAG, source=os.path.join(share, ROOTS, "ro"), mknod=True
+    )
+    return [one, roots]
 
 
 def with_agent_params(config: Config, stream_port: int) -> Any:

@@ -127,6 +127,7 @@ class ContainerResources:
             bundle=bundle,
             container_type=kind,
             volumes=volumes,
+            root=self._files.rootfs(container_id),
             disable_seccomp=self._settings.disable_guest_seccomp,
             keep_cpuset=self._settings.direct_stdio,
             devices=disks,

@@ -80,8 +80,9 @@ class VirtSandbox:
             settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
         )
         self._files: ContainerFiles
-        if any(isinstance(device, ShareFsConfig) for device in settings.devices):
-            self._files = SharedFiles(SharedDir(settings.share_path, undo))
+        shares = [device for device in settings.devices if isinstance(device, ShareFsConfig)]
+        if shares:
+            self._files = SharedFiles(SharedDir(settings.share_path, undo, roots_apart=len(shares) > 1))
         else:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 

@@ -21,6 +21,7 @@ from shim.spec.guest_devices import HostDevice, guest_nodes, guest_rules, take_l
 
 __all__ = [
     "CONTAINER_TYPE",
+    "GUEST_ROOTS",
     "GUEST_SHARE",
     "GUEST_SHM",
     "MEMBER",
@@ -34,6 +35,8 @@ __all__ = [
 
 #: Where the guest mounts the virtio-fs share; the same path as Kata's, so a stock agent agrees.
 GUEST_SHARE = "/run/kata-containers/shared/containers"
+#: And the share of root file systems, where they have one of their own.
+GUEST_ROOTS = "/run/kata-containers/shared/roots"
 GUEST_SHM = "/run/kata-containers/sandbox/shm"
 
 #: What a container is to its sandbox: the one that holds a pod together, or one of a pod's others.
@@ -130,6 +133,7 @@ def guest_spec(
     bundle: str,
     container_type: str,
     volumes: Sequence[Volume],
+    root: str = "",
     disable_seccomp: bool = False,
     keep_cpuset: bool = False,
     devices: Sequence[HostDevice] = (),
@@ -137,13 +141,14 @@ def guest_spec(
     """The spec as the agent gets it, and what was left out (for the log).
 
     `container_type` is "single_container", OWN (a pod's own container, which does nothing: it gets no
-    volumes) or MEMBER. `keep_cpuset`: the agent knows the host's CPU numbers from the guest's, as ours
-    does (`agent.fit`). `devices`: those of the host that it gets.
+    volumes) or MEMBER. `root`: where its root file system will be; "": `guest_rootfs`. `keep_cpuset`: the
+    agent knows the host's CPU numbers from the guest's, as ours does (`agent.fit`). `devices`: those of the
+    host that it gets.
     """
     left_out: list[str] = []
     guest: dict[str, Any] = copy.deepcopy(dict(spec))
     guest["root"] = {
-        "path": guest_rootfs(container_id),
+        "path": root or guest_rootfs(container_id),
         "readonly": bool((spec.get("root") or {}).get("readonly")),
     }
     mounts = guest.get("mounts") or []

@@ -464,13 +464,34 @@ def raw_devices(spec: Spec) -> None:
     spec["process"]["capabilities"] = capable("MKNOD", "SYS_ADMIN", "CHOWN")
 
 
-SCRIPT_KMSG = "mknod /tmp/kmsg c 1 11 && (: < /tmp/kmsg) && echo opened"
+SCRIPT_KMSG = "mknod /dev/own c 1 11 && echo made >&2 && (: < /dev/own) && echo opened"
 
 
 def test_default_rules_keep_devices_closed_to_who_can_make_nodes(pod: Pod) -> None:
     done = pod.run(raw_devices, "sh", "-c", SCRIPT_KMSG)
     assert done.out == ""
+    assert "made" in done.err
     assert "Operation not permitted" in done.err
+
+
+def test_device_nodes_are_there_without_a_dev_of_memory(pod: Pod) -> None:
+    """Without a mount at /dev, and at a path elsewhere: also where the root file system can hold no nodes."""
+
+    def change(spec: Spec) -> None:
+        spec["mounts"] = [mount for mount in spec["mounts"] if not mount["destination"].startswith("/dev")]
+        elsewhere = {"path": "/nodes/below/zero", "type": "c", "major": 1, "minor": 5}
+        spec["linux"].setdefault("devices", []).append(elsewhere | {"fileMode": 0o640, "uid": 7, "gid": 8})
+
+    script = (
+        "echo x >/dev/null && head -c 3 /nodes/below/zero | wc -c && head -c 2 /dev/urandom | wc -c;"
+        "stat -c '%F %a %u %g %t %T' /nodes/below/zero /dev/null /dev/tty"
+    )
+    assert pod.run(change, "sh", "-c", script).lines == [
+        *("3", "2"),
+        "character special file 640 7 8 1 5",
+        "character special file 666 0 0 1 3",
+        "character special file 666 0 0 5 0",
+    ]
 
 
 def test_a_rule_for_all_devices_opens_them(pod: Pod) -> None:

@@ -28,6 +28,7 @@ def test_the_arguments_of_the_c_program() -> None:
         "-f",
         *("-o", "source=/share", "-o", "cache=auto", "-o", "sandbox=chroot"),
         *("-o", "log_level=warn", "-o", "announce_submounts", "-o", "xattr"),
+        *("-o", "modcaps=-mknod"),
         "--thread-pool-size=1",
     ]
 
@@ -35,8 +36,34 @@ def test_the_arguments_of_the_c_program() -> None:
 def test_the_arguments_of_the_rust_program() -> None:
     assert virtiofsd_arguments(SHARE, Flavour.RUST, 7) == [
         *("--fd=7", "--shared-dir=/share", "--cache=auto", "--sandbox=chroot"),
-        *("--seccomp=kill", "--announce-submounts", "--xattr", "--thread-pool-size=1"),
+        *("--seccomp=kill", "--announce-submounts", "--xattr", "--modcaps=-mknod"),
+        "--thread-pool-size=1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("flavour", "given", "becomes"),
+    [
+        (Flavour.C, ["-o", "modcaps=+sys_admin:-chown"], ["-o", "modcaps=-mknod:+sys_admin:-chown"]),
+        (Flavour.C, ["-omodcaps=+sys_admin"], ["-omodcaps=-mknod:+sys_admin"]),
+        (Flavour.C, ["-o", "flock,modcaps=+sys_admin"], ["-o", "flock,modcaps=-mknod:+sys_admin"]),
+        (Flavour.C, ["-o", "xattrmap=:map::user.modcaps=.:"], None),
+        (Flavour.RUST, ["--modcaps=+sys_admin"], ["--modcaps=-mknod:+sys_admin"]),
+        (Flavour.RUST, ["--modcaps", "+sys_admin"], ["--modcaps", "-mknod:+sys_admin"]),
+        (Flavour.RUST, ["-o", "modcaps=+mknod"], ["-o", "modcaps=-mknod:+mknod"]),
+    ],
+)
+def test_capabilities_that_the_administrator_changes_stay_without_mknod(
+    flavour: Flavour, given: list[str], becomes: list[str] | None
+) -> None:
+    """Each program takes the last list only, so there is one; who wants it back has to name it."""
+    own = ["-o", "modcaps=-mknod"] if flavour is Flavour.C else ["--modcaps=-mknod"]
+    argv = virtiofsd_arguments(ShareFsConfig(source="/s", extra_args=tuple(given)), flavour, 3)
+    assert argv[-len(given) :] == (becomes or given)
+    assert (argv[-len(given) - len(own) : -len(given)] == own) == (becomes is None)
+    able = virtiofsd_arguments(ShareFsConfig(source="/s", extra_args=tuple(given), mknod=True), flavour, 3)
+    assert able[-len(given) :] == given
+    assert not any("-mknod" in word for word in able)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from devices.errors import KataError
 from devices import mounts, syscalls
 from shim.spec.guest_spec import Volume
 from shim.protocols import RootfsMount
+from shim.resources import shared_dir
 from shim.resources.shared_dir import SharedDir
 
 mounts.make_private()
@@ -86,6 +87,49 @@ out["after_merging"] = sorted(os.listdir(share.rw + "/passthrough"))
 share.add_container("c3", [], base + "/lower", [])
 out["errors"] += [str(e) for e in share.tear_down() + share.tear_down()]
 out["left"] = os.path.exists(share.path), len(mounts.mounts_below(base)) - before, len(undo.entries)
+apart = SharedDir(base + "/share/s2", undo, roots_apart=True)
+apart.set_up()
+apart.add_container("r1", [], base + "/lower", [Volume(0, f"{base}/vol", "/v", False, True, "r1-v")])
+out["apart"] = (
+    sorted(os.listdir(apart.ro + "/passthrough")),
+    sorted(os.listdir(apart.path + "/roots/ro")),
+    open(apart.path + "/roots/ro/r1/rootfs/file").read(),
+    refused(apart.path + "/roots/ro/planted"),
+)
+tenants = [each for each in mounts.mounts_below(apart.path) if each.target.endswith(("rootfs", "r1-v"))]
+share_options = [each.options.split(",") for each in tenants]
+out["attributes"] = len(share_options), all({"nodev", "nosuid"} <= set(each) for each in share_options)
+out["errors"] += [str(e) for e in apart.tear_down() + apart.tear_down()]
+out["left_apart"] = os.path.exists(apart.path), len(mounts.mounts_below(base)) - before, len(undo.entries)
+
+# Between the look that names a volume and its mount the source becomes something else.
+share = SharedDir(base + "/share/s3", undo)
+share.set_up()
+os.makedirs(f"{base}/seen")
+os.makedirs(f"{base}/secret")
+(seen_then,) = share.merge([Volume(0, f"{base}/seen", "/v", False, True, "s3-v")])
+key = shared_dir._key
+def swapped(volume):
+    found = key(volume)
+    os.rename(f"{base}/seen", f"{base}/was")
+    os.symlink(f"{base}/secret", f"{base}/seen")
+    return found
+shared_dir._key = swapped
+try:
+    share.add_container("s3", [], base + "/lower", [seen_then])
+except KataError as error:
+    out["swapped"] = str(error), error.code
+shared_dir._key = key
+out["errors"] += [str(e) for e in share.tear_down()]
+os.symlink(base + "/lower", base + "/link")
+share = SharedDir(base + "/share/s4", undo)
+share.set_up()
+try:
+    share.add_container("s4", [], base + "/link", [])
+except KataError as error:
+    out["link"] = str(error), error.code
+out["errors"] += [str(e) for e in share.tear_down()]
+out["left_last"] = len(mounts.mounts_below(base)) - before, len(undo.entries)
 out["sources"] = os.path.exists(f"{base}/rovol/file") and os.path.exists(f"{base}/lower/file")
 print(json.dumps(out))
 """
@@ -120,4 +164,12 @@ def test_a_share_from_set_up_to_tear_down(tmp_path: Path) -> None:
     assert out["another"] == [False, True], "what lies at the source now is not what the others have"
     assert out["after_merging"] == []
     assert out["left"] == [False, 0, 0]
+    assert out["apart"] == [["r1-v"], ["r1"], "below", 30], "root file systems in a share of their own"
+    assert out["attributes"] == [4, True], "on the host no node works, no program has privileges"
+    assert out["left_apart"] == [False, 0, 0]
+    assert "changed meanwhile" in out["swapped"][0]
+    assert out["swapped"][1] == "UNAVAILABLE"
+    assert "link is a symbolic link" in out["link"][0]
+    assert out["link"][1] == "INVALID_ARGUMENT"
+    assert out["left_last"] == [0, 0]
     assert out["sources"], "what was bound is untouched"
