@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
+import stat
 
 from devices.syscalls import (
     RESOLVE_BENEATH,
@@ -24,7 +26,7 @@ from devices.syscalls import (
     openat2,
 )
 
-__all__ = ["descriptor_path", "open_entry", "open_in_root", "open_named", "reopen"]
+__all__ = ["connect_to", "descriptor_path", "open_entry", "open_in_root", "open_named", "reopen"]
 
 _AT_FDCWD = -100
 _TRIES = 64
@@ -70,6 +72,18 @@ def reopen(descriptor: int, flags: int = os.O_RDONLY) -> int:
     """Open for real what an O_PATH descriptor is of. For regular files and directories: to open others may
     wait or act."""
     return os.open(descriptor_path(descriptor), flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+
+
+def connect_to(sock: socket.socket, path: str) -> None:
+    """Connect to the unix socket that lies at `path` itself: whoever may write to its directory can put a
+    link to somebody else's there. Raises OSError, as connect(2)."""
+    found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(found).st_mode):
+            raise OSError(errno.ENOTSOCK, "it is no socket", path)
+        sock.connect(descriptor_path(found))
+    finally:
+        os.close(found)
 
 
 def descriptor_path(descriptor: int) -> str:

@@ -17,6 +17,7 @@ import errno
 import os
 import socket
 
+from devices.beneath import connect_to
 from devices.child import Child
 from devices.errors import HostError
 
@@ -43,7 +44,7 @@ def connect_now(path: str) -> socket.socket:
     """A connection to a socket that listens already (its backlog takes us before it accepts)."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.connect(path)
+        connect_to(sock, path)
     except BaseException:
         sock.close()
         raise

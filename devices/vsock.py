@@ -26,6 +26,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from devices.beneath import connect_to
 from devices.errors import GuestError, HostError, KataError
 
 __all__ = [
@@ -260,7 +261,7 @@ class HybridVsock(_Channel):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            sock.connect(self._path)
+            connect_to(sock, self._path)  # a jailed VMM may write there
             sock.send(f"CONNECT {port}\n".encode())  # in one piece, as the daemon parses it in one read
             reply = bytearray()
             while not reply.endswith(b"\n"):

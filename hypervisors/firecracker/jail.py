@@ -25,6 +25,7 @@ import stat
 from dataclasses import dataclass, field
 
 from devices import mounts
+from devices.beneath import open_entry, open_named
 from devices.errors import BugError, HostError
 from devices.syscalls import mount
 from devices.undo import Entry, UndoLog
@@ -115,7 +116,7 @@ class Den:
         self._record("file", path)
         os.mkfifo(path, 0o600)
         if self.jailed:
-            os.chown(path, self.uid, self.gid)
+            os.chown(path, self.uid, self.gid, follow_symlinks=False)
         return path
 
     def make_file(self, name: str, size: int) -> None:
@@ -140,21 +141,37 @@ class Den:
         if name in self._lent:
             raise BugError(f"something is lent as {name} already")
         target = self.path(_checked(name))
-        directory = stat.S_ISDIR(os.stat(source).st_mode)
         entries: list[Entry] = []
+        found = open_named(source)
         try:
+            directory = stat.S_ISDIR(os.fstat(found).st_mode)
             entries.append(self.undo.record("dir" if directory else "file", path=target))
-            if directory:
-                os.mkdir(target, 0o755)
-            else:
-                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-            entries.append(self.undo.record("mount", path=target))
-            mounts.bind(source, target, read_only=read_only, recursive=False)
+            where = self._make(name, directory)
+            try:
+                entries.append(self.undo.record("mount", path=target))
+                mounts.bind(found, where, read_only=read_only, recursive=False)
+            finally:
+                os.close(where)
         except BaseException:
             self._release(entries)
             raise
+        finally:
+            os.close(found)
         self._lent[name] = entries
         return name
+
+    def _make(self, name: str, directory: bool) -> int:
+        """Something empty to mount on, as a descriptor: Firecracker may write to the root, and rename it."""
+        root = os.open(self.root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            if not directory:
+                return os.open(
+                    name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root
+                )
+            os.mkdir(name, 0o755, dir_fd=root)
+            return open_entry(root, name)
+        finally:
+            os.close(root)
 
     def take_back(self, name: str) -> None:
         """Undo `lend`. Idempotent. Raises OSError."""

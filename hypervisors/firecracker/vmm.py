@@ -215,7 +215,9 @@ class Firecracker:
             )
             if self._parts.channel.home_port and self._den().jailed:
                 home = self._den().path(f"{boot.VSOCK}_{self._parts.channel.home_port}")
-                os.chown(home, self._den().uid, self._den().gid)  # to connect is to write
+                os.chown(
+                    home, self._den().uid, self._den().gid, follow_symlinks=False
+                )  # to connect is to write
         self._parts.cold.append(device)
         disks = sum(isinstance(one, BlockConfig) for one in self._parts.cold)
         return disk_path(disks - 1) if isinstance(device, BlockConfig) else ""

@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from devices.beneath import open_named, reopen
 from devices.config import DeviceConfig
 from devices.device import ChangingHost
 from devices.errors import CallerError, HostError
@@ -295,7 +296,7 @@ class DirectVolumes:
 def _grow(path: str, size: int) -> None:
     """Have at least `size` bytes behind the disk."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = _open_disk(path)
         try:
             present = os.lseek(fd, 0, os.SEEK_END)
             if size < present:
@@ -316,6 +317,17 @@ def _grow(path: str, size: int) -> None:
             os.close(fd)
     except OSError as error:
         raise HostError(f"{path} cannot grow: {error.strerror}", phase=_PHASE) from error
+
+
+def _open_disk(path: str) -> int:
+    """For writing; what is neither disk nor image any more is not opened."""
+    found = open_named(path)
+    try:
+        if not (stat.S_ISREG(mode := os.fstat(found).st_mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.ENODEV, "it is neither a disk nor an image")
+        return reopen(found, os.O_RDWR)
+    finally:
+        os.close(found)
 
 
 def _storage(volume: Assigned, disk: AgentDevice) -> agent_pb2.Storage:

@@ -20,6 +20,8 @@ __all__ = ["Steps"]
 
 _CALLS = (
     "open",
+    "chown",
+    "mkfifo",
     "stat",
     "lstat",
     "fstat",

@@ -240,3 +240,14 @@ async def test_kernel_vsock_listens_on_a_port_of_its_own() -> None:
         await one.wait_ready(0.05)
     await one.close()
     await two.close()
+
+
+async def test_a_link_in_the_sockets_place_leads_to_nobody(tmp_path: Path, daemon: Daemon) -> None:
+    """A jailed VMM may write to its directory: no link of its own is another VM's agent."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/s").symlink_to(daemon.path)
+    channel = HybridVsock(str(tmp_path / "mine/s"), home_call=False)
+    with pytest.raises(GuestError):
+        await channel.connect(1024, 5)
+    await channel.close()
+    assert daemon.lines == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from devices.syscalls import mount
 from devices.undo import MemoryUndo
 from hypervisors.firecracker.jail import Den, jail_id
 from tests.unit.shim.namespaces import in_mount_namespace
+from tests.unit.steps import Steps
 
 
 def _base() -> str:
@@ -99,6 +102,46 @@ def test_nothing_is_made_in_what_others_could_have_made() -> None:
             _jail(undo, base)
         assert os.listdir("/mnt/elsewhere") == []
         assert undo.entries == []
+
+    in_mount_namespace(body)
+
+
+@pytest.mark.parametrize("what", ["disk", "folder"])
+def test_who_owns_the_jail_cannot_lead_root_out_of_it(tmp_path: Path, what: str) -> None:
+    """At whatever step it exchanges the name: nothing is mounted, made or given away outside."""
+    (tmp_path / "disk").write_bytes(b"data")
+    (tmp_path / "folder").mkdir()
+
+    def body() -> None:
+        outside = "/mnt/outside"
+
+        def swap(den: Den) -> None:
+            for name in ("lent", "log.fifo"):
+                with contextlib.suppress(OSError):  # what is mounted on is not renamed here
+                    if os.path.lexists(den.path(name)):
+                        os.rename(den.path(name), den.path("was"))
+                    os.symlink(f"{outside}/{what}", den.path(name))
+
+        base, at, count = _base(), 0, 1
+        os.makedirs(f"{outside}/folder")
+        Path(outside, "disk").touch()
+        while at <= count:
+            den = _jail(MemoryUndo(), base, uid=1234)
+            steps = Steps(partial(swap, den), at)
+            with steps.counting(), contextlib.suppress(OSError):
+                den.lend(str(tmp_path / what), "lent", read_only=False)
+                den.make_fifo("log.fifo")
+            count = count if at else steps.count
+            assert mounts.mounts_below(outside) == []
+            assert [os.stat(f"{outside}/{name}").st_uid for name in ("disk", "folder")] == [0, 0]
+            with contextlib.suppress(OSError):  # what it has renamed is in the way
+                den.close()
+            mounts.unmount_below(base)
+            for left in ("firecracker/sid", "firecracker"):
+                if os.path.isdir(f"{base}/{left}"):
+                    os.rmdir(f"{base}/{left}")
+            at += 1
+        assert count > 5
 
     in_mount_namespace(body)
 

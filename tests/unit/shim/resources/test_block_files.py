@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from devices.errors import CallerError, HypervisorError
 from devices.manager import DeviceManager
 from devices.undo import MemoryUndo
 from shim.protocols import RootfsMount
-from shim.resources import block_files
+from shim.resources import block_files, disk_images
 from shim.resources.block_files import BlockFiles
 from shim.spec.guest_spec import Volume
 
@@ -130,3 +132,41 @@ def test_only_block_mounts_are_taken_as_disks(tmp_path: Path) -> None:
     assert block_files._block_rootfs([plain]) is None
     assert block_files._block_rootfs([RootfsMount("overlay", "overlay", "", ())]) is None
     assert block_files._block_rootfs([]) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")
+async def test_what_walks_a_root_file_system_by_names_is_led_nowhere(
+    make: Callable[[Vm, MemoryUndo], BlockFiles], bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While mkfs.erofs is at it the tree may change: it meets no link, no device, and cannot write."""
+    (tmp_path / "secret").write_text("of the host")
+    refused: list[int | None] = []
+
+    async def mkfs(_undo: object, program: str, arguments: Sequence[str], _timeout: float) -> None:
+        if program != "mkfs.erofs":
+            return
+        *_, image, tree = arguments
+        os.unlink(f"{bundle}/file")
+        os.symlink(tmp_path / "secret", f"{bundle}/file")
+        os.symlink(tmp_path, f"{bundle}/folder")
+        os.mknod(f"{bundle}/zero", 0o666 | stat.S_IFCHR, os.makedev(1, 5))
+        assert os.readlink(f"{tree}/file") == str(tmp_path / "secret")
+        for name, flags in (
+            ("file", 0),
+            ("folder/secret", 0),
+            ("zero", 0),
+            ("new", os.O_CREAT | os.O_WRONLY),
+        ):
+            try:
+                os.close(os.open(f"{tree}/{name}", flags))
+                refused.append(None)
+            except OSError as error:
+                refused.append(error.errno)
+        Path(image).touch()
+
+    monkeypatch.setattr(disk_images, "_run", mkfs)
+    files = make(Vm(), MemoryUndo())
+    await files.set_up()
+    await files.add("c1", [], bundle, [])
+    assert refused == [errno.ELOOP, errno.ELOOP, errno.EACCES, errno.EROFS]
+    assert await files.tear_down() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -233,6 +234,20 @@ async def test_what_cannot_grow_is_told_before_anything_is_done(
     with pytest.raises(CallerError, match=why):
         await volumes.resize("/var/vol", 1 << 20, Agent(), vm)
     assert given.disk.stat().st_size == 4096
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFIFO, stat.S_IFCHR])
+async def test_an_image_that_has_become_something_else_is_not_opened(given: Assignments, kind: int) -> None:
+    """A FIFO would wait for ever, a device would act."""
+    given.assign("/var/vol")
+    manager, vm = DeviceManager(), Vm()
+    volumes = volumes_of(given, manager, Holdings(manager, vm))
+    await volumes.add("a", given.find(bind("/var/vol")))
+    given.disk.unlink()
+    os.mknod(given.disk, 0o600 | kind, os.makedev(1, 5) if kind == stat.S_IFCHR else 0)
+    with pytest.raises(HostError, match="cannot grow: it is neither a disk nor an image"):
+        async with asyncio.timeout(20):
+            await volumes.resize("/var/vol", 8192, Agent(), vm)
 
 
 async def test_a_clone_of_an_xfs_can_be_mounted_beside_it(given: Assignments) -> None:
