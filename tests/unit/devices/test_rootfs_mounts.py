@@ -305,8 +305,9 @@ def test_a_racing_image_gets_no_mount_outside(tmp_path: Path) -> None:
         attacker.start()
         mounted = failed = 0
         try:
-            end = time.monotonic() + 3
-            while time.monotonic() < end and mounted + failed < 2000:
+            end = time.monotonic() + 120  # some two seconds on a quiet machine
+            while mounted < 1 or mounted + failed < 1000 or changed < 1000:
+                assert time.monotonic() < end, (mounted, failed, changed)
                 try:
                     image.mount("/real", last)
                     mounted += 1
@@ -317,8 +318,6 @@ def test_a_racing_image_gets_no_mount_outside(tmp_path: Path) -> None:
         finally:
             stop.set()
             attacker.join()
-        assert mounted > 10
-        assert changed > 500
 
     in_mount_namespace(body)
 

@@ -59,7 +59,7 @@ class Place:
     async def copy(self, steps: Steps) -> Guest:
         """With no more than a deadline's patience; a refusal is an answer, too."""
         guest = Guest(steps)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             with contextlib.suppress(CallerError):
                 await copy_volume(guest, self.volume)
         return guest
@@ -221,13 +221,12 @@ async def test_a_racing_writer_gets_nothing_of_the_host(tmp_path: Path) -> None:
     attacker.start()
     copies = 0
     try:
-        end = time.monotonic() + 3
-        while time.monotonic() < end and (copies < 300 or changed < 5000):
+        end = time.monotonic() + 120  # some two seconds on a quiet machine
+        while copies < 200 or changed < 1000:
+            assert time.monotonic() < end, (copies, changed)
             guest = await place.copy(Steps())
             assert SECRET not in guest.data
             copies += 1
     finally:
         stop.set()
         attacker.join()
-    assert copies > 20
-    assert changed > 500

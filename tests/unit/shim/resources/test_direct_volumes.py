@@ -246,7 +246,7 @@ async def test_an_image_that_has_become_something_else_is_not_opened(given: Assi
     given.disk.unlink()
     os.mknod(given.disk, 0o600 | kind, os.makedev(1, 5) if kind == stat.S_IFCHR else 0)
     with pytest.raises(HostError, match="cannot grow: it is neither a disk nor an image"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await volumes.resize("/var/vol", 8192, Agent(), vm)
 
 
