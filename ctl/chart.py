@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Protocol
 from xml.sax.saxutils import escape
 
+from devices.plain import plain
+
 __all__ = ["Bar", "draw_svg", "draw_text"]
 
 
@@ -31,7 +33,7 @@ class Bar(Protocol):
 
 
 def _clean(text: str, limit: int) -> str:
-    shown = "".join(each if each.isprintable() else "?" for each in text)
+    shown = plain(text)
     return shown if len(shown) <= limit else shown[: limit - 1] + "~"
 
 
@@ -90,9 +92,9 @@ def draw_svg(title: str, bars: Sequence[Bar]) -> str:
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" '
             f'height="{height}" font-family="sans-serif" font-size="12" role="img">'
         ),
-        f"<title>{escape(title)}</title>",
+        f"<title>{escape(plain(title))}</title>",
         f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="12" y="24" font-size="15" font-weight="bold" fill="#222222">{escape(title)}</text>',
+        f'<text x="12" y="24" font-size="15" font-weight="bold" fill="#222222">{escape(plain(title))}</text>',
     ]
     bottom = _TOP + _ROW * len(bars)
     step = _tick(total * 1000)

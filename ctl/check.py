@@ -23,6 +23,7 @@ from typing import Any
 from ctl.environment import first_line
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
+from devices.plain import plain
 from hypervisors.registry import broken_plugins
 from shim.config import Config, load_config
 
@@ -350,9 +351,9 @@ def run(config_path: str | None = None, *, as_json: bool = False) -> int:
         level = f"{each.level.value:<4}"
         if sys.stdout.isatty():
             level = f"\x1b[{colours[each.level]}m{level}\x1b[0m"
-        print(f"{level}  {each.name:<{width}}  {each.text}")
+        print(f"{level}  {plain(each.name):<{width}}  {plain(each.text)}")
         if each.hint:
-            print(f"      {'':<{width}}  -> {each.hint}")
+            print(f"      {'':<{width}}  -> {plain(each.hint)}")
     warned = sum(each.level is Level.WARN for each in found)
     print(f"\n{failed} failed, {warned} to know" if failed else f"\nThis host can run it ({warned} to know).")
     return 1 if failed else 0

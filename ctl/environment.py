@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import Any
 
 from devices.errors import KataError
+from devices.plain import plain
 from shim.config import Config, load_config
 
 __all__ = ["first_line", "gather", "run"]
@@ -150,7 +151,7 @@ def _lines(value: Any, indent: str = "") -> list[str]:
             lines += [f"{indent}{key}:", *_lines(each, indent + "  ")]
         else:
             shown = ", ".join(str(part) for part in each) if isinstance(each, list) else str(each)
-            lines.append(f"{indent}{key}: {shown}".rstrip())
+            lines.append(f"{indent}{key}: {plain(shown)}".rstrip())
     return lines
 
 

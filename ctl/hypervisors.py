@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from devices.kinds import OPERATIONS, Kind, Op
+from devices.plain import plain
 from hypervisors.base import Capabilities
 from hypervisors.registry import broken_plugins, load_plugins
 
@@ -77,5 +78,5 @@ def run(*, as_json: bool = False, as_markdown: bool = False) -> int:
         for row in rows:
             print("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip())
         for name, problem in sorted(broken.items()):
-            print(f"\n{name}: installed, but cannot be loaded: {problem}")
+            print(f"\n{name}: installed, but cannot be loaded: {plain(problem)}")
     return 1 if broken else 0

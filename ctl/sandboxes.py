@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 
+from devices.plain import plain
 from shim.state import journalfile, procfs
 
 __all__ = ["SandboxInfo", "read_sandboxes", "run"]
@@ -117,7 +118,7 @@ def run(*, as_json: bool = False, state_dir: str = STATE_DIR, share_dir: str = S
     print(f"{'SANDBOX':<{width}}  {'STATE':<8}  {'VMM PID':>7}  {'AGE':>4}  {'RSS MIB':>7}  CONTAINERS")
     for each in found:
         print(
-            f"{each.id:<{width}}  {each.state:<8}  {each.pid or '-':>7}  {_age(each.age):>4}  "
-            f"{each.memory // 1024 or '-':>7}  {', '.join(each.containers) or '-'}"
+            f"{plain(each.id):<{width}}  {each.state:<8}  {each.pid or '-':>7}  {_age(each.age):>4}  "
+            f"{each.memory // 1024 or '-':>7}  {plain(', '.join(each.containers)) or '-'}"
         )
     return 0

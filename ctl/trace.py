@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from ctl.chart import draw_svg, draw_text
 from devices.errors import CallerError
+from devices.plain import plain
 from shim.state.trace import ARCHIVE_DIR, TRACE_FILE
 
 __all__ = ["Phase", "Run", "find_runs", "read_phases", "run", "stretches"]
@@ -155,7 +156,8 @@ def print_list(runs: Sequence[Run]) -> int:
         except CallerError:
             continue  # gone meanwhile
         took = f"{_span(parts[0]):8.0f}" if parts else f"{'-':>8}"
-        print(f"{each.id:<{width}}  {_when(each.written)}  {'running' if each.alive else 'ended':<7}  {took}")
+        state = "running" if each.alive else "ended"
+        print(f"{plain(each.id):<{width}}  {_when(each.written)}  {state:<7}  {took}")
     return 0
 
 

@@ -4,7 +4,8 @@ What: every error that can reach containerd or an operator derives from `KataErr
 fault it is (its class), in which phase it happened, why, and what to try.
 Why here: `devices` is the lowest layer that raises them; nothing imports upwards, so the classes
 live at the bottom and `shim.errors` is only the place where they become ttrpc statuses.
-Invariants: `str(error)` is one paragraph without newlines; `code` is a name of google.rpc.Code.
+Invariants: `str(error)` is one paragraph without newlines, and plain (`devices.plain`) whatever it quotes;
+`code` is a name of google.rpc.Code.
 
     KataError
     +-- ConfigError       the administrator's file or annotation is wrong
@@ -17,6 +18,8 @@ Invariants: `str(error)` is one paragraph without newlines; `code` is a name of 
 """
 
 from __future__ import annotations
+
+from devices.plain import plain
 
 __all__ = [
     "BugError",
@@ -31,7 +34,7 @@ __all__ = [
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    return " ".join(plain(text).split())
 
 
 class KataError(Exception):

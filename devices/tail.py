@@ -3,19 +3,16 @@
 What: `TailBuffer` keeps the newest `limit` bytes and gives the last lines as printable text.
 Why: a failed start is explained by these lines; they come from a VMM or a guest, may be endless,
 and end up in logs and on terminals.
-Invariants: never more than `limit` bytes are kept; `tail` returns no control characters other
-than newlines, so no escape sequence of a guest reaches an operator's terminal.
+Invariants: never more than `limit` bytes are kept; `tail` returns nothing but newlines and what
+`devices.plain` leaves, so no escape sequence of a guest reaches an operator's terminal.
 """
 
 from __future__ import annotations
 
-import re
+from devices.plain import plain_lines
 
 __all__ = ["TailBuffer"]
 
-_ESCAPES = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_CONTROLS = {code: None for code in range(32) if code != ord("\n")} | {0x7F: None}
-_CONTROLS |= dict.fromkeys(range(128, 160))
 _LINE_LIMIT = 400  # characters of one line in an error message
 
 
@@ -43,8 +40,8 @@ class TailBuffer:
 
     def lines(self) -> list[str]:
         """All non-empty lines, cleaned; long lines are cut."""
-        text = _ESCAPES.sub(b"", self._data).decode("utf-8", "replace").translate(_CONTROLS)
-        kept = [line.rstrip() for line in text.split("\n") if line.strip()]
+        lines = plain_lines(self._data.decode("utf-8", "replace"))
+        kept = [line.rstrip() for line in lines if line.strip()]
         return [line if len(line) <= _LINE_LIMIT else line[:_LINE_LIMIT] + "..." for line in kept]
 
     def tail(self, lines: int = 10) -> str:

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 from devices.errors import ConfigError
+from devices.plain import plain
 from shim.config.fill import KIND_TEXT, Kind, Place, nearest
 from shim.config.schema import AnnotationPolicy, Inactive, toml_value
 
@@ -338,7 +339,7 @@ def _mib(text: str) -> int:
 
 
 def _listed(word: str, allowed: tuple[str, ...], listed_by: str) -> str:
-    if not word.isprintable() or '"' in word or not any(fnmatchcase(word, pattern) for pattern in allowed):
+    if plain(word) != word or '"' in word or not any(fnmatchcase(word, pattern) for pattern in allowed):
         raise _ValueError(f"of what {listed_by} lists, not {toml_value(word[:80])}")
     return word
 

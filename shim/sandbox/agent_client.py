@@ -17,6 +17,7 @@ from typing import Any
 
 import ttrpc
 from devices.errors import CallerError, GuestError, KataError
+from devices.plain import plain
 from proto import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from shim.protocols import Deadlines, GuestContainer, GuestProcess
 from shim.spec.oci_fields import BEYOND
@@ -43,8 +44,8 @@ _PROCESSES_DEADLINE = 1.0
 
 
 def _bounded(text: str) -> str:
-    """The guest's text, printable and short: it ends in logs and in a user's terminal."""
-    shown = "".join(char if char.isprintable() else " " for char in text[: 2 * _MAX_TEXT])
+    """The guest's text, plain and short: it ends in logs and in a user's terminal."""
+    shown = plain(text[: 2 * _MAX_TEXT])
     return shown if len(shown) <= _MAX_TEXT else shown[: _MAX_TEXT - 3] + "..."
 
 

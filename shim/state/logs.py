@@ -8,6 +8,7 @@ Invariants:
   and what does not fit is dropped (and counted; the next line that fits carries `dropped`).
 - One line is one write of at most 4096 bytes (PIPE_BUF), so lines never mix.
 - Values of keys that carry secrets (environment, annotations) do not appear, only their names.
+- Whoever a value came from, it is plain (`devices.plain`) and bounded; a traceback keeps its lines.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 import structlog
+
+from devices.plain import plain, plain_lines
 
 __all__ = ["configure", "redact", "set_level"]
 
@@ -59,16 +62,20 @@ class LogPipe:
 def _encode(fields: dict[str, Any]) -> bytes:
     line = json.dumps(fields, default=str, ensure_ascii=False).encode("utf-8", "replace")
     if len(line) >= MAX_LINE:
-        kept = {key: _clip(value, _MAX_VALUE // 4) for key, value in list(fields.items())[:12]}
+        kept = {
+            key: _clip(value, _MAX_VALUE // 4, lines=key == "exception")
+            for key, value in list(fields.items())[:12]
+        }
         line = json.dumps(kept, default=str).encode()[: MAX_LINE - 1]
     return line + b"\n"
 
 
-def _clip(value: Any, limit: int) -> Any:
+def _clip(value: Any, limit: int, *, lines: bool = False) -> Any:
     if isinstance(value, (int, float, bool)) or value is None:
         return value
     text = value if isinstance(value, str) else str(value)
-    return text if len(text) <= limit else text[:limit] + "..."
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "\n".join(plain_lines(text)) if lines else plain(text)
 
 
 def redact(key: str, value: Any) -> Any:
@@ -98,7 +105,8 @@ class _Shape:
             **self._constant,
         }
         for key, value in event.items():
-            fields[key] = _clip(redact(key, value), _MAX_VALUE * 2 if key == "exception" else _MAX_VALUE)
+            trace = key == "exception"
+            fields[key] = _clip(redact(key, value), _MAX_VALUE * (1 + trace), lines=trace)
         return (), fields
 
 

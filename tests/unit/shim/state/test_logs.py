@@ -140,3 +140,21 @@ def test_unprintable_values(tmp_path: Path, fifo: int) -> None:
     structlog.get_logger().info("x", value=object(), data=b"\xff", text="\ud800")
 
     assert len(_lines(fifo)) == 1
+
+
+def test_whoever_a_value_came_from_it_is_plain(tmp_path: Path, fifo: int) -> None:
+    """No sign that turns the writing round, breaks a line or speaks to a terminal; tracebacks keep lines."""
+    logs.configure(str(tmp_path), debug=False)
+    evil = "a\u202eb\u2028c\x1b[2Jd\x85e\x00"
+    structlog.get_logger().info(evil, console=evil, keys=[evil])
+    try:
+        raise ValueError(evil)
+    except ValueError:
+        structlog.get_logger().exception("failed")
+
+    raw = os.read(fifo, 1 << 20).decode()
+    assert raw.replace("\n", "").isprintable()
+    first, second = (json.loads(line) for line in raw.split("\n")[:2])
+    assert (first["msg"], first["console"]) == ("ab cd e", "ab cd e")
+    assert second["exception"].count("\n") >= 3
+    assert second["exception"].replace("\n", "").isprintable()
