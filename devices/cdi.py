@@ -12,7 +12,6 @@ Source: the Container Device Interface's SPEC.md, version 0.8; kata.md 1.11.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from devices.errors import CallerError, HostError
+from devices.small_file import read_small
+from devices.strict_json import parse
 
 __all__ = ["ANNOTATION", "DIRECTORIES", "CdiDevice", "annotated", "find_device", "guest_kind"]
 
@@ -147,15 +148,11 @@ def _files(directory: str, unread: list[str]) -> Iterator[str]:
 
 def _load(path: str) -> Any:
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_SIZE + 1)
-        if len(data) > MAX_SIZE:
-            raise ValueError(f"it has more than {MAX_SIZE >> 20} MiB")
-        spec = json.loads(data)
+        spec = parse(read_small(path, MAX_SIZE))
         _check(spec)
     except OSError as error:
         raise HostError(f"cannot read {path}: {error.strerror}", phase=_PHASE) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise HostError(f"{path} is no CDI specification: {error}", phase=_PHASE) from error
     return spec
 

@@ -26,6 +26,7 @@ import structlog
 
 from devices.device import ChangingHost
 from devices.errors import CallerError, KataError
+from devices.strict_json import parse
 from devices.undo import Entry, UndoLog
 from proto import csi_pb2
 from shim.resources.direct_volumes import DirectVolumes, VolumeAgent
@@ -147,10 +148,10 @@ async def _read(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:
 
 def _resize_request(body: bytes) -> tuple[str, int]:
     try:
-        document: Any = json.loads(body)
+        document: Any = parse(body)
         name = next(document[key] for key in _PATH_KEYS if key in document)
         size = next(document[key] for key in _SIZE_KEYS if key in document)
-    except (ValueError, TypeError, StopIteration, RecursionError):
+    except (ValueError, TypeError, StopIteration):
         raise _malformed('a resize is {"VolumePath": PATH, "Size": BYTES}') from None
     if not isinstance(name, str) or not isinstance(size, int) or isinstance(size, bool):
         raise _malformed("VolumePath is a text, Size a number")

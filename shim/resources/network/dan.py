@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import os
 import re
 import secrets
@@ -25,6 +24,8 @@ from devices.config import NetworkConfig, VhostUserNetConfig
 from devices.errors import HostError
 from devices.kinds import Op
 from devices.manager import DeviceManager
+from devices.small_file import read_small
+from devices.strict_json import parse
 from devices.threads import acquire
 from hypervisors.base import Hypervisor
 from shim.resources.network.netns import Netns
@@ -73,17 +74,14 @@ class Dan:
 def read(path: str) -> Dan | None:
     """None if there is no such file. Raises HostError, which names the place in the file. Blocks."""
     try:
-        with open(path, "rb") as file:
-            text = file.read(_LIMIT + 1)
+        text = read_small(path, _LIMIT)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise HostError(f"{path} cannot be read: {error.strerror}", phase="network") from error
     try:
-        if len(text) > _LIMIT:
-            raise ValueError(f"it has more than {_LIMIT >> 20} MiB")
-        return _dan(_Part("", json.loads(text)))
-    except (ValueError, RecursionError) as error:
+        return _dan(_Part("", parse(text)))
+    except ValueError as error:
         raise HostError(
             f"{path} is no description of a network: {error}",
             phase="network",

@@ -91,7 +91,7 @@ def test_a_device_that_nothing_has_and_one_that_yaml_may_have(tmp_path: Path) ->
         (spec(one=node("/dev/../etc/shadow")), "without a plain path"),
         (spec(one={"env": ["A B"]}), "no NAME=value"),
         (spec(one={"deviceNodes": [{"path": f"/dev/{n}"} for n in range(257)]}), "more than 256"),
-        (json.dumps(spec(one={"env": ["A=" + "x" * (1 << 20)]})), "more than 1 MiB"),
+        (json.dumps(spec(one={"env": ["A=" + "x" * (1 << 20)]})), "more than 1048576 bytes"),
     ],
 )
 def test_what_is_no_specification_is_named(tmp_path: Path, document: Any, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -126,10 +127,19 @@ def test_what_is_wrong_is_named_with_its_place(
     assert "s.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, "{}" + " " * (1 << 20)])
+@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, '{"devices": [], "devices": []}'])
 def test_what_is_no_such_file_is_refused(write: Callable[[Any], str], text: str) -> None:
     with pytest.raises(HostError, match="is no description of a network"):
         read(write(text))
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_or_too_large_is_not_read(write: Callable[[Any], str], tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="more than 1048576 bytes"):
+        read(write("{}" + " " * (1 << 20)))
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(HostError, match="it is no regular file"):
+        read(str(tmp_path / "fifo"))
 
 
 JSON = st.recursive(
