@@ -36,15 +36,16 @@ from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.resources.vfio_settings import vfio_settings, wants
 from shim.sandbox.cold_devices import cold_devices, key, swap, with_agent_params
-from shim.sandbox.host_files import dns, shm_size
+from shim.sandbox.host_files import HostFiles, read_host_files
 from shim.sandbox.sandbox import VirtSandbox
 from shim.sandbox.settings import SandboxSettings
 from shim.spec import oci_fields
+from shim.spec.documents import load_spec
 from shim.spec.guest_devices import check_devices, host_devices
-from shim.spec.guest_spec import OWN, plan_volumes
-from shim.spec.pod_role import annotations_of, container_type
+from shim.spec.guest_spec import plan_volumes
+from shim.spec.pod_role import container_type
 from shim.state import logs
-from shim.state.bundle import share_dir
+from shim.state.bundle import OWN, SINGLE, share_dir
 from shim.state.procfs import start_time
 from shim.state.trace import Trace
 from shim.tasks.container_manager import ContainerManager
@@ -83,6 +84,13 @@ class VirtContainer:
         """Register the hypervisors that come with the shim (the mission's `VirtContainer::init`)."""
         register_built_in()
 
+    async def load_spec(self, bundle: str) -> dict[str, Any]:
+        """See `shim.tasks.container_manager.Runtime`."""
+        spec, strange = await look(load_spec, bundle)
+        if strange:
+            _log.info("not passed to the guest", bundle=bundle, keys=strange)
+        return spec
+
     async def sandbox_for(
         self,
         container_id: str,
@@ -94,12 +102,12 @@ class VirtContainer:
         async with self._making:  # two first containers, or one and a CreateSandbox, make one sandbox
             if self.pod is not None:
                 sandbox = self.pod.admit(container_id)
-                self._check(spec)
+                await look(self._check, spec)
                 return sandbox
             if self._sandbox is None or self._sandbox.stopped:
                 self._sandbox = await self._make(container_id, spec, options)
             else:
-                self._check(spec)
+                await look(self._check, spec)
             return self._sandbox
 
     async def make_pod(
@@ -127,19 +135,20 @@ class VirtContainer:
                 options_path=config_path(options) or context.config_path or None,
                 env=os.environ,
                 runtime_class=context.runtime_class,
-                annotations=annotations_of(spec),
+                annotations=spec.get("annotations") or {},
             )
         logs.set_level(config.runtime.log_level, debug=context.debug or config.runtime.enable_debug)
         for idle in config.inactive:
             if not idle.harmless:
                 _log.warning("configuration key without effect", key=str(idle))
         self._config = config
-        self._check(spec)
+        await look(self._check, spec)
         await self._check_disks(spec)
-        return self.new_instance(config, spec, pod, await self._passed(config, spec))
+        passed = await self._passed(config, spec)
+        return self.new_instance(config, spec, await look(read_host_files, spec), pod, passed)
 
     def _check(self, spec: Mapping[str, Any]) -> None:
-        """Refuse what cannot be served, before anything is done for the container."""
+        """Refuse what cannot be served, before anything is done for the container. Blocks."""
         assert self._config is not None  # loaded by `_make`
         section = self._config.hypervisor
         oci_fields.check(spec, guest_selinux=not key(section, "disable_guest_selinux"))
@@ -153,8 +162,10 @@ class VirtContainer:
         """Refuse disks that the first container cannot have, before its VM is started. Those of a running
         VM are checked when they are plugged: some of them it may have itself."""
         assert self._config is not None  # loaded by `_make`
-        wanted = [] if container_type(spec) == OWN else host_devices(spec)
-        volumes = [] if container_type(spec) == OWN else plan_volumes(spec, self._context.id)
+        if container_type(spec) == OWN:
+            return
+        wanted = await look(host_devices, spec)
+        volumes = plan_volumes(spec, self._context.id)
         if wanted:
             from shim.resources.container_devices import check
 
@@ -166,7 +177,7 @@ class VirtContainer:
         """The devices of VFIO that the VM starts with. Refuses what the first container cannot have, before
         its VM is started; of a running one it is refused when they are plugged."""
         vfio = vfio_settings(config.runtime, config.hypervisor)
-        if not wants(spec, vfio):
+        if not await wants(spec, vfio):
             return None
         if vfio.cold == vfio.hot == "no-port":  # a VMM without says so itself
             able = get_plugin(config.hypervisor_name).capabilities
@@ -180,19 +191,21 @@ class VirtContainer:
         self,
         config: Config,
         spec: Mapping[str, Any],
+        files: HostFiles,
         pod: PodDefaults | None = None,
         passed: Wanted | None = None,
     ) -> VirtSandbox:
-        """Hypervisor, devices and sandbox, none of which runs or holds anything yet. `passed`: devices of
-        VFIO to start with."""
+        """Hypervisor, devices and sandbox, none of which runs or holds anything yet. `files`: what it
+        takes from the first container's mounts; `passed`: devices of VFIO to start with."""
         context = self._context
         agent = config.agent
+        dns, shm_size = files
         stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
         section, bounds = sized(
             with_agent_params(config, stream_port),
             spec,
             static=config.runtime.static_sandbox_resource_mgmt,
-            pod=container_type(spec) != "single_container",
+            pod=container_type(spec) != SINGLE,
         )
         hypervisor = get_plugin(config.hypervisor_name).create(
             section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
@@ -201,9 +214,9 @@ class VirtContainer:
             sandbox_id=context.sandbox_id,
             container_type=container_type(spec),
             network=network_settings(config.runtime, section, spec, context.sandbox_id),
-            hostname=str(spec.get("hostname") or ""),
-            dns=dns(spec),
-            shm_size=shm_size(spec),
+            hostname=spec.get("hostname", ""),
+            dns=dns,
+            shm_size=shm_size,
             share_path=share_dir(context.sandbox_id),
             devices=cold_devices(config, section, share_dir(context.sandbox_id)),
             deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),

@@ -18,19 +18,27 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from devices.errors import CallerError
-from devices.threads import acquire
+from devices.threads import acquire, look
 from proto import sandbox_v1_pb2 as messages
 from shim.api.pod_info import describe, measure
-from shim.sandbox.pod_config import PodDefaults, parse_options, sandbox_spec, shares_pids, write_files
+from shim.sandbox.pod_config import (
+    PodDefaults,
+    files_of,
+    parse_options,
+    sandbox_spec,
+    shares_pids,
+    write_files,
+)
 from shim.sandbox.pod_sandbox import Call, PodSandbox, State
+from shim.spec.documents import checked
 from shim.state.trace import Trace
-from shim.tasks.container_manager import ContainerManager, load_spec
+from shim.tasks.container_manager import ContainerManager
 
 __all__ = ["Pods", "SandboxService"]
 
@@ -46,6 +54,10 @@ class Pods(Protocol):
 
     pod: PodSandbox | None
     trace: Trace
+
+    async def load_spec(self, bundle: str) -> dict[str, Any]:
+        """See `shim.tasks.container_manager.Runtime`."""
+        ...
 
     async def make_pod(
         self, spec: dict[str, object], options: AnyMessage, defaults: PodDefaults
@@ -106,16 +118,21 @@ class SandboxService:
             _log.info("a sandbox in a VM has no root file system of its own", mounts=len(request.rootfs))
         config = parse_options(request.options)
         bundle = request.bundle_path or self._bundle
-        base = load_spec(bundle) if os.path.exists(os.path.join(bundle, "config.json")) else {}
-        files = await acquire(write_files, self._files, config)
-        spec = sandbox_spec(
-            base,
-            config,
-            sandbox_id=self._id,
-            netns=request.netns_path,
-            annotations=request.annotations,
-            files=files,
+        there = await look(os.path.exists, os.path.join(bundle, "config.json"))
+        base = await self._pods.load_spec(bundle) if there else {}
+        files = files_of(self._files)
+        spec = checked(
+            sandbox_spec(
+                base,
+                config,
+                sandbox_id=self._id,
+                netns=request.netns_path,
+                annotations=request.annotations,
+                files=files,
+            ),
+            "the sandbox",
         )
+        await acquire(write_files, self._files, config)
         defaults = PodDefaults(files, dict(config.linux.sysctls), shares_pids(config))
         await self._pods.make_pod(spec, request.options, defaults)
         self._manager.kept = self._id

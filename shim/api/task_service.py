@@ -13,17 +13,17 @@ Source: containerd's api/runtime/task/v2/shim.proto; facts/containerd-shim.md 1.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
 
 import structlog
-from google.protobuf import any_pb2, empty_pb2
+from google.protobuf import empty_pb2
 
 from devices.errors import CallerError
 from proto import runc_options_pb2, task_types_pb2, task_v2_pb2, task_v3_pb2
 from shim.protocols import Exit
+from shim.spec.documents import process_of, resources_of
 from shim.spec.limits import fold_unified
 from shim.spec.oci import Rest, process_from_json, resources_from_json
 from shim.stdio.stdio import StdioSpec
@@ -60,19 +60,9 @@ def _exit_fields(response: Any, ended: Exit | None) -> Any:
     return response
 
 
-def _json(payload: any_pb2.Any, what: str) -> dict[str, Any]:
-    try:
-        document = json.loads(payload.value)
-        if not isinstance(document, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise CallerError(f"{what} is not valid JSON: {error}", code="INVALID_ARGUMENT") from error
-    return document
-
-
-def _tell_dropped(what: str, rest: Rest) -> None:
-    if rest.dropped:
-        _log.info("not passed to the guest", process=what[:256], keys=rest.dropped[:50])
+def _tell_dropped(what: str, strange: list[str], rest: Rest) -> None:
+    if strange or rest.dropped:
+        _log.info("not passed to the guest", process=what[:256], keys=[*strange, *rest.dropped][:50])
 
 
 def _stdio(request: Any) -> StdioSpec:
@@ -167,8 +157,9 @@ class TaskService:
     async def exec(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Remember a further process, which Start then runs."""
         self._manager.get(request.id)
-        process, rest = process_from_json(_json(request.spec, "the exec's process"))
-        _tell_dropped(f"{request.id}/{request.exec_id}", rest)
+        document, strange = process_of(request.spec.value)
+        process, rest = process_from_json(document)
+        _tell_dropped(f"{request.id}/{request.exec_id}", strange, rest)
         await self._manager.add_exec(
             request.id, request.exec_id, process, _stdio(request), beyond=rest.beyond
         )
@@ -193,8 +184,9 @@ class TaskService:
     async def update(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Change a container's limits."""
         self._manager.get(request.id)
-        resources, rest = resources_from_json(fold_unified(_json(request.resources, "the resources")))
-        _tell_dropped(request.id, rest)
+        document, strange = resources_of(request.resources.value)
+        resources, rest = resources_from_json(fold_unified(document))
+        _tell_dropped(request.id, strange, rest)
         await self._manager.update(request.id, resources, beyond=rest.beyond)
         return empty_pb2.Empty()
 

@@ -1,22 +1,21 @@
 """The poststop hooks that a dead shim owes.
 
 What: `run_poststop` runs them from what the journal recorded, for `delete`.
-Invariants: they come from the bundle, which containerd keeps until `delete` is over; together they take no
-longer than they may; no asyncio (facts: `delete` has 5 seconds and starts an interpreter).
+Invariants: they come from the bundle, which containerd keeps until `delete` is over, and are read as the shim
+read them (`shim.spec.documents`); together they take no longer than they may; no asyncio (facts: `delete` has
+5 seconds and starts an interpreter).
 """
 
 from __future__ import annotations
 
-import json
 import time
 
 from devices.errors import KataError
 from shim.hooks.hook_process import read_hooks, run, state_json
+from shim.spec.documents import load_spec
 from shim.state.releases import Facts, ReleaseError
 
 __all__ = ["run_poststop"]
-
-_MAX_SPEC = 4 << 20  # bytes, as `shim.tasks.container_manager` reads it
 
 
 def run_poststop(facts: Facts, timeout: float) -> None:
@@ -24,10 +23,9 @@ def run_poststop(facts: Facts, timeout: float) -> None:
     bundle, container = str(facts.get("bundle")), str(facts.get("container"))
     until = time.monotonic() + timeout
     try:
-        with open(f"{bundle}/config.json", "rb") as file:
-            spec = json.loads(file.read(_MAX_SPEC))
+        spec, _ = load_spec(bundle)
         hooks = read_hooks(spec)["poststop"]
-    except (OSError, ValueError, AttributeError, KataError) as error:
+    except KataError as error:
         raise ReleaseError(f"the poststop hooks of {container} cannot be read: {error}") from error
     failed: list[str] = []
     for hook in hooks:

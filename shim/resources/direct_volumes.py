@@ -16,7 +16,6 @@ import base64
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -29,11 +28,15 @@ from devices.device import ChangingHost
 from devices.errors import CallerError, HostError
 from devices.holdings import Holdings
 from devices.manager import AgentDevice, DeviceManager
+from devices.small_file import read_small
+from devices.strict_json import parse
 from devices.threads import acquire
 from devices.undo import Entry, UndoLog
 from proto import agent_pb2, csi_pb2, types_pb2
 from shim.resources.disks import DiskStyle
 from shim.spec.guest_spec import Volume
+from shim.spec.oci_types import ID, PATH, TEXT
+from shim.spec.shape import ListOf, MapOf, Table, fit
 
 __all__ = [
     "DIRECTORY",
@@ -52,6 +55,15 @@ MOUNT_INFO = "mountInfo.json"
 _GUEST = "/run/kata-containers/sandbox/storage"
 _KINDS = ("block", "directvol", "spdkvol")  # Kata's Go runtime and its Rust one; its disks of SPDK
 _SCHEME = "spdk://"
+_INFO = Table(
+    {
+        "volume-type": TEXT,
+        "device": PATH,
+        "fstype": TEXT,
+        "options": ListOf(TEXT, 256),
+        "metadata": MapOf(TEXT, 64),
+    }
+)
 _MAX_INFO = 64 << 10  # bytes
 _PHASE = "volumes"
 _GROW = frozenset({"ext2", "ext3", "ext4", "xfs"})  # what the guest can grow while it is mounted
@@ -105,8 +117,7 @@ def find(volumes: Sequence[Volume], directory: str = DIRECTORY) -> dict[int, Ass
     for volume in volumes:
         path = f"{volume_directory(volume.source, directory)}/{MOUNT_INFO}"
         try:
-            with open(path, "rb") as file:
-                text = file.read(_MAX_INFO)
+            text = read_small(path, _MAX_INFO)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -129,19 +140,20 @@ def check(volumes: Sequence[Volume], directory: str = DIRECTORY) -> None:
 
 def _assigned(volume: Volume, path: str, text: bytes) -> Assigned:
     try:
-        info = json.loads(text)
-        kind, device, fstype = info["volume-type"], info["device"], info["fstype"]
-        options = tuple(info.get("options") or ())
-        metadata = info.get("metadata") or {}
-        group = int(metadata.get("fsGroup", -1))
-        if not all(isinstance(word, str) for word in (kind, device, fstype, *options)):
-            raise TypeError("a value is no string")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        info, _ = fit(_INFO, parse(text))
+        missing = [key for key in ("volume-type", "device", "fstype") if key not in info]
+        if missing:
+            raise ValueError(f"it has no {missing[0]}")
+        metadata = info.get("metadata", {})
+        group = _group(metadata.get("fsGroup"))
+    except ValueError as error:
         raise HostError(
-            f"{path} is no mountInfo: {error!r}",
+            f"{path} is no mountInfo: {error}",
             phase=_PHASE,
             hint='it needs "volume-type", "device" and "fstype"',
         ) from error
+    kind, device, fstype = info["volume-type"], info["device"], info["fstype"]
+    options = tuple(info.get("options", ()))
     if kind not in _KINDS:
         raise CallerError(
             f"the volume {volume.source} is of type {kind[:40]!r}; supported: {', '.join(_KINDS)}",
@@ -159,6 +171,16 @@ def _assigned(volume: Volume, path: str, text: bytes) -> Assigned:
     return Assigned(
         volume.index, volume.source, device, fstype, options, read_only, group, policy, create, served
     )
+
+
+def _group(text: str | None) -> int:
+    """The id of a group, -1 for none. Raises ValueError: the agent's protocol could not say it, and what is
+    beyond 32 bits would be another group's."""
+    if text is None:
+        return -1
+    if not (text.isascii() and text.isdecimal() and len(text) <= 10 and int(text) <= ID.high):
+        raise ValueError(f"metadata.fsGroup must be a number from 0 to {ID.high}")
+    return int(text)
 
 
 def _check_disk(device: str, path: str, *, served: bool) -> None:

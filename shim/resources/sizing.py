@@ -126,8 +126,8 @@ def _annotated(annotations: Mapping[str, Any]) -> oci_pb2.LinuxResources:
     """The pod's sums as the CRI gives them; what is no number counts as absent."""
 
     def number(key: str) -> int:
-        text = str(annotations.get(key) or "")
-        return int(text) if text.removeprefix("-").isdecimal() and len(text) < 19 else 0
+        text = annotations.get(key, "")
+        return int(text) if text.isascii() and text.removeprefix("-").isdecimal() and len(text) < 19 else 0
 
     return oci_pb2.LinuxResources(
         CPU=oci_pb2.LinuxCPU(Quota=number(_SANDBOX_QUOTA), Period=max(0, number(_SANDBOX_PERIOD))),

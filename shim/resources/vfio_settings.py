@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from devices.threads import look
 from shim.config.schema import RuntimeConfig
-from shim.spec.guest_devices import vfio_nodes
+from shim.spec.guest_devices import may_have_vfio, vfio_nodes
 
 __all__ = ["VfioSettings", "vfio_settings", "wants"]
 
@@ -43,7 +44,8 @@ def vfio_settings(runtime: RuntimeConfig, section: Any) -> VfioSettings:
     )
 
 
-def wants(spec: Mapping[str, Any], settings: VfioSettings) -> bool:
+async def wants(spec: Mapping[str, Any], settings: VfioSettings) -> bool:
     """Whether this container names devices of VFIO, or annotations that may."""
-    by_cdi = settings.cdi and any(str(key).startswith(_CDI) for key in spec.get("annotations") or {})
-    return bool(by_cdi or vfio_nodes(spec))
+    if settings.cdi and any(key.startswith(_CDI) for key in spec.get("annotations") or {}):
+        return True
+    return may_have_vfio(spec) and bool(await look(vfio_nodes, spec))

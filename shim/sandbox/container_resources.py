@@ -24,7 +24,7 @@ from devices.manager import DeviceManager
 from devices.threads import look
 from devices.undo import UndoLog
 from hypervisors.base import Hypervisor
-from proto import agent_pb2
+from proto import agent_pb2, oci_pb2
 from shim.protocols import GuestContainer, RootfsMount
 from shim.resources.container_files import ContainerFiles
 from shim.resources.direct_volumes import DirectVolumes
@@ -35,9 +35,9 @@ from shim.resources.vfio_settings import wants
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_devices import HostDevice, host_devices
-from shim.spec.guest_spec import MEMBER, OWN, guest_spec, plan_volumes, wants_sandbox_pidns
-from shim.spec.oci import spec_from_json
-from shim.state.bundle import state_dir
+from shim.spec.guest_spec import guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.spec.oci import Rest, spec_from_json
+from shim.state.bundle import MEMBER, OWN, state_dir
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class ContainerResources:
         from shim.resources.container_devices import ContainerDevices
 
         devices = ContainerDevices(self._devices, self._holdings, self._settings.disks)
-        disks = [await devices.disk(device) for device in host_devices(spec)]
+        disks = [await devices.disk(device) for device in await look(host_devices, spec)]
         direct = await look(find_direct, plan_volumes(spec, self._settings.sandbox_id))
         disks += [await self._direct.disk(volume) for volume in direct.values()]
         for disk in disks:
@@ -112,37 +112,42 @@ class ContainerResources:
         if self._settings.pod is not None:
             from shim.sandbox.pod_config import complete
 
-            spec = complete(spec, self._settings.pod)
+            spec = await look(complete, spec, self._settings.pod)
         kind = self._settings.container_type if container_id == self._settings.sandbox_id else MEMBER
         volumes = [] if kind == OWN else plan_volumes(spec, container_id)
         direct = await look(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
-        disks = [] if kind == OWN else host_devices(spec)
+        disks = [] if kind == OWN else await look(host_devices, spec)
         passed = await self._find_passed(spec) if kind != OWN else None
-        root_path = os.path.join(bundle, str((spec.get("root") or {}).get("path") or "rootfs"))
+        root_path = os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs")
         volumes = await self._files.name(volumes)
-        document, left_out = guest_spec(
-            spec,
-            container_id=container_id,
-            bundle=bundle,
-            container_type=kind,
-            volumes=volumes,
-            root=self._files.rootfs(container_id),
-            disable_seccomp=self._settings.disable_guest_seccomp,
-            keep_cpuset=self._settings.direct_stdio,
-            devices=disks,
-        )
-        rewrite_direct(document, direct)
-        if passed is not None:
-            from shim.resources.vfio_devices import rewrite as rewrite_passed
 
-            rewrite_passed(document, passed, self._settings.vfio)
-            left_out += passed.left_out
-        message, rest = spec_from_json(document)
-        left_out += rest.dropped
-        if left_out:
-            _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
-        await self._sizing.fit(container_id, spec_limits(spec))
+        def translate() -> tuple[oci_pb2.Spec, Rest, oci_pb2.LinuxResources]:
+            document, left_out = guest_spec(
+                spec,
+                container_id=container_id,
+                bundle=bundle,
+                container_type=kind,
+                volumes=volumes,
+                root=self._files.rootfs(container_id),
+                disable_seccomp=self._settings.disable_guest_seccomp,
+                keep_cpuset=self._settings.direct_stdio,
+                devices=disks,
+            )
+            rewrite_direct(document, direct)
+            if passed is not None:
+                from shim.resources.vfio_devices import rewrite as rewrite_passed
+
+                rewrite_passed(document, passed, self._settings.vfio)
+                left_out += passed.left_out
+            message, rest = spec_from_json(document)
+            left_out += rest.dropped
+            if left_out:
+                _log.info("not passed to the guest", container=container_id, keys=left_out[:50])
+            return message, rest, spec_limits(spec)
+
+        message, rest, limits = await look(translate)  # of the largest that is taken it takes a second
+        await self._sizing.fit(container_id, limits)
         storages: list[agent_pb2.Storage] = []
         # Our agent has a pause of its own; another one needs the image's.
         if kind != OWN or not self._settings.direct_stdio:
@@ -188,7 +193,7 @@ class ContainerResources:
         return devices
 
     async def _find_passed(self, spec: Mapping[str, Any]) -> Wanted | None:
-        if not wants(spec, self._settings.vfio):
+        if not await wants(spec, self._settings.vfio):
             return None
         from shim.resources.vfio_devices import find
 

@@ -1,19 +1,21 @@
 """What a sandbox takes from the files that its first container mounts.
 
-What: `dns`, the lines of resolv.conf for the guest's own, and `shm_size`, how large its /dev/shm is to be.
-Invariants: what is read is bounded; a file that cannot be read is done without.
+What: `read_host_files` gives the lines of resolv.conf for the guest's own, and the size of its /dev/shm.
+Invariants: what is read is a regular file, and bounded; a file that cannot be read is done without, and
+told: the mount itself may still be what somebody wants.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import structlog
 
-__all__ = ["DEFAULT_SHM", "MAX_RESOLV_CONF", "dns", "shm_size"]
+from devices.small_file import read_small
+
+__all__ = ["DEFAULT_SHM", "MAX_RESOLV_CONF", "HostFiles", "read_host_files"]
 
 DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
 MAX_RESOLV_CONF = 64 << 10  # bytes
@@ -21,31 +23,34 @@ MAX_RESOLV_CONF = 64 << 10  # bytes
 _log = structlog.get_logger("runtime")
 
 
-def dns(spec: Mapping[str, Any]) -> list[str]:
-    """The lines of the container's resolv.conf, for the guest's own."""
-    source = _mount_source(spec, "/etc/resolv.conf")
+HostFiles = tuple[tuple[str, ...], int]
+"""Lines of resolv.conf; bytes of /dev/shm."""
+
+
+def read_host_files(spec: Mapping[str, Any]) -> HostFiles:
+    """By the mounts of a spec. Blocks: a source may lie on a file server that does not answer."""
+    sources = {"/etc/resolv.conf": "", "/dev/shm": ""}
+    for mount in reversed(spec.get("mounts") or []):  # the first that names a destination counts
+        if mount.get("destination") in sources:
+            sources[mount["destination"]] = mount.get("source", "")
+    return _dns(sources["/etc/resolv.conf"]), _shm_size(sources["/dev/shm"])
+
+
+def _dns(source: str) -> tuple[str, ...]:
     if not source.startswith("/"):
-        return []
+        return ()
     try:
-        with open(source, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_RESOLV_CONF).splitlines()
+        return tuple(read_small(source, MAX_RESOLV_CONF).decode(errors="replace").splitlines())
     except OSError as error:
         _log.warning("resolv.conf cannot be read", path=source, error=error.strerror)
-        return []
+        return ()
 
 
-def shm_size(spec: Mapping[str, Any]) -> int:
-    """Bytes of the file system that it mounts at /dev/shm."""
-    source = _mount_source(spec, "/dev/shm")
+def _shm_size(source: str) -> int:
     if source.startswith("/"):
-        with contextlib.suppress(OSError):
+        try:
             size = os.statvfs(source)
-            return size.f_frsize * size.f_blocks
+        except OSError:
+            return DEFAULT_SHM
+        return size.f_frsize * size.f_blocks
     return DEFAULT_SHM
-
-
-def _mount_source(spec: Mapping[str, Any], destination: str) -> str:
-    for mount in spec.get("mounts") or []:
-        if isinstance(mount, Mapping) and mount.get("destination") == destination:
-            return str(mount.get("source") or "")
-    return ""

@@ -13,7 +13,6 @@ Source: facts/containerd-shim.md 1.13, 3.2; resolv.conf(5), hosts(5).
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 from collections.abc import Mapping
@@ -24,12 +23,17 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import DecodeError
 
 from devices.errors import CallerError, HostError
+from devices.small_file import read_small
 from proto import cri_pb2
-from shim.spec.guest_spec import CONTAINER_TYPE, OWN
+from shim.spec.guest_spec import CONTAINER_TYPE
+from shim.spec.oci_types import MOST
+from shim.spec.shape import copied
+from shim.state.bundle import OWN
 
 __all__ = [
     "PodDefaults",
     "complete",
+    "files_of",
     "parse_options",
     "pause_spec",
     "sandbox_spec",
@@ -39,8 +43,10 @@ __all__ = [
 
 _OPTIONS_TYPE = "runtime.v1.PodSandboxConfig"
 _MAX_COPY = 1 << 20  # bytes of the host's /etc/hosts and /etc/resolv.conf that a pod gets
+_ENDS = frozenset("\n\r\0")  # of a line of a file
 _MAX_LINES = 64  # servers, searches, options; the resolver uses fewer
 _HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+_FILES = ("hostname", "hosts", "resolv.conf")
 _CRI = "io.kubernetes.cri."
 _KATA = "io.katacontainers."
 
@@ -75,13 +81,19 @@ def parse_options(options: AnyMessage) -> cri_pb2.PodSandboxConfig:
         ("searches", config.dns_config.searches),
         ("options", config.dns_config.options),
     ):
-        if len(values) > _MAX_LINES or any(set(value) & set("\n\r\0") for value in values):
-            raise CallerError(
-                f"dns_config.{name} must be at most {_MAX_LINES} words",
-                code="INVALID_ARGUMENT",
-                phase="config",
-            )
+        if len(values) > _MAX_LINES or any(set(value) & _ENDS for value in values):
+            raise _wrong(f"dns_config.{name} must be at most {_MAX_LINES} words")
+    if set(config.hostname) & _ENDS:
+        raise _wrong("hostname must be one word")
+    most, _ = MOST["linux.sysctl"]
+    sysctls = config.linux.sysctls
+    if len(sysctls) > most or any("\0" in text for pair in sysctls.items() for text in pair):
+        raise _wrong(f"linux.sysctls must be at most {most} settings")
     return config
+
+
+def _wrong(text: str) -> CallerError:
+    return CallerError(text, code="INVALID_ARGUMENT", phase="config")
 
 
 def shares_pids(config: cri_pb2.PodSandboxConfig) -> bool:
@@ -118,7 +130,7 @@ def sandbox_spec(
 
     `base` is the bundle's config.json, {} if it has none; `annotations` are the request's.
     """
-    spec: dict[str, Any] = copy.deepcopy(dict(base))
+    spec: dict[str, Any] = copied(dict(base))
     spec["hostname"] = config.hostname or spec.get("hostname") or ""
     spec["annotations"] = {
         **(spec.get("annotations") or {}),
@@ -149,8 +161,13 @@ def _sizes(linux: cri_pb2.LinuxPodSandboxConfig) -> dict[str, str]:
     return {f"{_CRI}{name}": str(value) for name, value in values.items() if value}
 
 
-def write_files(directory: str, config: cri_pb2.PodSandboxConfig) -> dict[str, str]:
-    """Make `directory` with the pod's files in it; {path in a container: path of ours}. Raises HostError.
+def files_of(directory: str) -> dict[str, str]:
+    """The files that `write_files` makes there: {path in a container: path of ours}."""
+    return {f"/etc/{name}": os.path.join(directory, name) for name in _FILES}
+
+
+def write_files(directory: str, config: cri_pb2.PodSandboxConfig) -> None:
+    """Make `directory` with the pod's files in it. Raises HostError. Blocks.
 
     Without name servers in `config` the pod gets the host's resolv.conf, like any pod of CRI.
     """
@@ -160,14 +177,14 @@ def write_files(directory: str, config: cri_pb2.PodSandboxConfig) -> dict[str, s
         lines.append(f"search {' '.join(dns.searches)}")
     if dns.options:
         lines.append(f"options {' '.join(dns.options)}")
-    texts = {
-        "hostname": f"{config.hostname or socket.gethostname()}\n",
-        "hosts": _read("/etc/hosts") or _HOSTS,
-        "resolv.conf": "".join(f"{line}\n" for line in lines) or _read("/etc/resolv.conf"),
-    }
+    texts = (
+        f"{config.hostname or socket.gethostname()}\n",
+        _read("/etc/hosts") or _HOSTS,
+        "".join(f"{line}\n" for line in lines) or _read("/etc/resolv.conf"),
+    )
     try:
         os.makedirs(directory, mode=0o755, exist_ok=True)
-        for name, text in texts.items():
+        for name, text in zip(_FILES, texts, strict=True):
             # Any user in a container may read them, and none of the host's gets to this directory.
             descriptor = os.open(os.path.join(directory, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             with open(descriptor, "w", encoding="utf-8") as file:
@@ -175,25 +192,23 @@ def write_files(directory: str, config: cri_pb2.PodSandboxConfig) -> dict[str, s
                 file.write(text)
     except OSError as error:
         raise HostError(f"cannot write the pod's files: {error}", phase="config") from error
-    return {f"/etc/{name}": os.path.join(directory, name) for name in texts}
 
 
 def _read(path: str) -> str:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read(_MAX_COPY)
+        return read_small(path, _MAX_COPY).decode(errors="replace")
     except OSError:
         return ""
 
 
 def complete(spec: Mapping[str, Any], defaults: PodDefaults) -> dict[str, Any]:
-    """A container's spec with the pod's sysctls, and our files where nobody made any.
+    """A container's spec with the pod's sysctls, and our files where nobody made any. Blocks.
 
     Read-only: they lie in the host's memory, which no container is to fill.
     """
     completed = dict(spec)
     mounts = [_with_source(mount, defaults.files) for mount in spec.get("mounts") or []]
-    mounted = {mount.get("destination") for mount in mounts if isinstance(mount, Mapping)}
+    mounted = {mount.get("destination") for mount in mounts}
     mounts += [_mount(path, source) for path, source in defaults.files.items() if path not in mounted]
     completed["mounts"] = mounts
     if defaults.sysctls:
@@ -207,10 +222,8 @@ def _mount(path: str, source: str) -> dict[str, Any]:
     return {"destination": path, "type": "bind", "source": source, "options": ["rbind", "ro"]}
 
 
-def _with_source(mount: Any, files: Mapping[str, str]) -> Any:
-    if not isinstance(mount, Mapping) or mount.get("destination") not in files:
-        return mount
-    if os.path.isfile(str(mount.get("source") or "")):
+def _with_source(mount: dict[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    if mount.get("destination") not in files or os.path.isfile(mount.get("source", "")):
         return mount
     # containerd 1.7 makes a directory of the source that nobody has made a file of.
     return _mount(mount["destination"], files[mount["destination"]])

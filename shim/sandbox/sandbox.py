@@ -39,8 +39,9 @@ from shim.resources.sizing import Sizing
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
 from shim.sandbox.settings import SandboxSettings
-from shim.spec.guest_spec import GUEST_SHM, OWN
+from shim.spec.guest_spec import GUEST_SHM
 from shim.spec.limits import Size
+from shim.state.bundle import OWN
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:

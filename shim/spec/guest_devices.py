@@ -23,6 +23,7 @@ from typing import Any
 
 from devices.config import IoLimits
 from devices.errors import CallerError
+from shim.spec.device_rules import DeviceRules, device_rules
 
 __all__ = [
     "HostDevice",
@@ -30,11 +31,11 @@ __all__ = [
     "guest_nodes",
     "guest_rules",
     "host_devices",
+    "may_have_vfio",
     "take_limits",
     "vfio_nodes",
 ]
 
-MAX_DEVICES = 1024
 SYSFS = "/sys"
 
 MAX_RATE = 10**15  # a second; more is no limit
@@ -73,26 +74,25 @@ def _registered(major: int, minor: int) -> bool:
     return major > 0 and not any(major in dynamic for dynamic in _DYNAMIC_MAJORS)
 
 
+def _nodes(spec: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = (spec.get("linux") or {}).get("devices") or []
+    return found
+
+
 def check_devices(spec: Mapping[str, Any]) -> None:
-    """Raise CallerError for the first of linux.devices that cannot be had in the guest, by its path."""
-    devices = (spec.get("linux") or {}).get("devices") or []
-    if not isinstance(devices, list) or len(devices) > MAX_DEVICES:
-        raise _wrong(f"linux.devices must be a list of at most {MAX_DEVICES}")
-    for index, device in enumerate(devices):
+    """Raise CallerError for the first of linux.devices that the guest cannot have, by its path. Blocks."""
+    privileged = device_rules(spec).open
+    for index, device in enumerate(_nodes(spec)):
         place = f"linux.devices[{index}]"
-        path = device.get("path") if isinstance(device, Mapping) else None
-        if not isinstance(path, str) or not path.startswith("/"):
+        path, kind = device.get("path", ""), device.get("type", "")
+        if not path.startswith("/"):
             raise _wrong(f"{place} needs an absolute path")
-        kind, major, minor = device.get("type"), device.get("major", 0), device.get("minor", 0)
         if kind not in {"b", "c", "u", "p"}:
-            raise _wrong(f"{place}.type of {path[:200]} must be b, c, u or p, not {str(kind)[:20]!r}")
-        if not isinstance(major, int) or not isinstance(minor, int):
-            raise _wrong(f"{place} ({path[:200]}) needs whole numbers")
-        passed_on = _plugged(device) or bool(_vfio_node(device))
-        if not _meant_for_guest(device) and not passed_on and not _privileged(spec):
+            raise _wrong(f"{place}.type of {path[:200]} must be b, c, u or p, not {kind[:20]!r}")
+        if not (privileged or _meant_for_guest(device) or _plugged(device) or _vfio_node(device)):
             raise CallerError(
-                f"config.json: {place}: {path[:200]} is a character device of the host ({major}:{minor}), "
-                "which the guest does not have",
+                f"config.json: {place}: {path[:200]} is a character device of the host"
+                f" ({device.get('major', 0)}:{device.get('minor', 0)}), which the guest does not have",
                 phase="bundle",
                 hint="leave it out of the container's devices",
                 code="UNIMPLEMENTED",
@@ -110,7 +110,7 @@ def _plugged(device: Mapping[str, Any]) -> bool:
 
 
 def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
-    """The disks of the host that this container is to have, after `check_devices`.
+    """The disks of the host that this container is to have, after `check_devices`. Blocks.
 
     Of a privileged container only those that somebody asked for: with a rule of their own, or at another path
     than the host's. containerd lists all that the host has, and a VM that takes the host's disks is a choice.
@@ -118,9 +118,14 @@ def host_devices(spec: Mapping[str, Any]) -> list[HostDevice]:
     return _asked_for(spec, _plugged)
 
 
+def may_have_vfio(spec: Mapping[str, Any]) -> bool:
+    """Whether `vfio_nodes` may find one: nobody is asked."""
+    return any(_may_be_vfio(node) for node in _nodes(spec))
+
+
 def vfio_nodes(spec: Mapping[str, Any], sysfs: str = "") -> list[tuple[str, str]]:
     """The devices of VFIO, likewise: where the container has it, and the host's name for it. By its number,
-    since the path is the container's choice."""
+    since the path is the container's choice. Blocks."""
     found = _asked_for(spec, lambda node: bool(_vfio_node(node, sysfs)))
     return [
         (one.path, _vfio_node({"type": one.kind, "major": one.major, "minor": one.minor}, sysfs))
@@ -129,70 +134,44 @@ def vfio_nodes(spec: Mapping[str, Any], sysfs: str = "") -> list[tuple[str, str]
 
 
 def _asked_for(spec: Mapping[str, Any], wanted: Callable[[Mapping[str, Any]], bool]) -> list[HostDevice]:
-    linux = spec.get("linux") or {}
-    rules = [
-        rule for rule in (linux.get("resources") or {}).get("devices") or [] if isinstance(rule, Mapping)
-    ]
-    privileged = _privileged(spec)
-    found = []
-    for node in linux.get("devices") or []:
-        if not wanted(node):
-            continue
-        device = HostDevice(
-            node["path"],
-            node["type"],
-            node.get("major", 0),
-            node.get("minor", 0),
-            _access(node, rules),
-            _limits(node, (linux.get("resources") or {}).get("blockIO") or {}),
-        )
-        if not privileged or any(_names(rule, node) for rule in rules) or _is_elsewhere(device):
-            found.append(device)
-    return found
+    nodes = [node for node in _nodes(spec) if wanted(node)]
+    if not nodes:
+        return []
+    rules = device_rules(spec)
+    limits = _limits(((spec.get("linux") or {}).get("resources") or {}).get("blockIO") or {})
+    found = [_host_device(node, rules, limits) for node in nodes]
+    return [one for one in found if not rules.open or rules.name(*one.number) or _is_elsewhere(one)]
 
 
-def _access(node: Mapping[str, Any], rules: list[Mapping[str, Any]]) -> frozenset[str]:
-    """What the rules, the last of which counts, leave of the device."""
-    allowed: set[str] = set()
-    for rule in rules:
-        numbers = (rule.get("major"), rule.get("minor"))
-        wanted = (node.get("major", 0), node.get("minor", 0))
-        if (rule.get("type") or "a") in ("a", node["type"]) and all(
-            number in (None, -1, mine) for number, mine in zip(numbers, wanted, strict=True)
-        ):
-            what = set(str(rule.get("access") or "rwm"))
-            allowed = allowed | what if rule.get("allow") is True else allowed - what
-    return frozenset(allowed & {"r", "w", "m"})
+def _host_device(
+    node: Mapping[str, Any], rules: DeviceRules, limits: Mapping[tuple[int, int], IoLimits]
+) -> HostDevice:
+    kind, major, minor = node["type"], node.get("major", 0), node.get("minor", 0)
+    access = rules.access(kind, major, minor)
+    return HostDevice(node["path"], kind, major, minor, access, limits.get((major, minor)))
 
 
-def _limits(node: Mapping[str, Any], block_io: Mapping[str, Any]) -> IoLimits | None:
-    """linux.resources.blockIO.throttle*Device of this device. Raises CallerError for rates that are none."""
-    found = {}
+def _limits(block_io: Mapping[str, Any]) -> dict[tuple[int, int], IoLimits]:
+    """linux.resources.blockIO.throttle*Device by the numbers of their devices."""
+    found: dict[tuple[int, int], dict[str, int]] = {}
     for key, field in _THROTTLES.items():
         for entry in block_io.get(key) or []:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("rate"), int) or entry["rate"] < 0:
-                raise _wrong(f"linux.resources.blockIO.{key} needs whole rates")
-            if (entry.get("major"), entry.get("minor")) == (node.get("major", 0), node.get("minor", 0)):
-                found[field] = min(entry["rate"], MAX_RATE)
-    return IoLimits(**found) if any(found.values()) else None
+            number = entry.get("major", 0), entry.get("minor", 0)
+            found.setdefault(number, {})[field] = min(entry.get("rate", 0), MAX_RATE)
+    return {number: IoLimits(**rates) for number, rates in found.items() if any(rates.values())}
 
 
 def take_limits(resources: dict[str, Any], plugged: Collection[HostDevice]) -> None:
     """Take the limits that the VMM keeps out of linux.resources.blockIO: the guest's numbers are others."""
     block_io = resources.get("blockIO")
-    if not isinstance(block_io, dict):
+    if not block_io:
         return
     mine = {(device.major, device.minor) for device in plugged}
     for key in _THROTTLES:
         entries = block_io.get(key) or []
-        block_io[key] = [one for one in entries if (one.get("major"), one.get("minor")) not in mine]
+        block_io[key] = [one for one in entries if (one.get("major", 0), one.get("minor", 0)) not in mine]
         if not block_io[key]:
             del block_io[key]
-
-
-def _names(rule: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
-    mine = (node["type"], node.get("major", 0), node.get("minor", 0))
-    return rule.get("allow") is True and (rule.get("type"), rule.get("major"), rule.get("minor")) == mine
 
 
 def _is_elsewhere(device: HostDevice) -> bool:
@@ -207,24 +186,18 @@ def _is_elsewhere(device: HostDevice) -> bool:
     return number != os.makedev(device.major, device.minor)
 
 
+def _may_be_vfio(device: Mapping[str, Any]) -> bool:
+    return device["type"] in ("c", "u") and not _registered(device.get("major", 0), device.get("minor", 0))
+
+
 def _vfio_node(device: Mapping[str, Any], sysfs: str = "") -> str:
     """The host's name of a device of VFIO, "" of everything else."""
-    major, minor = device.get("major", 0), device.get("minor", 0)
-    if device["type"] not in ("c", "u") or _registered(major, minor):
+    if not _may_be_vfio(device):
         return ""
     from devices.vfio import is_vfio_node, node_name
 
-    name = node_name(major, minor, sysfs or SYSFS)
+    name = node_name(device.get("major", 0), device.get("minor", 0), sysfs or SYSFS)
     return name if is_vfio_node(name) else ""
-
-
-def _privileged(spec: Mapping[str, Any]) -> bool:
-    """A rule opens all devices: then containerd lists those of the host without being asked for each."""
-    rules = ((spec.get("linux") or {}).get("resources") or {}).get("devices") or []
-    return any(
-        isinstance(rule, Mapping) and rule.get("allow") is True and (rule.get("type") or "a") == "a"
-        for rule in rules
-    )
 
 
 def guest_nodes(
@@ -232,8 +205,12 @@ def guest_nodes(
 ) -> list[dict[str, Any]]:
     """linux.devices for the guest, after `check_devices`. `plugged`: those of the host that it gets."""
     paths = {device.path for device in plugged}
-    kept = [device for device in devices if _meant_for_guest(device) or device["path"] in paths]
-    left_out += [f"linux.devices {device['path']}" for device in devices if device not in kept]
+    kept = []
+    for device in devices:
+        if _meant_for_guest(device) or device["path"] in paths:
+            kept.append(device)
+        else:
+            left_out.append(f"linux.devices {device['path']}")
     return kept
 
 
@@ -245,8 +222,8 @@ def guest_rules(
     numbers = {device.number for device in plugged}
     for index, rule in enumerate(rules):
         kind = rule.get("type") or "a"
-        major, minor = (-1 if rule.get(key) is None else rule[key] for key in ("major", "minor"))
-        named = isinstance(major, int) and major >= 0
+        major, minor = rule.get("major", -1), rule.get("minor", -1)
+        named = major >= 0
         unknown = (kind == "b" and named) or (kind == "c" and named and not _registered(major, minor))
         if unknown and (kind, major, minor) not in numbers:
             left_out.append(f"linux.resources.devices[{index}] (the host's {kind} {major}:{minor})")

@@ -10,7 +10,6 @@ Source: Kata's amend_spec (facts/kata.md 3.2 step 13 and 3.4).
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ from typing import Any
 
 from devices.errors import CallerError
 from shim.spec.guest_devices import HostDevice, guest_nodes, guest_rules, take_limits
+from shim.spec.shape import copied
+from shim.state.bundle import MEMBER, OWN
 
 __all__ = [
     "CONTAINER_TYPE",
     "GUEST_ROOTS",
     "GUEST_SHARE",
     "GUEST_SHM",
-    "MEMBER",
-    "OWN",
     "Volume",
     "guest_rootfs",
     "guest_spec",
@@ -38,13 +37,6 @@ GUEST_SHARE = "/run/kata-containers/shared/containers"
 #: And the share of root file systems, where they have one of their own.
 GUEST_ROOTS = "/run/kata-containers/shared/roots"
 GUEST_SHM = "/run/kata-containers/sandbox/shm"
-
-#: What a container is to its sandbox: the one that holds a pod together, or one of a pod's others.
-OWN = "pod_sandbox"
-MEMBER = "pod_container"
-
-#: A container with more mounts than this is refused before anything is done for it.
-MAX_MOUNTS = 1024
 
 CONTAINER_TYPE = "io.katacontainers.pkg.oci.container_type"
 _BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
@@ -87,25 +79,18 @@ def wants_sandbox_pidns(spec: Mapping[str, Any]) -> bool:
 def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
     """The bind mounts that must be shared with the guest. Raises CallerError for malformed mounts."""
     volumes: list[Volume] = []
-    mounts = spec.get("mounts") or []
-    if not isinstance(mounts, list) or len(mounts) > MAX_MOUNTS:
-        raise CallerError(
-            f"config.json: mounts must be a list of at most {MAX_MOUNTS}",
-            phase="bundle",
-            code="INVALID_ARGUMENT",
-        )
-    for index, mount in enumerate(mounts):
-        if not isinstance(mount, Mapping) or not isinstance(mount.get("destination"), str):
+    for index, mount in enumerate(spec.get("mounts") or []):
+        source, destination = mount.get("source", ""), mount.get("destination", "")
+        if not destination:
             raise CallerError(
                 f"config.json: mounts[{index}] needs a destination", phase="bundle", code="INVALID_ARGUMENT"
             )
-        options = [str(option) for option in mount.get("options") or []]
+        options = mount.get("options") or []
         if not _is_bind(mount, options):
             continue
-        source, destination = str(mount.get("source") or ""), str(mount["destination"])
         if destination == "/dev/shm" or _below(source, _GUESTS_OWN):
             continue
-        if not source.startswith("/") or "\0" in source:
+        if not source.startswith("/"):
             raise CallerError(
                 f"config.json: mounts[{index}].source must be an absolute path, not {source[:80]!r}",
                 phase="bundle",
@@ -140,13 +125,12 @@ def guest_spec(
 ) -> tuple[dict[str, Any], list[str]]:
     """The spec as the agent gets it, and what was left out (for the log).
 
-    `container_type` is "single_container", OWN (a pod's own container, which does nothing: it gets no
-    volumes) or MEMBER. `root`: where its root file system will be; "": `guest_rootfs`. `keep_cpuset`: the
-    agent knows the host's CPU numbers from the guest's, as ours does (`agent.fit`). `devices`: those of the
-    host that it gets.
+    `container_type`: SINGLE, OWN (it does nothing: it gets no volumes) or MEMBER (`shim.state.bundle`).
+    `root`: where its root file system will be; "": `guest_rootfs`. `keep_cpuset`: the agent knows the host's
+    CPU numbers from the guest's, as ours does (`agent.fit`). `devices`: those of the host that it gets.
     """
     left_out: list[str] = []
-    guest: dict[str, Any] = copy.deepcopy(dict(spec))
+    guest: dict[str, Any] = copied(dict(spec))
     guest["root"] = {
         "path": root or guest_rootfs(container_id),
         "readonly": bool((spec.get("root") or {}).get("readonly")),
@@ -155,7 +139,7 @@ def guest_spec(
     if container_type == OWN:
         mounts = [mount for mount in mounts if not _is_bind(mount, mount.get("options") or [])]
     guest["mounts"] = _guest_mounts(mounts, {volume.index: volume for volume in volumes})
-    annotations = {str(k): str(v) for k, v in (guest.get("annotations") or {}).items()}
+    annotations = guest.get("annotations") or {}
     annotations[CONTAINER_TYPE] = container_type
     annotations[_BUNDLE_PATH] = bundle
     if container_type == MEMBER:
@@ -165,7 +149,7 @@ def guest_spec(
     if hooks.get("startContainer"):
         guest["hooks"] = {"startContainer": hooks["startContainer"]}
     linux = guest.get("linux")
-    if isinstance(linux, dict):
+    if linux is not None:
         if container_type != MEMBER:  # there is nobody in the guest to share with yet
             left_out.extend(f"linux.namespaces.{kind}.path" for kind in sorted(_shared_kinds(spec)))
         _guest_linux(linux, left_out, disable_seccomp, keep_cpuset, devices)
@@ -174,13 +158,12 @@ def guest_spec(
 
 def _shared_kinds(spec: Mapping[str, Any]) -> set[str]:
     """The kinds of namespaces that are given by a path, but for the network's, which the VM stands in."""
-    spaces = _objects(spec, "linux", "namespaces")
-    return {str(space.get("type")) for space in spaces if space.get("path")} - {"network"}
+    return {space["type"] for space in _namespaces(spec) if space.get("path")} - {"network"}
 
 
 def _private_namespaces(spec: Mapping[str, Any]) -> list[str]:
     """Of the kinds that a pod can share, those that this container is to have of its own."""
-    own = {space.get("type") for space in _objects(spec, "linux", "namespaces") if not space.get("path")}
+    own = {space["type"] for space in _namespaces(spec) if not space.get("path")}
     return [kind for kind in ("ipc", "uts") if kind in own]
 
 
@@ -194,11 +177,11 @@ def _guest_linux(
     spaces = []
     for space in linux.get("namespaces") or []:
         # pid: the agent decides by sandbox_pidns; network: the VM's own is the pod's.
-        if space.get("type") == "time":
+        if space["type"] == "time":
             left_out.append("linux.namespaces time (offsets are not supported, so it would change nothing)")
-        if space.get("type") in {"pid", "network", "time"}:
+        if space["type"] in {"pid", "network", "time"}:
             continue
-        spaces.append({"type": space.get("type")})
+        spaces.append({"type": space["type"]})
     # The guest is on cgroup v2, where containerd asks for one; on a v1 host it does not, and without
     # it a mounted cgroup file system shows the whole guest's.
     if {"type": "cgroup"} not in spaces:
@@ -209,7 +192,7 @@ def _guest_linux(
     take_limits(resources, devices)
     if linux.get("devices"):
         linux["devices"] = guest_nodes(linux["devices"], left_out, devices)
-    if isinstance(resources.get("cpu"), dict) and not keep_cpuset:
+    if resources.get("cpu") and not keep_cpuset:
         _drop(resources["cpu"], ("cpus", "mems"), "linux.resources.cpu", left_out)
     linux["resources"] = resources
     if disable_seccomp:
@@ -224,7 +207,7 @@ def _guest_mounts(mounts: list[dict[str, Any]], volumes: Mapping[int, Volume]) -
     rewritten = []
     for index, mount in enumerate(mounts):
         volume = volumes.get(index)
-        options = [str(option) for option in mount.get("options") or []]
+        options = mount.get("options") or []
         changed: dict[str, Any] = {}
         if volume is not None:
             kept = [o for o in options if o not in {"bind", "rbind"}]
@@ -243,6 +226,6 @@ def _below(path: str, trees: Sequence[str]) -> bool:
     return any(path == tree or path.startswith(tree + "/") for tree in trees)
 
 
-def _objects(spec: Mapping[str, Any], outer: str, inner: str) -> list[Mapping[str, Any]]:
-    found = (spec.get(outer) or {}).get(inner) or []
-    return [item for item in found if isinstance(item, Mapping)]
+def _namespaces(spec: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = (spec.get("linux") or {}).get("namespaces") or []
+    return found

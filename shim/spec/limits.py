@@ -46,27 +46,25 @@ def fold_unified(resources: Mapping[str, Any]) -> dict[str, Any]:
     that is no limit is left to the guest to refuse.
     """
     folded = dict(resources)
-    unified = resources.get("unified")
-    if not isinstance(unified, Mapping):
-        return folded
-    quota, period, *more = [*map(_number, str(unified.get("cpu.max") or "").split()), None, None][:3]
+    unified = resources.get("unified") or {}
+    words = unified.get("cpu.max", "").split()[:3]
+    quota, period = [*map(_number, words), None, None][:2]
     says = {
         "memory": {"limit": _number(unified.get("memory.max"))},
-        "cpu": {"quota": quota, "period": period} if more == [None] else {},
+        "cpu": {"quota": quota, "period": period} if len(words) < 3 and period != -1 else {},
     }
     for key, limits in says.items():
-        plain = folded.get(key) or {}
         known = {name: limit for name, limit in limits.items() if limit is not None}
-        if known and isinstance(plain, Mapping):
-            folded[key] = {**plain, **known}
+        if known:
+            folded[key] = {**folded.get(key, {}), **known}
     return folded
 
 
-def _number(text: object) -> int | None:
+def _number(text: str | None) -> int | None:
     """A limit as cgroup v2 writes it; -1 for "max"."""
     if text == "max":
         return -1
-    return int(text) if isinstance(text, str) and text.isdecimal() and len(text) < 19 else None
+    return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 19 else None
 
 
 def _count(cpus: str) -> int:

@@ -59,6 +59,7 @@ DROPPED: Mapping[str, str] = {
     "solaris": _OTHER_PLATFORM,
     "windows": _OTHER_PLATFORM,
     "zos": _OTHER_PLATFORM,
+    "freebsd": _OTHER_PLATFORM,
     "vm": "the configuration chooses hypervisor, kernel and image",
 }
 """Place -> why. These are left out with a line in the log."""
@@ -113,10 +114,15 @@ def check(document: Mapping[str, Any], *, guest_selinux: bool = False) -> None:
         return visit
 
     def check_namespaces(parent: dict[str, Any], key: str, where: str) -> None:
-        if not (isinstance(parent[key], list) and all(isinstance(one, Mapping) for one in parent[key])):
-            raise CallerError(
-                f"config.json: {where} must be a list of objects", phase="bundle", code="INVALID_ARGUMENT"
-            )
+        seen: set[str] = set()
+        for index, space in enumerate(parent[key]):
+            kind = space.get("type", "")
+            if not kind or kind in seen:
+                why = f"is a second one of type {kind}" if kind else "needs a type"
+                raise CallerError(
+                    f"config.json: {where}[{index}] {why}", phase="bundle", code="INVALID_ARGUMENT"
+                )
+            seen.add(kind)
 
     def check_propagation(parent: dict[str, Any], key: str, where: str) -> None:
         if parent[key] not in _PROPAGATIONS:
@@ -153,9 +159,10 @@ def drop(document: dict[str, Any]) -> list[str]:
 def _drop_unknown(lines: list[str], parent: dict[str, Any], key: str, where: str) -> None:
     """Capabilities that are none: runc leaves them out too, with a warning."""
     names = parent[key]
-    if isinstance(names, list):
-        parent[key] = [name for name in names if not isinstance(name, str) or name.upper() in _CAPABILITIES]
-        lines += [f"{where} {name[:40]} (no such capability)" for name in names if name not in parent[key]]
+    parent[key] = [name for name in names if name.upper() in _CAPABILITIES]
+    lines += [
+        f"{where} {name[:40]} (no such capability)" for name in names if name.upper() not in _CAPABILITIES
+    ]
 
 
 def take_beyond(document: dict[str, Any]) -> dict[str, Any]:

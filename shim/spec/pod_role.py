@@ -1,7 +1,8 @@
 """What a container is to its pod, by the annotations of its OCI spec.
 
-What: `container_type` and `annotations_of`.
-Invariants: nothing is read but the spec.
+What: `container_type`.
+Invariants: it is what `start` made of the same annotations, by the same table (`shim.state.bundle`), so that
+no container is one thing to the shim that was started for it and another to the daemon.
 Source: facts/containerd-shim.md section 5 (the keys of containerd's CRI plugin, CRI-O and dockershim).
 """
 
@@ -11,32 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from devices.errors import CallerError
-from shim.spec.guest_spec import MEMBER, OWN
+from shim.state.bundle import BundleError, pod_role
 
-__all__ = ["annotations_of", "container_type"]
-
-_SANDBOX_TYPES = frozenset({"sandbox", "podsandbox", "pod_sandbox"})
-_TYPE_KEYS = (
-    "io.kubernetes.cri-o.ContainerType",
-    "io.kubernetes.cri.container-type",
-    "io.kubernetes.docker.type",
-)
-
-
-def annotations_of(spec: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of the spec; {} if it has none. Raises CallerError if they are no object."""
-    found = spec.get("annotations") or {}
-    if not isinstance(found, Mapping):
-        raise CallerError(
-            "config.json: annotations must be an object", code="INVALID_ARGUMENT", phase="bundle"
-        )
-    return found
+__all__ = ["container_type"]
 
 
 def container_type(spec: Mapping[str, Any]) -> str:
-    """OWN for a pod's sandbox container, MEMBER for any other of a pod, else "single_container"."""
-    found = spec.get("annotations") or {}
-    for key in _TYPE_KEYS:
-        if key in found:
-            return OWN if found[key] in _SANDBOX_TYPES else MEMBER
-    return "single_container"
+    """SINGLE, OWN or MEMBER. Raises CallerError for annotations that contradict each other."""
+    try:
+        kind, _ = pod_role(spec.get("annotations") or {})
+    except BundleError as error:
+        raise CallerError(f"config.json: {error}", code="INVALID_ARGUMENT", phase="bundle") from None
+    return kind

@@ -1,7 +1,7 @@
 """Paths and small files that `start`, the daemon and `delete` agree on.
 
-What: the sandbox a bundle belongs to, the socket address by containerd's convention, and the
-files `address` and `shim.pid`.
+What: the sandbox a bundle belongs to and what its container is to it, the socket address by containerd's
+convention, and the files `address` and `shim.pid`.
 Why apart: all three actions need the same answers, two of them in a few milliseconds; so this
 module imports nothing that a bare interpreter has not loaded already.
 Invariants: every path is made of constants, checked ids and hex digits.
@@ -11,12 +11,16 @@ import os
 
 __all__ = [
     "KATA_RUN",
+    "MEMBER",
+    "OWN",
     "SHARED_ROOT",
+    "SINGLE",
     "SOCKET_DIR",
     "BundleError",
     "Group",
     "address_of",
     "find_group",
+    "pod_role",
     "share_dir",
     "socket_path",
     "state_dir",
@@ -32,15 +36,19 @@ SHARED_ROOT = _PREFIX + "/run/kata-containers/shared/sandboxes"
 SOCKET_DIR = _PREFIX + "/run/containerd/s"
 """containerd's convention for the sockets of shims."""
 
-MAX_CONFIG = 64 << 20
-"""Largest config.json read, in bytes."""
+MAX_CONFIG = 4 << 20
+"""Largest config.json read, in bytes: what containerd's messages have, and the agent's."""
 
-# (type key, the type of a member, sandbox id key): CRI of containerd, CRI-O, dockershim.
-_GROUPINGS = (
-    ("io.kubernetes.cri.container-type", "container", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "container", "io.kubernetes.cri-o.SandboxID"),
-    ("io.kubernetes.docker.type", "container", "io.kubernetes.sandbox.id"),
+SINGLE, OWN, MEMBER = "single_container", "pod_sandbox", "pod_container"
+"""What a container is to its sandbox: all of it, the one that holds a pod together, one of a pod's others."""
+
+# (type key, sandbox id key), whoever asks reads them in this order: CRI of containerd, CRI-O, dockershim.
+_PODS = (
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+    ("io.kubernetes.docker.type", "io.kubernetes.sandbox.id"),
 )
+_TYPES = {"sandbox": OWN, "podsandbox": OWN, "pod_sandbox": OWN, "container": MEMBER}
 
 
 class BundleError(Exception):
@@ -55,6 +63,27 @@ class Group:
     def __init__(self, sandbox_id: str, is_member: bool) -> None:
         self.sandbox_id = sandbox_id
         self.is_member = is_member
+
+
+def pod_role(annotations: dict[str, object]) -> tuple[str, str]:
+    """SINGLE, OWN or MEMBER, and the id of the sandbox that the annotations name ("": the container's own).
+
+    Raises BundleError for a type that is none, and where the keys of two makers of pods are there and say
+    different things: one of them came from whoever may annotate the pod, and would lead into another one.
+    """
+    found = None
+    for type_key, id_key in _PODS:
+        kind = annotations.get(type_key)
+        if not isinstance(kind, str):
+            continue
+        if kind not in _TYPES:
+            raise BundleError(f"annotation {type_key} is {kind[:40]!a}; try: sandbox or container")
+        sandbox_id = annotations.get(id_key)
+        here = _TYPES[kind], sandbox_id if isinstance(sandbox_id, str) else ""
+        if found is not None and found != here:
+            raise BundleError(f"annotation {type_key} contradicts that of another kind; try: leave one out")
+        found = here
+    return found or (SINGLE, "")
 
 
 def find_group(bundle: str, container_id: str, *, bare: bool = False) -> Group:
@@ -79,26 +108,28 @@ def find_group(bundle: str, container_id: str, *, bare: bool = False) -> Group:
         raise BundleError(f"start: cannot read {path}: {error.strerror}") from None
     # Most containers are not of a pod. To look for the keys first saves the JSON parser (its import
     # alone is half of what `start` costs); what is found is then parsed properly.
-    if not any(sandbox_key.encode() in text for _, _, sandbox_key in _GROUPINGS):
+    if not any(type_key.encode() in text for type_key, _ in _PODS) and not _hides_letters(text):
         stripped = text.strip()
         if not (stripped.startswith(b"{") and stripped.endswith(b"}")):
             raise BundleError(f"start: {path} is not a JSON object; try: look at the file's last bytes")
         return Group(container_id, False)
-    annotations = _annotations(path, text)
-    for type_key, member_type, sandbox_key in _GROUPINGS:
-        sandbox_id = annotations.get(sandbox_key)
-        if isinstance(sandbox_id, str) and sandbox_id:
-            is_member = annotations.get(type_key) == member_type and sandbox_id != container_id
-            return Group(sandbox_id, is_member)
-    return Group(container_id, False)
+    try:
+        kind, sandbox_id = pod_role(_annotations(path, text))
+    except BundleError as error:
+        raise BundleError(f"start: {path}: {error}") from None
+    sandbox_id = sandbox_id or container_id
+    return Group(sandbox_id, kind == MEMBER and sandbox_id != container_id)
 
 
 def _read(path: str, limit: int) -> bytes:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """`devices.small_file.read_small`, without its imports."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        size = os.fstat(fd).st_size
-        if size > limit:
-            raise BundleError(f"start: {path} has {size} bytes; at most {limit} are read")
+        info = os.fstat(fd)
+        if info.st_mode & 0o170000 != 0o100000:  # S_ISREG
+            raise BundleError(f"start: {path} is no regular file")
+        if info.st_size > limit:
+            raise BundleError(f"start: {path} has {info.st_size} bytes; at most {limit} are read")
         chunks = []
         while chunk := os.read(fd, 1 << 20):
             chunks.append(chunk)
@@ -107,17 +138,44 @@ def _read(path: str, limit: int) -> bytes:
         os.close(fd)
 
 
+def _hides_letters(text: bytes) -> bool:
+    """Whether a character that needs no escape is written as one: \\u002d, where a key has a dash.
+
+    Go, which writes these files, does so with <, > and & only.
+    """
+    at = text.find(b"\\u00")
+    while at >= 0:
+        if text[at + 4 : at + 5] in b"234567" and text[at + 4 : at + 6].lower() not in (b"3c", b"3e", b"26"):
+            return True
+        at = text.find(b"\\u00", at + 6)
+    return False
+
+
 def _annotations(path: str, text: bytes) -> dict[str, object]:
+    """Those of the spec, by the rules of `shim.spec.shape`: the key in any letters, but once."""
     import json
 
     try:
-        spec = json.loads(text)
+        spec = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise BundleError(
             f"start: {path} is not JSON: {error}; try: look at that place of the file"
         ) from None
-    annotations = spec.get("annotations") if isinstance(spec, dict) else None
-    return annotations if isinstance(annotations, dict) else {}
+    found = [spec[key] for key in spec if _folded(key) == "annotations"] if isinstance(spec, dict) else []
+    if len(found) > 1:
+        raise BundleError("annotations are there twice; try: leave one out")
+    return found[0] if found and isinstance(found[0], dict) else {}
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _folded(key: str) -> str:
+    return key.replace("\u017f", "s").lower()
 
 
 def socket_path(grpc_address: str, namespace: str, group_id: str, directory: str = "") -> str:

@@ -19,8 +19,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import re
 import signal
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -38,7 +36,7 @@ from shim.tasks.process import Call, Status
 from shim.tasks.stats import host_is_unified, to_any
 from shim.tasks.usage import Usage
 
-__all__ = ["ContainerManager", "Runtime", "check_id", "load_spec"]
+__all__ = ["ContainerManager", "Runtime", "check_id"]
 
 _T = TypeVar("_T")
 
@@ -46,8 +44,6 @@ _T = TypeVar("_T")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 #: Seconds for killed containers to be gone before their VM is ended under them.
 _KILL_GRACE = 3.0
-#: Bytes; containerd's own messages end at 4 MiB, and so does what it writes into config.json.
-_MAX_SPEC = 4 << 20
 
 _log = structlog.get_logger("containers")
 
@@ -55,12 +51,16 @@ _log = structlog.get_logger("containers")
 class Runtime(Protocol):
     """The layer below: it knows how to make a sandbox for a container."""
 
+    async def load_spec(self, bundle: str) -> dict[str, Any]:
+        """The bundle's config.json, checked and in one form (`shim.spec.documents`). Raises CallerError."""
+        ...
+
     async def sandbox_for(
         self, container_id: str, bundle: str, spec: Mapping[str, Any], options: any_pb2.Any
     ) -> Sandbox:
         """The sandbox of this container: made at the first call (not started), the same later.
 
-        `spec` is the parsed config.json, `options` those of the Create request (type_url "" if unset).
+        `spec` is what `load_spec` gave, `options` those of the Create request (type_url "" if unset).
         After `Sandbox.stop` the next call makes a new one or raises.
         """
         ...
@@ -71,31 +71,6 @@ def check_id(name: str, what: str) -> str:
     if not _ID.fullmatch(name):
         raise CallerError(f"{name[:128]!r} cannot be {what}: invalid argument", code="INVALID_ARGUMENT")
     return name
-
-
-def load_spec(bundle: str) -> dict[str, Any]:
-    """The bundle's config.json. Raises CallerError if it is missing, too large or not an object."""
-    path = os.path.join(bundle, "config.json")
-    try:
-        with open(path, "rb") as file:
-            text = file.read(_MAX_SPEC + 1)
-        if len(text) > _MAX_SPEC:
-            raise ValueError(f"it has more than {_MAX_SPEC >> 20} MiB")
-        spec = json.loads(text)
-        if not isinstance(spec, dict):
-            raise ValueError("it is not an object")
-    except OSError as error:
-        raise CallerError(
-            f"cannot read {path}: {error.strerror}",
-            phase="bundle",
-            hint="a bundle needs the OCI spec of its container as config.json",
-            code="INVALID_ARGUMENT",
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CallerError(
-            f"{path} is not an OCI spec: {error}", phase="bundle", code="INVALID_ARGUMENT"
-        ) from error
-    return spec
 
 
 class ContainerManager:
@@ -168,7 +143,7 @@ class ContainerManager:
         sandbox: Sandbox | None = None
         container: Container | None = None
         try:
-            spec = load_spec(bundle)
+            spec = await self._runtime.load_spec(bundle)
             self._check_not_over()
             sandbox = await self._runtime.sandbox_for(container_id, bundle, spec, options)
             await sandbox.start()

@@ -580,6 +580,27 @@ def test_an_exec_has_its_own_umask(pod: Pod) -> None:
     assert Done(process).lines == ["0077"]
 
 
+def test_keys_in_other_letters_are_the_same_keys(pod: Pod) -> None:
+    """As runc's decoder has it: there is no second way into the spec."""
+
+    def shout(value: Any, free: bool = False) -> Any:
+        if isinstance(value, dict):
+            return {
+                key if free else key.upper(): shout(member, key in ("annotations", "sysctl"))
+                for key, member in value.items()
+            }
+        return [shout(member) for member in value] if isinstance(value, list) else value
+
+    def change(spec: Spec) -> None:
+        spec["process"]["user"]["uid"] = 1234
+        spec["hostname"] = "loud"
+        loud = shout(spec)
+        spec.clear()
+        spec.update(loud)
+
+    assert pod.run(change, "sh", "-c", "id -u; hostname").lines == ["1234", "loud"]
+
+
 # --- refused, or told ------------------------------------------------------------------------------
 
 
@@ -622,6 +643,15 @@ def device(path: str, kind: str, major: int, minor: int) -> Change:
             "RLIMIT_X",
         ),
         (put("hooks", {"createRuntime": [{"path": "x"}]}), "INVALID_ARGUMENT", "createRuntime[0].path"),
+        (put("Hooks", {"CreateRuntime": [{"Path": "x"}]}), "INVALID_ARGUMENT", "createRuntime[0].path"),
+        (put("LINUX", {}), "INVALID_ARGUMENT", "LINUX is there twice, the other one as linux"),
+        (
+            put("process.user.uid", 2**32 - 1),
+            "INVALID_ARGUMENT",
+            "process.user.uid must be an integer from 0",
+        ),
+        (put("process.env", "A=b"), "INVALID_ARGUMENT", "process.env must be a list, not a string"),
+        (put("linux.resources.memory.limit", 1.5), "INVALID_ARGUMENT", "linux.resources.memory.limit"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(pod: Pod, change: Change, code: str, named: str) -> None:

@@ -53,7 +53,7 @@ def _of_the_namespace(runtime: Any, section: Any, spec: Mapping[str, Any]) -> Ne
     path, own = "", False
     for space in (spec.get("linux") or {}).get("namespaces") or []:
         if space.get("type") == "network":
-            path = str(space.get("path") or "")
+            path = space.get("path", "")
             own = not path
     model = runtime.internetworking_model or TCFILTER
     if isinstance(section, VhostUserSection):

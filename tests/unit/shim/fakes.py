@@ -25,6 +25,7 @@ from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.api.task_service import TaskService
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.protocols import GuestProcess as InGuest
+from shim.spec.documents import load_spec
 from shim.spec.limits import Size, wanted
 from shim.stdio.pump import END, FRAME_MAX, FrameReader
 from shim.tasks.container_manager import ContainerManager
@@ -435,6 +436,9 @@ class FakeRuntime:
         self.sandbox: FakeSandbox | None = None
         self.sandboxes: list[FakeSandbox] = []
         self.prepare: Callable[[FakeSandbox], None] = lambda _: None
+
+    async def load_spec(self, bundle: str) -> dict[str, Any]:
+        return load_spec(bundle)[0]
 
     async def sandbox_for(
         self, container_id: str, bundle: str, spec: Mapping[str, Any], options: any_pb2.Any

@@ -18,6 +18,7 @@ from devices.undo import MemoryUndo
 from shim.hooks.hook_process import Hook, read_hooks, run, state_json
 from shim.hooks.hooks import HostHooks
 from shim.launch.undo_kinds import release
+from shim.spec.documents import checked
 from shim.state.journalfile import Record
 from shim.state.releases import ReleaseError
 
@@ -213,12 +214,13 @@ def test_endless_output_is_bounded_and_not_waited_for(tmp_path: Path) -> None:
         {"hooks": {"poststart": [{"path": "/x", "env": [1]}]}},
         {"hooks": {"startContainer": [{"path": "/x", "timeout": 0}]}},
         {"hooks": {"startContainer": [{"path": "/x", "timeout": True}]}},
+        {"hooks": {"prestart": [{"path": "/x", "timeout": 10**18}]}},
         {"hooks": {"prestart": [{"path": "/x"}] * 100}},
     ],
 )
 def test_malformed_hooks_are_refused(document: dict[str, Any]) -> None:
     with pytest.raises(CallerError) as caught:
-        read_hooks(document)
+        read_hooks(checked(document, "config.json"))
 
     assert "hooks" in str(caught.value)
     assert caught.value.code == "INVALID_ARGUMENT"
@@ -245,7 +247,7 @@ def test_delete_says_when_it_cannot_read_them(tmp_path: Path, text: str | None) 
 
 
 def test_the_state_of_a_spec_without_a_version_or_annotations() -> None:
-    state = json.loads(state_json({"annotations": None}, "c", "/b", "creating", 7))
+    state = json.loads(state_json({}, "c", "/b", "creating", 7))
     assert state == {
         "ociVersion": "1.0.2",
         "id": "c",

@@ -14,7 +14,7 @@ from devices.kinds import YES, Kind, Support
 from hypervisors.base import Capabilities
 from hypervisors.config import HypervisorConfig
 from proto import oci_pb2
-from shim.resources.sizing import Bounds, Sizing, boot_size, sized, spec_limits
+from shim.resources.sizing import Bounds, Sizing, boot_size, sized
 from shim.spec.limits import Size
 
 MIB = 1 << 20
@@ -177,11 +177,6 @@ def test_a_section_gets_the_size_that_the_vm_starts_with() -> None:
     other, bounds = sized(Fixed(), spec(memory=128), static=False, pod=False)
     assert other == Fixed(default_memory=384)
     assert bounds.boot == bounds.largest == Size(1.0, 384 * MIB)
-
-
-def test_limits_of_the_wrong_type_are_the_callers() -> None:
-    with pytest.raises(CallerError, match=r"linux\.resources\.memory\.limit"):
-        spec_limits({"linux": {"resources": {"memory": {"limit": "lots"}}}})
 
 
 # --- while it runs

@@ -121,12 +121,12 @@ def cdi(sysfs: Sysfs, *nodes: str) -> None:
     (sysfs.root / "cdi/a.json").write_text(json.dumps(document))
 
 
-def test_an_annotation_selects_what_the_administrator_lists(sysfs: Sysfs) -> None:
+async def test_an_annotation_selects_what_the_administrator_lists(sysfs: Sysfs) -> None:
     cdi(sysfs, "/dev/vfio/vfio", "/dev/vfio/7", "/dev/nvidia0")
     asked = spec(annotations={"cdi.k8s.io/vfio0": "vendor.com/gpu=0,other.com/gpu=0"})
-    assert not wants(asked, HOT)
+    assert not await wants(asked, HOT)
     assert look(sysfs, asked) == Wanted()
-    assert wants(asked, BIND)
+    assert await wants(asked, BIND)
     wanted = look(sysfs, asked, BIND)
     assert [passed.path for passed in wanted.groups] == ["/dev/vfio/7"]
     assert wanted.env == ("A=1",)

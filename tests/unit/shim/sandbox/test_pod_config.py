@@ -11,7 +11,14 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from devices.errors import CallerError
 from proto import cri_pb2
 from shim.api.pod_info import _links
-from shim.sandbox.pod_config import PodDefaults, complete, parse_options, sandbox_spec, write_files
+from shim.sandbox.pod_config import (
+    PodDefaults,
+    complete,
+    files_of,
+    parse_options,
+    sandbox_spec,
+    write_files,
+)
 
 
 def _any(config: cri_pb2.PodSandboxConfig) -> AnyMessage:
@@ -34,6 +41,16 @@ def test_too_many_name_servers() -> None:
         parse_options(_any(config))
 
 
+def test_a_hostname_is_one_word_and_sysctls_have_their_number() -> None:
+    with pytest.raises(CallerError, match="hostname"):
+        parse_options(_any(cri_pb2.PodSandboxConfig(hostname="a\nb")))
+    for sysctls in ({str(number): "1" for number in range(1025)}, {"net.a": "1\0"}):
+        config = cri_pb2.PodSandboxConfig()
+        config.linux.sysctls.update(sysctls)
+        with pytest.raises(CallerError, match="at most 1024"):
+            parse_options(_any(config))
+
+
 def test_the_pods_files(tmp_path: Path) -> None:
     config = cri_pb2.PodSandboxConfig(hostname="web")
     config.dns_config.servers.extend(["10.0.0.1", "10.0.0.2"])
@@ -41,9 +58,10 @@ def test_the_pods_files(tmp_path: Path) -> None:
     config.dns_config.options.append("ndots:5")
     old = os.umask(0o077)
     try:
-        files = write_files(str(tmp_path / "pod"), config)
+        write_files(str(tmp_path / "pod"), config)
     finally:
         os.umask(old)
+    files = files_of(str(tmp_path / "pod"))
     assert set(files) == {"/etc/hostname", "/etc/hosts", "/etc/resolv.conf"}
     assert Path(files["/etc/hostname"]).read_text() == "web\n"
     assert "localhost" in Path(files["/etc/hosts"]).read_text()
@@ -56,7 +74,8 @@ def test_the_pods_files(tmp_path: Path) -> None:
 
 
 def test_without_name_servers_it_has_the_hosts(tmp_path: Path) -> None:
-    files = write_files(str(tmp_path), cri_pb2.PodSandboxConfig())
+    write_files(str(tmp_path), cri_pb2.PodSandboxConfig())
+    files = files_of(str(tmp_path))
     assert Path(files["/etc/resolv.conf"]).read_text() == Path("/etc/resolv.conf").read_text()
     assert Path(files["/etc/hostname"]).read_text() == os.uname().nodename + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from devices.config import IoLimits
 from devices.errors import CallerError
 from shim.spec import guest_devices
+from shim.spec.documents import checked
 from shim.spec.guest_devices import check_devices, guest_nodes, guest_rules, host_devices, take_limits
+from shim.spec.oci_types import MOST
 
 
 def spec(*devices: Any) -> dict[str, Any]:
@@ -42,9 +45,8 @@ def test_numbers_of_the_hosts_kernel_are_refused(kind: str, major: int, minor: i
 
 @pytest.mark.parametrize(
     "device",
-    [7, {}, {"path": "dev/x", "type": "c"}, {"path": "/dev/x", "type": "q"},
-     {"path": "/dev/x", "type": "c", "major": "1"}],
-)  # fmt: skip
+    [{}, {"path": "/dev/x"}, {"path": "dev/x", "type": "c"}, {"path": "/dev/x", "type": "q"}],
+)
 def test_malformed_devices_are_invalid(device: Any) -> None:
     with pytest.raises(CallerError) as caught:
         check_devices(spec(device))
@@ -61,11 +63,6 @@ def test_of_a_privileged_container_they_are_left_out_and_listed() -> None:
 
     assert [node["path"] for node in guest_nodes(document["linux"]["devices"], left_out)] == ["/dev/fuse"]
     assert left_out == ["linux.devices /dev/sda"]
-
-
-def test_too_many_are_invalid() -> None:
-    with pytest.raises(CallerError):
-        check_devices(spec(*[{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}] * 2000))
 
 
 DISK = {"path": "/dev/data", "type": "b", "major": 7, "minor": 3, "fileMode": 0o660}
@@ -143,9 +140,6 @@ def test_limits_of_its_own_are_the_disks_and_leave_the_spec() -> None:
 
     assert device.limits == IoLimits(read_bytes=guest_devices.MAX_RATE, write_ops=7)
     assert block_io == {"weight": 10, "throttleReadBpsDevice": [other]}
-    document["linux"]["resources"]["blockIO"] = {"throttleReadBpsDevice": [{**mine, "rate": "7"}]}
-    with pytest.raises(CallerError, match="throttleReadBpsDevice needs whole rates"):
-        host_devices(document)
 
 
 def test_of_a_privileged_container_a_disk_that_is_not_there_any_more_is_left_out(
@@ -159,3 +153,33 @@ def test_of_a_privileged_container_a_disk_that_is_not_there_any_more_is_left_out
 
     (tmp_path / "dev/block/8:0").mkdir(parents=True)
     assert [device.path for device in host_devices(document)] == ["/dev/gone"]
+
+
+@pytest.mark.parametrize("privileged", [False, True])
+def test_as_many_devices_and_rules_as_a_spec_may_have_take_no_time(privileged: bool) -> None:
+    """400 devices with 20,000 rules took 45 seconds: each device went through all rules. Here are 8,192."""
+    most, many = MOST["linux.devices"][0], MOST["linux.resources.devices"][0]
+    disks = [
+        {"path": f"/dev/d{number}", "type": "b", "major": 259, "minor": number} for number in range(most)
+    ]
+    rules = [allow("rwm", type="b", major=259, minor=number % most) for number in range(many - 1)]
+    document = spec(*disks)
+    limits = [{"major": 259, "minor": number, "rate": 1} for number in range(most)]
+    document["linux"]["resources"] = {
+        "devices": [{"allow": privileged, "access": "rwm"}, *rules],
+        "blockIO": {"throttleReadBpsDevice": limits},
+    }
+    began = time.process_time()
+    document = checked(document, "config.json")
+    check_devices(document)
+    wanted = host_devices(document)
+    left_out = list[str]()
+    nodes = guest_nodes(document["linux"]["devices"], left_out, wanted)
+    kept = guest_rules(document["linux"]["resources"]["devices"], left_out, wanted)
+    take_limits(document["linux"]["resources"], wanted)
+    took = time.process_time() - began
+
+    assert len(wanted) == len(nodes) == most
+    assert (len(kept), left_out) == (many, [])
+    assert document["linux"]["resources"]["blockIO"] == {}
+    assert took < 20, "half a second here; hours, if it grew with devices times rules"

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from devices.errors import CallerError
-from shim.spec.guest_spec import MEMBER, OWN, guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.spec.documents import checked
+from shim.spec.guest_spec import guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.state.bundle import MEMBER, OWN
 
 
 def amended(spec: dict[str, Any], **changes: Any) -> tuple[dict[str, Any], list[str]]:
@@ -115,13 +117,15 @@ def test_bind_mounts_become_shares() -> None:
     [
         "x",
         [{"destination": 1}],
+        [None],
+        [{"type": "tmpfs"}],
         [{"destination": "/a", "type": "bind", "source": "../etc"}],
         [{"destination": "/a", "type": "tmpfs"}] * 2000,
     ],
 )
 def test_malformed_mounts_are_refused(mounts: Any) -> None:
     with pytest.raises(CallerError) as caught:
-        plan_volumes({"mounts": mounts}, "c1")
+        plan_volumes(checked({"mounts": mounts}, "config.json"), "c1")
 
     assert caught.value.code == "INVALID_ARGUMENT"
 

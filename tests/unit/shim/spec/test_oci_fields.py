@@ -65,11 +65,22 @@ def test_selinux_labels_are_refused_where_the_configuration_wants_them_enforced(
         oci_fields.check(document(place, "system_u:object_r:x:s0"), guest_selinux=True)
 
 
-@pytest.mark.parametrize("namespaces", [7, ["pid"], [{"type": "pid"}, None]])
-def test_namespaces_that_are_none_are_invalid(namespaces: Any) -> None:
-    with pytest.raises(CallerError, match=r"linux\.namespaces") as caught:
+@pytest.mark.parametrize(
+    ("namespaces", "why"),
+    [
+        ([{"type": "pid"}, {}], "linux.namespaces[1] needs a type"),
+        ([{"type": "pid"}, {"path": "/x"}], "linux.namespaces[1] needs a type"),
+        (
+            [{"type": "network", "path": "/a"}, {"type": "ipc"}, {"type": "network"}],
+            "linux.namespaces[2] is a second one of type network",
+        ),
+    ],
+)
+def test_namespaces_that_mean_nothing_or_two_things_are_invalid(namespaces: Any, why: str) -> None:
+    with pytest.raises(CallerError) as caught:
         oci_fields.check({"linux": {"namespaces": namespaces}})
 
+    assert why in str(caught.value)
     assert caught.value.code == "INVALID_ARGUMENT"
 
 
