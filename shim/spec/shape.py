@@ -52,10 +52,7 @@ class ShapeError(ValueError):
         self.steps: list[str | int] = []
 
     def __str__(self) -> str:
-        where = ""
-        for step in reversed(self.steps):
-            where = place(where, step)
-        return f"{where or 'it'} {self.why}"
+        return f"{_place(self.steps) or 'it'} {self.why}"
 
 
 Fitted = tuple[dict[str, Any], list[str]]

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +33,10 @@ from shim.hooks import hook_process, hooks
 from shim.protocols import DaemonContext, GuestContainer, RootfsMount
 from shim.resources import vfio_settings
 from shim.resources.sizing import Sizing
-from shim.sandbox import container_resources
+from shim.sandbox import container_resources, host_files
 from shim.sandbox.container_resources import ContainerResources
 from shim.sandbox.settings import SandboxSettings
-from shim.spec import oci_fields
+from shim.spec import documents, guest_devices, oci_fields
 from shim.spec.oci_types import MOST
 from shim.spec.shape import copied
 from shim.state import logs
@@ -463,3 +464,44 @@ async def test_a_resolv_conf_that_is_a_fifo_holds_nobody_up(world: World, tmp_pa
     for source in (str(tmp_path / "fifo"), "/dev/zero", str(tmp_path), "/nope", "relative"):
         mount = {"destination": "/etc/resolv.conf", "type": "x", "source": source}
         assert await asyncio.wait_for(world.create(json.dumps({"mounts": [mount]})), 30) == ""
+
+
+async def test_what_may_hold_somebody_up_runs_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path in a spec may lie on a file server that does not answer: others must not wait for it."""
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "resolv.conf").write_text("nameserver 10.0.0.1\n")
+    world = World(tmp_path, tmp_path / "bundle")
+    loop, on_the_loop = threading.get_ident(), dict[str, set[bool]]()
+
+    def note(module: Any, name: str) -> None:
+        call = getattr(module, name)
+
+        def noting(*arguments: Any) -> Any:
+            key = f"{module.__name__}.{name}"
+            on_the_loop.setdefault(key, set()).add(threading.get_ident() == loop)
+            return call(*arguments)
+
+        monkeypatch.setattr(module, name, noting)
+
+    note(documents, "read_small")
+    note(host_files, "read_small")
+    note(host_files, "_shm_size")
+    note(guest_devices, "_is_elsewhere")
+    note(guest_devices, "_vfio_node")
+    document = short("cri-privileged")
+    document["mounts"] = [
+        {"destination": "/etc/resolv.conf", "type": "bind", "source": str(tmp_path / "resolv.conf")},
+        {"destination": "/dev/shm", "type": "bind", "source": "/dev/shm"},
+    ]
+    document["linux"]["devices"] = [
+        {"path": "/dev/gone", "type": "b", "major": 4000, "minor": 0},
+        {"path": "/dev/mine", "type": "c", "major": 241, "minor": 0},
+    ]
+    document["linux"]["resources"]["devices"] = [{"allow": True, "access": "rwm"}]
+    del document["annotations"]["io.kubernetes.cri.container-type"]
+
+    assert await world.create(json.dumps(document)) == ""
+    assert len(on_the_loop) == 5
+    assert {name for name, where in on_the_loop.items() if True in where} == set()
