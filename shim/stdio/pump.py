@@ -200,6 +200,10 @@ async def calls_to_output(
 
 
 async def _read(source: InputEnd, buffer: memoryview) -> int:
+    if early := source.early:
+        source.early = b""
+        buffer[: len(early)] = early
+        return len(early)
     while True:
         try:
             return os.readv(source.fd, [buffer])

@@ -149,6 +149,8 @@ class Container:
             # The terminal exists since Create: with luck the program never sees another size.
             shown = await self._try_resize(process)
         await self.sandbox.container_starting(self.id)
+        assert process.stdio is not None  # made by `create`
+        process.stdio.begin_input()
         await self.sandbox.agent.start_container(self.id)
         process.apply(Call.START)
         self.events.started()
@@ -165,14 +167,16 @@ class Container:
             spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window
         try:
             ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
+            stdio.begin_input()
             await agent.exec_process(self.id, process.exec_id, spec, ports=ports, beyond=beyond)
+            if not self.sandbox.direct_stdio:
+                stdio.run(agent, self.id, process.exec_id)
+                stdio.begin_input()
         except BaseException:
             # It never ran, so there is no exit event; but who waits for it must not wait for ever.
             process.finish(Exit.now(VM_DEATH))
             await stdio.close()
             raise
-        if not self.sandbox.direct_stdio:
-            stdio.run(agent, self.id, process.exec_id)
         process.apply(Call.START)
         self.events.exec_started(process.exec_id)
         self._watch(process)

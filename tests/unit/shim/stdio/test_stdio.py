@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 
 from devices.errors import HostError, KataError
+from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
 from shim.stdio.pump import FRAME_MAX, FrameReader
 from tests.unit.shim.fakes import TaskClient, open_descriptors
@@ -185,6 +186,87 @@ async def test_the_exec_stdin_has_no_reader_before_start(shim: TaskClient, fifos
     await shim.start(exec_id="e")
     fifos["stdin"].open_writer()
     fifos["stdin"].close()
+
+
+async def test_nobody_reads_stdin_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
+    """A client that could write before would come to its end before it knows the task to say CloseIO to."""
+    stdin = fifos["stdin"]
+    await shim.create(**paths(fifos))
+    with pytest.raises(OSError, match="No such device"):
+        stdin.open_writer()
+    waiting = asyncio.create_task(asyncio.to_thread(os.open, stdin.path, os.O_WRONLY))
+    await shim.start()
+    stdin.fd = await waiting
+    await stdin.write(b"0123456789")
+    await shim.call("CloseIO", id="c", stdin=True)
+    stdin.close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"0123456789"
+
+
+async def test_an_input_of_nothing_ends(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client came and went before there was a task, and never says CloseIO; it reads the output."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    await shim.create(**paths(fifos))
+    await shim.start()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b""
+    await say(shim, b"out")  # and what is read is read still
+    assert await fifos["stdout"].read() == b"out"
+
+
+async def test_a_detached_task_waits_for_who_attaches(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is there at Start, not even for the output."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    fifos["stdout"].close()
+    fifos["stderr"].close()
+    await shim.create(**paths(fifos))
+    await shim.start()
+    await say(shim, b"unheard")
+    await asyncio.sleep(0.2)
+    fifos["stdin"].open_writer()
+    await fifos["stdin"].write(b"late")
+    await shim.call("CloseIO", id="c", stdin=True)
+    fifos["stdin"].close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"late"
+    fifos["stdout"].open_reader()
+    assert await fifos["stdout"].read() == b"unheard"
+
+
+async def test_who_is_there_at_start_may_go_without_a_word(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as `ctr run -d`: it waited in its open, and its going is no end."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    await shim.create(**paths(fifos))
+    waiting = asyncio.create_task(asyncio.to_thread(os.open, fifos["stdin"].path, os.O_WRONLY))
+    await asyncio.sleep(0.02)
+    await shim.start()
+    os.close(await waiting)
+    await asyncio.sleep(0.2)
+    fifos["stdin"].open_writer()
+    await fifos["stdin"].write(b"back")
+    await shim.call("CloseIO", id="c", stdin=True)
+    fifos["stdin"].close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"back"
+
+
+async def test_close_io_ends_the_wait_for_a_client(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stdin_module, "GRACE", 60.0)
+    await shim.create(**paths(fifos))
+    await shim.start()
+    await asyncio.sleep(0.02)
+    await shim.call("CloseIO", id="c", stdin=True)
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b""
 
 
 async def test_close_io_may_come_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
