@@ -20,6 +20,7 @@ from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
 from shim.stdio.pump import FRAME_MAX, FrameReader
 from tests.unit.shim.fakes import TaskClient, open_descriptors
+from tests.unit.turns import LIMIT, turns
 
 MIB = 1 << 20
 
@@ -340,6 +341,65 @@ async def test_a_slow_reader_stops_its_own_stream_only(direct: TaskClient, fifos
         while size < 4 * MIB:
             size += len(await fifos["stdout"].read())
     await flood
+
+
+@pytest.fixture
+async def swallowed(tmp_path: Path) -> AsyncIterator[list[str]]:
+    """FIFOs that processes of their own read."""
+    made = [str(tmp_path / f"swallowed{number}") for number in range(20)]
+    for path in made:
+        os.mkfifo(path)
+    cats = [
+        await asyncio.create_subprocess_exec("cat", path, stdout=asyncio.subprocess.DEVNULL) for path in made
+    ]
+    yield made
+    for cat in cats:
+        with contextlib.suppress(ProcessLookupError):
+            cat.kill()
+        await cat.wait()
+
+
+async def test_one_byte_frames_hold_nobody_up(swallowed: list[str], tmp_path: Path) -> None:
+    """Twenty streams of them, whose guest sends as fast as it can; another process ends meanwhile."""
+    direct = TaskClient(tmp_path)
+    await direct.create()
+    await direct.start()
+    await direct.exec(exec_id="other")
+    await direct.start(exec_id="other")
+    one = (1).to_bytes(4, "big") + b"x"
+    floods: list[asyncio.Task[None]] = []
+    for number in range(10):
+        name = f"flood{number}"
+        await direct.exec(exec_id=name, stdout=swallowed[2 * number], stderr=swallowed[2 * number + 1])
+        await direct.start(exec_id=name)
+        for sock in direct.guest(exec_id=name).streams[1:]:
+            assert sock is not None
+            floods.append(asyncio.create_task(asyncio.get_running_loop().sock_sendall(sock, one * 50_000)))
+    async with turns() as longest:
+        await asyncio.wait(floods, return_when=asyncio.FIRST_COMPLETED)
+        assert (await direct.state()).status
+        direct.guest(exec_id="other").exit(7)
+        assert (await direct.wait(exec_id="other")).exit_status == 7
+        assert not all(flood.done() for flood in floods)
+        await asyncio.gather(*floods)
+    await direct.close()
+    assert longest.seconds < LIMIT
+
+
+async def test_frames_are_whole_whatever_their_size(direct: TaskClient, fifos: dict[str, Fifo]) -> None:
+    await direct.create(**paths(fifos))
+    await direct.start()
+    pieces = [random.Random(7).randbytes(size) for size in [1, 2, 3] * 400 + [FRAME_MAX, 1, 5000]]
+    wire = b"".join(len(piece).to_bytes(4, "big") + piece for piece in pieces)
+    stdout = direct.guest().streams[1]
+    assert stdout is not None
+    sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(stdout, wire))
+    expected, found = b"".join(pieces), b""
+    async with asyncio.timeout(20):
+        while len(found) < len(expected):
+            found += await fifos["stdout"].read()
+        await sending
+    assert found == expected
 
 
 async def test_nobody_reading_delays_the_exit_by_a_bounded_time(
