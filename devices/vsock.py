@@ -53,6 +53,7 @@ _CID_FIRST, _CID_LAST = 3, 0xFFFF_FFFE  # 0-2 are the hypervisor's, local's and 
 _CID_TRIES = 50
 _REPLY_LIMIT = 32  # bytes of `OK 4294967295\n`, with room
 _REDIAL_FIRST, _REDIAL_MAX = 0.05, 0.5  # seconds between two dials of a stock agent
+_REDIAL_BACKLOG = 0.005  # seconds
 _DIAL_TIMEOUT = 2.0  # seconds for one dial of a stock agent
 
 T = TypeVar("T")
@@ -287,7 +288,12 @@ class HybridVsock(_Channel):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            connect_to(sock, self._path)  # a jailed VMM may write there
+            while True:
+                try:
+                    connect_to(sock, self._path)  # a jailed VMM may write there
+                    break
+                except BlockingIOError:  # its backlog is full, which nothing announces the end of: unix(7)
+                    await asyncio.sleep(_REDIAL_BACKLOG)
             sock.send(f"CONNECT {port}\n".encode())  # in one piece, as the daemon parses it in one read
             reply = bytearray()
             while not reply.endswith(b"\n"):

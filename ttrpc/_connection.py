@@ -38,6 +38,8 @@ Metadata = Mapping[str, Sequence[str] | str]
 MAX_STREAM_ID = 0xFFFFFFFF
 MAX_STATUS_TEXT = 32 << 10
 """Characters of a status message: an exception's text may quote whatever it was about."""
+MAX_METADATA = 1024
+"""Values in the metadata of one request; a 4 MiB message has room for two million."""
 MAX_REORDERED = 1024
 """How many stream ids that were jumped over are remembered as still unused."""
 
@@ -60,6 +62,11 @@ class _Connection:
         self._limit = max_message
         self._reader = FrameReader(max_message)
         self._streams: dict[int, State] = {}  # open streams; all others are IDLE or DONE by their id
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait for the rest of their frame."""
+        return self._reader.held
 
     def receive_eof(self) -> None:
         """The peer closed its side. Raises RemoteProtocolError if it did so inside a frame."""
@@ -268,6 +275,10 @@ class ServerConnection(_Connection):
             request = Request.FromString(body)
         except DecodeError as error:
             return self._fail(stream_id, Code.INVALID_ARGUMENT, f"the request cannot be decoded: {error}")
+        if len(request.metadata) > MAX_METADATA:
+            return self._fail(
+                stream_id, Code.RESOURCE_EXHAUSTED, f"more than {MAX_METADATA} values of metadata"
+            )
         metadata: dict[str, list[str]] = {}
         for pair in request.metadata:
             metadata.setdefault(pair.key, []).append(pair.value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator
 
@@ -26,8 +27,13 @@ class Longest:
 
 @contextlib.asynccontextmanager
 async def turns() -> AsyncIterator[Longest]:
-    """Measure what happens inside; the turn that is under way at the end counts."""
+    """Measure what happens inside; the turn that is under way at the end counts.
+
+    Without Python's garbage collector, which in a test has the objects of all tests to walk through.
+    """
     longest = Longest()
+    collecting = gc.isenabled()
+    gc.disable()
 
     async def watch() -> None:
         before = time.thread_time()
@@ -44,5 +50,7 @@ async def turns() -> AsyncIterator[Longest]:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     finally:
+        if collecting:
+            gc.enable()
         watching.cancel()
         await asyncio.wait([watching])
