@@ -109,11 +109,14 @@ class Client:
         *,
         timeout: float | None,
         metadata: Metadata | None = None,
+        max_response: int = MAX_MESSAGE,
     ) -> Any:
         """A unary call; returns the response message.
 
         `timeout` in seconds goes to the server as well; None waits for ever. Raises RpcError with the
-        server's status, or with DEADLINE_EXCEEDED; ConnectionClosed when there is no answer to come.
+        server's status, or with DEADLINE_EXCEEDED; ConnectionClosed when there is no answer to come. A
+        response of more than `max_response` bytes, from a server that is not trusted to be brief, is not
+        decoded: RpcError RESOURCE_EXHAUSTED.
         Cancelling it gives the call up here; the server is not told, the protocol has no way.
         """
         known = self._methods.get(method) or self._learn(method)
@@ -136,6 +139,11 @@ class Client:
                 timer.cancel()
             if endpoint.answers.pop(stream_id, None) is not None:
                 endpoint.wire.abandon(stream_id)
+        if len(payload) > max_response:
+            raise RpcError(
+                Code.RESOURCE_EXHAUSTED,
+                f"{known.name}: a response of {len(payload)} bytes, where {max_response} are the most",
+            )
         return _decode(known, payload)
 
     async def stream(
