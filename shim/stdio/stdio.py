@@ -26,11 +26,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import CallerError
+from devices.undo import UndoLog
 from shim.stdio import pump as stdio_pump
 from shim.stdio.ends import InputEnd, OutputEnd, check_input, open_file, open_input, open_output
 from shim.stdio.stdin import attend
 
 if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
     from shim.protocols import AgentClient, Sandbox
     from shim.stdio.logger import Logger
 
@@ -70,9 +73,10 @@ class Stdio:
         self._moved_at = 0.0
 
     @classmethod
-    async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str) -> Stdio:
+    async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str, undo: UndoLog) -> Stdio:
         """Take the host's ends. Raises CallerError or HostError; nothing is left open then."""
         stdio = cls(spec)
+        run = partial(_run_logger, container_id=container_id, namespace=namespace, undo=undo)
         try:
             if spec.stdin and not _is_stream(spec.stdin):
                 check_input(_fifo_path(spec.stdin))
@@ -80,7 +84,7 @@ class Stdio:
             if not spec.terminal:
                 outputs["stderr"] = spec.stderr
             for stream, where in outputs.items():
-                end = await stdio._open_output(where, stream, container_id, namespace) if where else None
+                end = await stdio._open_output(where, stream, run) if where else None
                 stdio._outputs.append(end)
             for logger in stdio._loggers.values():
                 for end in (logger.stdout, logger.stderr):
@@ -91,7 +95,9 @@ class Stdio:
             raise
         return stdio
 
-    async def _open_output(self, where: str, stream: str, container_id: str, namespace: str) -> OutputEnd:
+    async def _open_output(
+        self, where: str, stream: str, run_logger: Callable[[SplitResult], Awaitable[Logger]]
+    ) -> OutputEnd:
         if "://" not in where:
             return open_output(where, stream)
         if _is_stream(where):
@@ -106,10 +112,8 @@ class Stdio:
         if url.scheme == "file":
             return open_file(unquote(url.path), stream)
         if url.scheme == "binary":
-            from shim.stdio.logger import Logger
-
             if where not in self._loggers:
-                self._loggers[where] = await Logger.start(url, container_id=container_id, namespace=namespace)
+                self._loggers[where] = await run_logger(url)
             logger = self._loggers[where]
             return logger.stdout if stream == "stdout" else logger.stderr
         raise CallerError(
@@ -252,6 +256,12 @@ class Stdio:
         loggers, self._loggers = self._loggers, {}
         for logger in loggers.values():
             await logger.close()
+
+
+async def _run_logger(url: SplitResult, **owner: Any) -> Logger:
+    from shim.stdio.logger import Logger  # few have one
+
+    return await Logger.start(url, **owner)
 
 
 def _is_stream(where: str) -> bool:

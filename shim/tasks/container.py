@@ -17,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
 
 from devices.errors import CallerError, KataError
+from devices.undo import UndoLog
 from proto import mount_pb2, oci_pb2
 from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
 from shim.stdio.stdio import Stdio, StdioSpec
@@ -58,6 +60,7 @@ class Container:
         quieted: Callable[[Container], Awaitable[None]],
         *,
         namespace: str,
+        undo: UndoLog,
     ) -> None:
         self.id = container_id
         self.bundle = bundle
@@ -70,7 +73,7 @@ class Container:
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self.events = TaskEvents(events, container_id, self.pid)
         self._quieted = quieted
-        self._namespace = namespace
+        self._open = partial(Stdio.open, container_id=container_id, namespace=namespace, undo=undo)
         self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -95,7 +98,7 @@ class Container:
     async def create(self, guest: GuestContainer, rootfs: Sequence[mount_pb2.Mount]) -> None:
         """Make it in the guest, its process stopped. After an error `abandon` undoes what was done."""
         spec = self.init.stdio_spec
-        stdio = await Stdio.open(spec, container_id=self.id, namespace=self._namespace)
+        stdio = await self._open(spec)
         self.init.stdio = stdio
         agent = self.sandbox.agent
         ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
@@ -197,7 +200,7 @@ class Container:
         spec.Terminal = stdio.terminal
         self._exec_specs[exec_id] = (spec, beyond)
         try:
-            process.stdio = await Stdio.open(stdio, container_id=self.id, namespace=self._namespace)
+            process.stdio = await self._open(stdio)
             try:
                 self._check_takes_execs()
             except CallerError:

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from devices.child import process_start_time
 from devices.errors import HostError, KataError
+from devices.undo import MemoryUndo
 from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
 from shim.stdio.pump import FRAME_MAX, FrameReader
@@ -618,15 +620,39 @@ async def test_a_binary_logger_gets_both_streams(shim: TaskClient, tmp_path: Pat
     assert rest == b"3:out4:err"
 
 
+async def test_a_logger_is_in_the_undo_log_while_it_runs(direct: TaskClient, tmp_path: Path) -> None:
+    url = f"binary://{logger(tmp_path)}?path={tmp_path}/log"
+    await direct.create(stdout=url, stderr=url)
+    (entry,) = direct.undo.entries
+    pid = int(entry.facts["pid"])
+    assert (entry.kind, entry.facts["container"]) == ("logger", "c")
+    assert entry.facts["start"] == process_start_time(pid)
+    await direct.start()
+    await say(direct, b"last words")
+    direct.guest().exit(0)
+    await direct.wait()
+    assert direct.undo.entries == [entry]
+    await direct.delete()
+    assert direct.undo.entries == []
+    assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(KataError):
+        await direct.create("second", stdout="binary:///bin/false")
+    assert direct.undo.entries == []
+
+
 async def test_a_logger_that_is_never_ready_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from urllib.parse import urlsplit
 
     from shim.stdio.logger import Logger
 
     before = open_descriptors()
+    undo = MemoryUndo()
     program = logger(tmp_path, "#!{python} -ISE\nimport time\ntime.sleep(60)\n")
     with pytest.raises(HostError, match=r"not ready after 0\.1 s"):
-        await Logger.start(urlsplit(f"binary://{program}"), container_id="c", namespace="n", deadline=0.1)
+        await Logger.start(
+            urlsplit(f"binary://{program}"), container_id="c", namespace="n", undo=undo, deadline=0.1
+        )
+    assert undo.entries == []
     assert open_descriptors() == before
 
 
