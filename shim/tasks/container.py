@@ -278,13 +278,27 @@ class Container:
         await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
 
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
-        """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op."""
+        """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op.
+
+        The guest is told of one size at a time, and of the newest: those that came meanwhile are answered
+        with it, however fast somebody drags a window.
+        """
         process = self.process(exec_id)
         if not process.stdio_spec.terminal:
             return
         process.window = (rows, columns)
-        if process.status in {Status.RUNNING, Status.PAUSED} and process.ended is None:
-            await self.sandbox.agent.tty_win_resize(self.id, exec_id, rows, columns)
+        process.windows_asked += 1
+        mine = process.windows_asked
+        async with process.resizing:
+            if process.windows_told >= mine or process.ended is not None:
+                return
+            if process.status in {Status.RUNNING, Status.PAUSED}:
+                process.windows_told = process.windows_asked
+                try:
+                    await self.sandbox.agent.tty_win_resize(self.id, exec_id, *process.window)
+                except asyncio.CancelledError:  # its caller has gone; the others are to be answered still
+                    process.windows_told = mine - 1
+                    raise
 
     async def _try_resize(self, process: Process) -> tuple[int, int] | None:
         window = process.window

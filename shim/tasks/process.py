@@ -100,6 +100,9 @@ class Process:
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         #: Rows and columns that were asked for before the process had a terminal.
         self.window: tuple[int, int] | None = None
+        #: How often a size was asked for, how many of these the guest has been told, and who tells it.
+        self.windows_asked = self.windows_told = 0
+        self.resizing = asyncio.Lock()
         self.ever_started = False
         #: Set when the guest has taken SIGKILL for it: from then on its end must come soon.
         self.killed = asyncio.Event()

@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from devices.child import process_start_time
-from devices.errors import HostError, KataError
+from devices.errors import GuestError, HostError, KataError
 from devices.undo import MemoryUndo
 from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
@@ -528,6 +528,43 @@ async def test_a_window_size_before_start_is_there_at_the_start(direct: TaskClie
     assert direct.guest(exec_id="e").windows == [(5, 7)]
     size = direct.guest(exec_id="e").spec.ConsoleSize
     assert (size.Height, size.Width) == (5, 7)
+
+
+async def test_a_storm_of_sizes_ends_with_the_newest(direct: TaskClient) -> None:
+    """However many are asked for while the guest takes its time; one that fails keeps no other one back."""
+    await direct.create(terminal=True)
+    await direct.start()
+    answer, asked, refuses = asyncio.Event(), asyncio.Event(), False
+
+    async def take_time() -> None:
+        asked.set()
+        await answer.wait()
+        if refuses:
+            raise GuestError("no")
+
+    direct.agent.before["tty_win_resize"] = take_time
+
+    async def storm(sizes: range) -> list[object]:
+        answer.clear()
+        asked.clear()
+        calls = [
+            asyncio.create_task(direct.call("ResizePty", id="c", width=size, height=size)) for size in sizes
+        ]
+        async with asyncio.timeout(20):
+            await asked.wait()
+        calls[0].cancel()  # its caller goes
+        answer.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    await storm(range(1, 5001))
+    assert direct.guest().windows[-1] == (5000, 5000)
+    assert len(direct.guest().windows) <= 2
+    refuses = True
+    answers = await storm(range(1, 101))
+    assert sum(isinstance(each, GuestError) for each in answers) <= 2
+    refuses = False
+    await direct.call("ResizePty", id="c", width=100, height=100)
+    assert direct.guest().windows[-1] == (100, 100)
 
 
 async def test_resizing_what_has_no_terminal_is_no_error(direct: TaskClient) -> None:
