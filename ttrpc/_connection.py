@@ -57,6 +57,9 @@ class _Connection:
 
     __slots__ = ("_limit", "_reader", "_streams", "_table")
 
+    _misuse = Code.INVALID_ARGUMENT
+    """What a stream ends with whose rules the peer has broken."""
+
     def __init__(self, table: Table, max_message: int) -> None:
         self._table = table
         self._limit = max_message
@@ -124,14 +127,12 @@ class _Connection:
             return
         if data or not flags & FLAG_NO_DATA:
             if not self._receive(stream_id, Action.RECEIVE_DATA):
-                yield self._fail(stream_id, Code.INVALID_ARGUMENT, f"data on a stream that is {state.name}")
+                yield self._fail(stream_id, self._misuse, f"data on a stream that is {state.name}")
                 return
             yield DataReceived(stream_id, data)
         if flags & FLAG_REMOTE_CLOSED:
             if not self._receive(stream_id, Action.RECEIVE_END):
-                yield self._fail(
-                    stream_id, Code.INVALID_ARGUMENT, f"the end of a stream that is {state.name}"
-                )
+                yield self._fail(stream_id, self._misuse, f"the end of a stream that is {state.name}")
                 return
             yield EndReceived(stream_id)
 
@@ -145,6 +146,8 @@ class ClientConnection(_Connection):
     """The side that opens streams."""
 
     __slots__ = ("_next_id",)
+
+    _misuse = Code.INTERNAL  # the server's fault, while an invalid argument would be its caller's
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         super().__init__(CLIENT, max_message)

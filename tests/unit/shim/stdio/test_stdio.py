@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -544,7 +545,7 @@ async def test_a_storm_of_sizes_ends_with_the_newest(direct: TaskClient) -> None
 
     direct.agent.before["tty_win_resize"] = take_time
 
-    async def storm(sizes: range) -> list[object]:
+    async def storm(sizes: range) -> list[Any]:
         answer.clear()
         asked.clear()
         calls = [
