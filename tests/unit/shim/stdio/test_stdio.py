@@ -28,6 +28,12 @@ from tests.unit.turns import LIMIT, turns
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' clients open stdin when they come to it, on a busy machine late."""
+    monkeypatch.setattr(stdin_module, "GRACE", 60.0)
+
+
 @pytest_asyncio.fixture(params=[True, False], ids=["direct", "by call"])
 async def shim(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TaskClient]:
     """A shim in each of the two modes towards the guest; it leaves no descriptor behind."""
@@ -245,13 +251,13 @@ async def test_a_detached_task_waits_for_who_attaches(
 async def test_who_is_there_at_start_may_go_without_a_word(
     shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as `ctr run -d`: it waited in its open, and its going is no end."""
+    """Such as `ctr run -d`. It waits in its open; one both ways, as here, does not. Its going is no end."""
     monkeypatch.setattr(stdin_module, "GRACE", 0.05)
     await shim.create(**paths(fifos))
-    waiting = asyncio.create_task(asyncio.to_thread(os.open, fifos["stdin"].path, os.O_WRONLY))
-    await asyncio.sleep(0.02)
+    fifos["stdin"].fd = os.open(fifos["stdin"].path, os.O_RDWR | os.O_NONBLOCK)
     await shim.start()
-    os.close(await waiting)
+    await asyncio.sleep(0.02)
+    fifos["stdin"].close()
     await asyncio.sleep(0.2)
     fifos["stdin"].open_writer()
     await fifos["stdin"].write(b"back")
@@ -261,10 +267,7 @@ async def test_who_is_there_at_start_may_go_without_a_word(
         assert await heard(shim) == b"back"
 
 
-async def test_close_io_ends_the_wait_for_a_client(
-    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stdin_module, "GRACE", 60.0)
+async def test_close_io_ends_the_wait_for_a_client(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
     await shim.create(**paths(fifos))
     await shim.start()
     await asyncio.sleep(0.02)
@@ -419,6 +422,31 @@ async def test_nobody_reading_delays_the_exit_by_a_bounded_time(
     assert 0.1 <= time.monotonic() - began < 2
     flood.cancel()
     await direct.delete()
+
+
+async def test_an_exec_that_is_killed_while_its_streams_are_full(
+    direct: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing, and so does its client: its exit is told, and all is given back."""
+    monkeypatch.setattr(stdio_module, "DRAIN_IDLE", 0.1)
+    await direct.create()
+    await direct.start()
+    await direct.exec(**paths(fifos))
+    await direct.start(exec_id="e")
+    fifos["stdin"].open_writer()
+    feeding = asyncio.create_task(fifos["stdin"].write(bytes(4 * MIB)))
+    flood = asyncio.create_task(say(direct, bytes(4 * MIB), exec_id="e"))
+    await asyncio.sleep(0.05)
+    assert not feeding.done()
+    assert not flood.done()
+    await direct.kill(exec_id="e")
+    async with asyncio.timeout(5):
+        assert (await direct.wait(exec_id="e")).exit_status == 137
+        with pytest.raises(BrokenPipeError):
+            await feeding
+    flood.cancel()
+    await direct.delete(exec_id="e")
+    assert (await direct.state()).status
 
 
 async def test_a_background_process_delays_the_exit_by_a_bounded_time(
@@ -667,9 +695,9 @@ async def test_a_logger_is_in_the_undo_log_while_it_runs(direct: TaskClient, tmp
     assert entry.facts["start"] == process_start_time(pid)
     await direct.start()
     await say(direct, b"last words")
-    direct.guest().exit(0)
-    await direct.wait()
     assert direct.undo.entries == [entry]
+    direct.guest().exit(0)
+    await direct.wait()  # it ends by itself now
     await direct.delete()
     assert direct.undo.entries == []
     assert not os.path.exists(f"/proc/{pid}")
