@@ -148,7 +148,7 @@ class Container:
 
     async def _start_init(self, process: Process) -> None:
         shown = None
-        if process.window is not None:
+        if process.window.size is not None:
             # The terminal exists since Create: with luck the program never sees another size.
             shown = await self._try_resize(process)
         await self.sandbox.container_starting(self.id)
@@ -158,7 +158,7 @@ class Container:
         process.apply(Call.START)
         self.events.started()
         await self.sandbox.container_started(self.id)
-        if process.window != shown:
+        if process.window.size != shown:
             await self._try_resize(process)
 
     async def _start_exec(self, process: Process) -> None:
@@ -166,8 +166,8 @@ class Container:
         agent, stdio = self.sandbox.agent, process.stdio
         assert stdio is not None  # made by `add_exec`
         spec, beyond = self._exec_specs[process.exec_id]
-        if process.window is not None:
-            spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window
+        if process.window.size is not None:
+            spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window.size
         try:
             ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
             stdio.begin_input()
@@ -183,7 +183,7 @@ class Container:
         process.apply(Call.START)
         self.events.exec_started(process.exec_id)
         self._watch(process)
-        if process.window is not None:
+        if process.window.size is not None:
             await self._try_resize(process)
 
     async def add_exec(
@@ -278,30 +278,17 @@ class Container:
         await self.sandbox.agent.update_container(self.id, resources, beyond=beyond)
 
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
-        """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op.
-
-        The guest is told of one size at a time, and of the newest: those that came meanwhile are answered
-        with it, however fast somebody drags a window.
-        """
+        """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op."""
         process = self.process(exec_id)
-        if not process.stdio_spec.terminal:
-            return
-        process.window = (rows, columns)
-        process.windows_asked += 1
-        mine = process.windows_asked
-        async with process.resizing:
-            if process.windows_told >= mine or process.ended is not None:
-                return
-            if process.status in {Status.RUNNING, Status.PAUSED}:
-                process.windows_told = process.windows_asked
-                try:
-                    await self.sandbox.agent.tty_win_resize(self.id, exec_id, *process.window)
-                except asyncio.CancelledError:  # its caller has gone; the others are to be answered still
-                    process.windows_told = mine - 1
-                    raise
+        if process.stdio_spec.terminal:
+            await process.window.resize(
+                (rows, columns),
+                lambda: process.status in {Status.RUNNING, Status.PAUSED} and process.ended is None,
+                partial(self.sandbox.agent.tty_win_resize, self.id, exec_id),
+            )
 
     async def _try_resize(self, process: Process) -> tuple[int, int] | None:
-        window = process.window
+        window = process.window.size
         assert window is not None
         try:
             await self.sandbox.agent.tty_win_resize(self.id, process.exec_id, *window)
