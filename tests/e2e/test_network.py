@@ -61,7 +61,7 @@ def start(plain: Containerd, lab: NetLab, tmp_path: Path) -> Iterator[Start]:
         name = plain.new_id("net")
         names.append(name)
         options = ("--with-ns", f"network:{lab.pod}", "--runtime-config-path", str(configuration))
-        plain.ctr("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, *ECHO)
+        plain.ctr("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, *ECHO, timeout=180)
         return name
 
     yield _start
