@@ -30,6 +30,8 @@ __all__ = ["Client", "ClientStream", "Stub"]
 
 
 FLUSH_SECONDS = 1.0
+BACKLOG_SECONDS = 0.005
+"""Between two attempts to connect to a server whose backlog is full, of which nothing announces the end."""
 
 
 class _Method:
@@ -72,7 +74,8 @@ class Client:
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout):
-                await asyncio.get_running_loop().sock_connect(sock, path)
+                while not _connected(sock, path):  # noqa: ASYNC110  (nothing announces it)
+                    await asyncio.sleep(BACKLOG_SECONDS)
         except BaseException:
             sock.close()
             raise
@@ -422,6 +425,16 @@ class _Connection(Endpoint):
                 answer.set_exception(ConnectionClosed(reason))
         for stream in list(self.streams.values()):
             stream.on_lost(reason)
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    """False while the server's backlog is full. The loop's own sock_connect takes EAGAIN, which a unix socket
+    says then, for a connection that is under way, and the socket for connected a moment later."""
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _nanoseconds(timeout: float) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from google.protobuf.wrappers_pb2 import BytesValue, Int64Value
@@ -14,7 +15,7 @@ from google.protobuf.wrappers_pb2 import BytesValue, Int64Value
 from tests.unit.ttrpc.conftest import MakePair, Pair
 from tests.unit.ttrpc.echo import ECHO
 from tests.unit.turns import LIMIT, turns
-from ttrpc import Code, RpcError, _connection, _peers, _server
+from ttrpc import Client, Code, RpcError, _connection, _peers, _server
 from ttrpc._frames import MAX_MESSAGE, encode_frame
 from ttrpc._wire_pb2 import Request
 
@@ -157,3 +158,22 @@ async def test_metadata_is_bounded(pair: Pair) -> None:
     client = await pair.client()
     many = {f"k{number}": "v" for number in range(_connection.MAX_METADATA)}
     await client.call(M["Echo"], BytesValue(), timeout=5, metadata=many)
+
+
+async def test_a_client_waits_while_the_backlog_is_full(tmp_path: Path) -> None:
+    """It is not taken for connected, and not refused, but by its deadline."""
+    path = str(tmp_path / "busy.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, contextlib.ExitStack() as stack:
+        listener.bind(path)
+        listener.listen(0)
+        first = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        first.connect(path)
+        with pytest.raises(TimeoutError):
+            await Client.connect_unix(path, timeout=0.05)
+        connecting = asyncio.create_task(Client.connect_unix(path, timeout=20))
+        await asyncio.sleep(0.02)
+        assert not connecting.done()
+        stack.enter_context(listener.accept()[0])
+        client = await connecting
+        stack.enter_context(listener.accept()[0])
+        await client.close()
