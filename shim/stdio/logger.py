@@ -119,7 +119,14 @@ class Logger:
                 ) from error
             ours.pop_all()
         stdout, stderr, ready = (own for _, own in ends)
-        logger = cls(path, pid, OutputEnd(stdout), OutputEnd(stderr), undo, entry)
+        try:
+            logger = cls(path, pid, OutputEnd(stdout), OutputEnd(stderr), undo, entry)
+        except OSError as error:  # no descriptor to watch it by
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so it is the one; the daemon's reaper will
+            undo.forget(entry)
+            for fd in (stdout, stderr, ready):
+                os.close(fd)
+            raise HostError(f"cannot watch the logger {path}: {error.strerror}", phase="stdio") from error
         entry.release = logger.close
         try:
             undo.update(entry, pid=pid, start=process_start_time(pid))  # we reap it: it cannot be gone

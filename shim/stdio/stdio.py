@@ -146,9 +146,8 @@ class Stdio:
 
     async def _feed(self, copy: Callable[[], Awaitable[None]]) -> None:
         source = self._input
-        with contextlib.suppress(
-            OSError
-        ):  # out of descriptors: what comes is copied, a client's going ends it
+        # Out of descriptors nothing holds stdin open for us: what comes is copied, and then it ends.
+        with contextlib.suppress(OSError):
             if source is not None and self.spec.terminal and not self._input_closed.is_set():
                 source.keep()
             elif source is not None and not _is_stream(self.spec.stdin):

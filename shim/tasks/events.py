@@ -129,6 +129,7 @@ class EventPublisher:
             if not self._queue:
                 self._wake.clear()
                 self._empty.set()
+                self._told = _MANY
                 continue
             request = self._queue[0]
             if request is not self._head:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -718,6 +719,26 @@ async def test_a_logger_that_is_never_ready_is_ended(tmp_path: Path, monkeypatch
         await Logger.start(
             urlsplit(f"binary://{program}"), container_id="c", namespace="n", undo=undo, deadline=0.1
         )
+    assert undo.entries == []
+    assert open_descriptors() == before
+
+
+async def test_a_logger_that_cannot_be_watched_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from urllib.parse import urlsplit
+
+    from shim.stdio.logger import Logger
+
+    def none_left(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = open_descriptors()
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    undo = MemoryUndo()
+    url = urlsplit(f"binary://{logger(tmp_path)}?path={tmp_path}/log")
+    with pytest.raises(HostError, match="cannot watch the logger"):
+        await Logger.start(url, container_id="c", namespace="n", undo=undo)
     assert undo.entries == []
     assert open_descriptors() == before
 
