@@ -4,8 +4,8 @@ What: an inotify watch on each container's `memory.events`; when its `oom_kill` 
 id waits for GetOOMEvent.
 Why `told` before an exit: containerd's clients learn from the event why a process was killed, so it must
 reach the host before the exit that it explains.
-Invariants: one event per observed growth; when nobody asks, the queue drops the newest instead of
-growing; the watch of a removed cgroup disappears by itself.
+Invariants: of a container one event waits, further growth is merged into it, so that no container's is
+behind a thousand of another's; the watch of a removed cgroup disappears by itself.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from collections import deque
 from agent import log
 from agent.inotify import Inotify
 
-__all__ = ["QUEUE_MAX", "OomWatcher", "oom_kills"]
+__all__ = ["OomWatcher", "oom_kills"]
 
-QUEUE_MAX = 1024
 _TOLD_DEADLINE = 1.0  # seconds that an exit waits for the host to take the event
 
 
@@ -92,8 +91,6 @@ class OomWatcher:
         if now <= before:
             return
         self._seen[container_id] = (path, now)
-        if len(self._queue) >= QUEUE_MAX:
-            log.error(f"nobody reads OOM events; dropped one of {container_id}")
-            return
-        self._queue.append(container_id)
-        self._added.set()
+        if container_id not in self._queue:
+            self._queue.append(container_id)
+            self._added.set()

@@ -174,8 +174,9 @@ class Child:
     ) -> Child:
         """Start `argv` (argv[0] an absolute path) in the network namespace at path `netns`.
 
-        stdout and stderr go to the same ring; `on_output` sees each piece too. Raises HostError when
-        the program cannot be started or the namespace cannot be entered.
+        stdout and stderr go to the same ring; `on_output` sees each piece too, and nothing (b"") at the end;
+        what it does with them must be bounded (`devices.lines`). Raises HostError when the program cannot be
+        started or the namespace cannot be entered.
         """
         if not os.access(argv[0], os.X_OK):
             what = "is not executable" if os.path.exists(argv[0]) else "does not exist"
@@ -290,6 +291,8 @@ class Child:
             asyncio.get_running_loop().remove_reader(self._stderr)
             os.close(self._stderr)
             self._stderr = -1
+            if self._on_output is not None:
+                self._on_output(b"")
 
     def _on_exit(self) -> None:
         try:

@@ -23,7 +23,10 @@ _PANIC = "Kernel panic - not syncing: "
 
 
 class Console:
-    """Reading starts at once; the VMM gets `guest_end`, which is closed here by `handed_over`."""
+    """Reading starts at once; the VMM gets `guest_end`, which is closed here by `handed_over`.
+
+    `on_output` sees each piece, and nothing (b"") at the end.
+    """
 
     def __init__(self, on_output: Callable[[bytes], None] | None = None) -> None:
         self.output = TailBuffer()
@@ -73,6 +76,8 @@ class Console:
                 asyncio.get_running_loop().remove_reader(self._ours.fileno())
             self._ours.close()
             self._ours = None
+            if self._on_output is not None:
+                self._on_output(b"")
 
     def _on_readable(self) -> bool:
         assert self._ours is not None

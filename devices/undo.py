@@ -33,6 +33,7 @@ class UndoLog(Protocol):
     """Where acquisitions are recorded. Kinds and their facts:
 
     - `process`: pid, start (field 22 of /proc/PID/stat), name. Released by SIGKILL if both match.
+    - `logger`: the same, and container. Waited for, then SIGTERM, then SIGKILL.
     - `socket`, `file`: path. Released by unlink.
     - `dir`: path. Released by removing the tree without ever crossing a mount.
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).

@@ -33,6 +33,7 @@ __all__ = [
     "AGENT_PORT",
     "HOME_PORT",
     "STREAM_PORT",
+    "UNANSWERED",
     "AgentChannel",
     "HybridVsock",
     "KernelVsock",
@@ -43,11 +44,16 @@ AGENT_PORT = 1024  # the agent's ttrpc server, as in Kata
 HOME_PORT = 1028  # hybrid only: where the guest calls home (agent.home_vport)
 STREAM_PORT = 1029  # our agent's stdio streams (agent.stream_port)
 
+UNANSWERED = 128
+"""Hybrid connections whose answer has not come: a guest that gives none costs so many descriptors. A host in
+good health has a few at a time, each for some milliseconds."""
+
 _VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60  # _IOW(0xAF, 0x60, __u64), linux/vhost.h
 _CID_FIRST, _CID_LAST = 3, 0xFFFF_FFFE  # 0-2 are the hypervisor's, local's and host's
 _CID_TRIES = 50
 _REPLY_LIMIT = 32  # bytes of `OK 4294967295\n`, with room
 _REDIAL_FIRST, _REDIAL_MAX = 0.05, 0.5  # seconds between two dials of a stock agent
+_REDIAL_BACKLOG = 0.005  # seconds
 _DIAL_TIMEOUT = 2.0  # seconds for one dial of a stock agent
 
 T = TypeVar("T")
@@ -185,6 +191,7 @@ class _Channel:
             connection.close()
             if self._from_guest(peer):
                 return
+            await asyncio.sleep(0)  # another guest, which may call as fast as it likes
 
     async def _dial(self) -> None:
         """A stock agent says nothing: try until it listens."""
@@ -231,6 +238,8 @@ class HybridVsock(_Channel):
         super().__init__(home, diagnostics)
         self._path = path
         self._tells_port = tells_port
+        self._turn = asyncio.Semaphore(UNANSWERED)
+        self._dialled: set[asyncio.Task[Any] | None] = set()
         self._parked: set[asyncio.Task[tuple[socket.socket, int]]] = set()
 
     @property
@@ -238,6 +247,9 @@ class HybridVsock(_Channel):
         return HOME_PORT if self._home is not None else 0
 
     def _abandon(self, attempt: asyncio.Task[tuple[socket.socket, int]]) -> None:
+        if attempt not in self._dialled:  # it waits for its turn, or has ended
+            super()._abandon(attempt)
+            return
         attempt.add_done_callback(_close_result)  # parked, not cancelled: see the invariants
         self._parked.add(attempt)
         attempt.add_done_callback(self._parked.discard)
@@ -257,11 +269,31 @@ class HybridVsock(_Channel):
         super()._stop_listening()
 
     async def _attempt(self, port: int) -> tuple[socket.socket, int]:
+        if len(self._parked) >= UNANSWERED:
+            raise GuestError(
+                f"the guest has left {UNANSWERED} connections without an answer: none more to port {port}",
+                hint="the guest hangs, or its agent does; see its console",
+                code="RESOURCE_EXHAUSTED",
+            )
+        async with self._turn:
+            task = asyncio.current_task()
+            self._dialled.add(task)
+            try:
+                return await self._dial_through(port)
+            finally:
+                self._dialled.discard(task)
+
+    async def _dial_through(self, port: int) -> tuple[socket.socket, int]:
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            connect_to(sock, self._path)  # a jailed VMM may write there
+            while True:
+                try:
+                    connect_to(sock, self._path)  # a jailed VMM may write there
+                    break
+                except BlockingIOError:  # its backlog is full, which nothing announces the end of: unix(7)
+                    await asyncio.sleep(_REDIAL_BACKLOG)
             sock.send(f"CONNECT {port}\n".encode())  # in one piece, as the daemon parses it in one read
             reply = bytearray()
             while not reply.endswith(b"\n"):

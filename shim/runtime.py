@@ -265,7 +265,9 @@ class Service:
         self._runner = asyncio.create_task(self._run(), name="runtime")
         VirtContainer.init()
         self._handler = VirtContainer(context, self._tasks)
-        self._manager = ContainerManager(self._handler, context.events, namespace=context.namespace)
+        self._manager = ContainerManager(
+            self._handler, context.events, namespace=context.namespace, undo=context.undo
+        )
         self._handler.manager = self._manager
         self._task = TaskService(self._manager, context.shutdown)
         self._context = context

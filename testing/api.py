@@ -77,6 +77,7 @@ class Event(tuple[str, Any]):
 class Stdio:
     """Three FIFOs. What a process writes is gathered by a thread; stdin is written by `write`.
 
+    Like containerd's own clients we open all of them at once; of stdin the open ends when the shim reads.
     `wait_for` waits until a stream holds some bytes; `finish` until the writers are gone.
     """
 
@@ -92,6 +93,7 @@ class Stdio:
         self._open: set[str] = set()
         self._threads: list[threading.Thread] = []
         self._stdin_fd: int | None = None
+        self._stdin_opening: threading.Thread | None = None
         self._stop_read, self._stop_write = os.pipe()
         for path in filter(None, (self.stdin, self.stdout, self.stderr)):
             os.mkfifo(path, 0o600)
@@ -102,6 +104,14 @@ class Stdio:
             thread = threading.Thread(target=self._gather, args=(path, fd), daemon=True)
             thread.start()
             self._threads.append(thread)
+        if self.stdin:
+            self._stdin_opening = threading.Thread(target=self._open_stdin, daemon=True)
+            self._stdin_opening.start()
+
+    def _open_stdin(self) -> None:
+        fd = os.open(self.stdin, os.O_WRONLY)
+        os.set_blocking(fd, False)
+        self._stdin_fd = fd
 
     def _gather(self, path: str, fd: int) -> None:
         poll = select.poll()
@@ -158,8 +168,10 @@ class Stdio:
         return self.out, self.err
 
     def write(self, data: bytes, timeout: float = 60) -> None:
-        """Write all of `data` to stdin, waiting for room; the reader must have opened it by then."""
+        """Write all of `data` to stdin, waiting for a reader and for room."""
         deadline = time.monotonic() + timeout
+        if self._stdin_opening is not None:
+            self._stdin_opening.join(timeout)
         while self._stdin_fd is None:
             try:
                 self._stdin_fd = os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK)
@@ -177,6 +189,10 @@ class Stdio:
 
     def detach_stdin(self) -> None:
         """Close our end of stdin, as a client that goes away does. No end of file for the process."""
+        if self._stdin_opening is not None and self._stdin_opening.is_alive():
+            os.close(os.open(self.stdin, os.O_RDONLY | os.O_NONBLOCK))  # lets it out of its open
+            self._stdin_opening.join(10)
+        self._stdin_opening = None
         if self._stdin_fd is not None:
             os.close(self._stdin_fd)
             self._stdin_fd = None

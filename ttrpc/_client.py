@@ -30,6 +30,8 @@ __all__ = ["Client", "ClientStream", "Stub"]
 
 
 FLUSH_SECONDS = 1.0
+BACKLOG_SECONDS = 0.005
+"""Between two attempts to connect to a server whose backlog is full, of which nothing announces the end."""
 
 
 class _Method:
@@ -72,7 +74,8 @@ class Client:
         try:
             sock.setblocking(False)
             async with asyncio.timeout(timeout):
-                await asyncio.get_running_loop().sock_connect(sock, path)
+                while not _connected(sock, path):  # noqa: ASYNC110  (nothing announces it)
+                    await asyncio.sleep(BACKLOG_SECONDS)
         except BaseException:
             sock.close()
             raise
@@ -109,11 +112,14 @@ class Client:
         *,
         timeout: float | None,
         metadata: Metadata | None = None,
+        max_response: int = MAX_MESSAGE,
     ) -> Any:
         """A unary call; returns the response message.
 
         `timeout` in seconds goes to the server as well; None waits for ever. Raises RpcError with the
-        server's status, or with DEADLINE_EXCEEDED; ConnectionClosed when there is no answer to come.
+        server's status, or with DEADLINE_EXCEEDED; ConnectionClosed when there is no answer to come. A
+        response of more than `max_response` bytes, from a server that is not trusted to be brief, is not
+        decoded: RpcError RESOURCE_EXHAUSTED.
         Cancelling it gives the call up here; the server is not told, the protocol has no way.
         """
         known = self._methods.get(method) or self._learn(method)
@@ -136,6 +142,11 @@ class Client:
                 timer.cancel()
             if endpoint.answers.pop(stream_id, None) is not None:
                 endpoint.wire.abandon(stream_id)
+        if len(payload) > max_response:
+            raise RpcError(
+                Code.RESOURCE_EXHAUSTED,
+                f"{known.name}: a response of {len(payload)} bytes, where {max_response} are the most",
+            )
         return _decode(known, payload)
 
     async def stream(
@@ -414,6 +425,16 @@ class _Connection(Endpoint):
                 answer.set_exception(ConnectionClosed(reason))
         for stream in list(self.streams.values()):
             stream.on_lost(reason)
+
+
+def _connected(sock: socket.socket, path: str) -> bool:
+    """False while the server's backlog is full. The loop's own sock_connect takes EAGAIN, which a unix socket
+    says then, for a connection that is under way, and the socket for connected a moment later."""
+    try:
+        sock.connect(path)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _nanoseconds(timeout: float) -> int:

@@ -38,6 +38,8 @@ Metadata = Mapping[str, Sequence[str] | str]
 MAX_STREAM_ID = 0xFFFFFFFF
 MAX_STATUS_TEXT = 32 << 10
 """Characters of a status message: an exception's text may quote whatever it was about."""
+MAX_METADATA = 1024
+"""Values in the metadata of one request; a 4 MiB message has room for two million."""
 MAX_REORDERED = 1024
 """How many stream ids that were jumped over are remembered as still unused."""
 
@@ -55,11 +57,19 @@ class _Connection:
 
     __slots__ = ("_limit", "_reader", "_streams", "_table")
 
+    _misuse = Code.INVALID_ARGUMENT
+    """What a stream ends with whose rules the peer has broken."""
+
     def __init__(self, table: Table, max_message: int) -> None:
         self._table = table
         self._limit = max_message
         self._reader = FrameReader(max_message)
         self._streams: dict[int, State] = {}  # open streams; all others are IDLE or DONE by their id
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait for the rest of their frame."""
+        return self._reader.held
 
     def receive_eof(self) -> None:
         """The peer closed its side. Raises RemoteProtocolError if it did so inside a frame."""
@@ -117,14 +127,12 @@ class _Connection:
             return
         if data or not flags & FLAG_NO_DATA:
             if not self._receive(stream_id, Action.RECEIVE_DATA):
-                yield self._fail(stream_id, Code.INVALID_ARGUMENT, f"data on a stream that is {state.name}")
+                yield self._fail(stream_id, self._misuse, f"data on a stream that is {state.name}")
                 return
             yield DataReceived(stream_id, data)
         if flags & FLAG_REMOTE_CLOSED:
             if not self._receive(stream_id, Action.RECEIVE_END):
-                yield self._fail(
-                    stream_id, Code.INVALID_ARGUMENT, f"the end of a stream that is {state.name}"
-                )
+                yield self._fail(stream_id, self._misuse, f"the end of a stream that is {state.name}")
                 return
             yield EndReceived(stream_id)
 
@@ -138,6 +146,8 @@ class ClientConnection(_Connection):
     """The side that opens streams."""
 
     __slots__ = ("_next_id",)
+
+    _misuse = Code.INTERNAL  # the server's fault, while an invalid argument would be its caller's
 
     def __init__(self, max_message: int = MAX_MESSAGE) -> None:
         super().__init__(CLIENT, max_message)
@@ -268,6 +278,10 @@ class ServerConnection(_Connection):
             request = Request.FromString(body)
         except DecodeError as error:
             return self._fail(stream_id, Code.INVALID_ARGUMENT, f"the request cannot be decoded: {error}")
+        if len(request.metadata) > MAX_METADATA:
+            return self._fail(
+                stream_id, Code.RESOURCE_EXHAUSTED, f"more than {MAX_METADATA} values of metadata"
+            )
         metadata: dict[str, list[str]] = {}
         for pair in request.metadata:
             metadata.setdefault(pair.key, []).append(pair.value)

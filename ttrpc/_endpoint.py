@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from weakref import WeakKeyDictionary
 
 from ._errors import ConnectionClosed
 
@@ -21,6 +22,17 @@ WRITE_HIGH = 1 << 20
 INBOX_BYTES = 1 << 20
 INBOX_MESSAGES = 256
 """A stream whose consumer lags by one of these stops the reading of its connection."""
+
+
+_buffers: WeakKeyDictionary[asyncio.AbstractEventLoop, memoryview] = WeakKeyDictionary()
+
+
+def _buffer_of(loop: asyncio.AbstractEventLoop) -> memoryview:
+    """What all endpoints of a loop receive into: the bytes are taken out before the next one is asked."""
+    buffer = _buffers.get(loop)
+    if buffer is None:
+        buffer = _buffers[loop] = memoryview(bytearray(RECEIVE_SIZE))
+    return buffer
 
 
 class Inbox:
@@ -93,7 +105,7 @@ class Endpoint(asyncio.BufferedProtocol):
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._buffer = memoryview(bytearray(RECEIVE_SIZE))
+        self._buffer = _buffer_of(self.loop)
         self._transport: asyncio.Transport | None = None
         self._write_paused = False
         self._drained: list[asyncio.Future[None]] = []

@@ -71,6 +71,11 @@ class FrameReader:
         """Whether the stream would end in the middle of a frame if it ended now."""
         return bool(self._pending) or self._skip > 0
 
+    @property
+    def held(self) -> int:
+        """Bytes of a frame that is not whole yet."""
+        return len(self._pending)
+
     def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
         """Take the next bytes of the stream; return the frames that they complete.
 

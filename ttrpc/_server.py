@@ -25,6 +25,7 @@ from ._errors import ConnectionClosed, RemoteProtocolError, RpcError
 from ._events import DataReceived, EndReceived, Event, RequestReceived, StreamFailed
 from ._frames import MAX_MESSAGE
 from ._names import snake_case
+from ._peers import MAX_CALLS, Peers
 from ._state import State
 from ._status import Code
 
@@ -104,7 +105,8 @@ class Server:
 
     `allowed_uids`: users that may connect (SO_PEERCRED); None for everybody, which is the only choice
     for sockets that are not unix sockets. `max_message`: bytes of one message, of both directions.
-    `max_concurrent`: calls in progress per connection; one more is answered RESOURCE_EXHAUSTED.
+    `max_concurrent`: calls in progress per connection; one more is answered RESOURCE_EXHAUSTED. What all
+    connections together may cost: see `_peers`.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Server:
         self.methods: dict[str, dict[str, _Method]] = {}
         self._loaders: dict[str, Callable[[], None]] = {}
         self.connections: set[_Connection] = set()
+        self.peers = Peers()
         self.tasks: set[asyncio.Task[None]] = set()
         self.closing = False
         self._listeners: list[asyncio.Server] = []
@@ -244,18 +247,22 @@ class _Connection(Endpoint):
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size)
             self.peer_uid = _ucred.unpack(credentials)[1]
         allowed = self.server.allowed_uids
-        if self.server.closing or (allowed is not None and self.peer_uid not in allowed):
+        refused = self.server.closing or (allowed is not None and self.peer_uid not in allowed)
+        if refused or not self.server.peers.add(self):
             self.abort()
             return
         self.server.connections.add(self)
 
     def received(self, data: memoryview) -> None:
         """See Endpoint.received."""
+        whole = False
         try:
             for event in self.wire.receive(data):
+                whole = True
                 self._handle(event)
         except RemoteProtocolError:
             self.abort()
+        self.server.peers.heard(self, self.wire.held, whole=whole)
 
     def _handle(self, event: Event) -> None:
         if type(event) is RequestReceived:
@@ -275,6 +282,7 @@ class _Connection(Endpoint):
     def ended(self, reason: str) -> None:
         """See Endpoint.ended."""
         self.server.connections.discard(self)
+        self.server.peers.discard(self)
         for call in list(self.calls.values()):
             call.give_up(ConnectionClosed(reason))
 
@@ -299,6 +307,8 @@ class _Connection(Endpoint):
             refusal = (Code.UNIMPLEMENTED, what)
         elif self.running >= self.server.max_concurrent:
             refusal = (Code.RESOURCE_EXHAUSTED, f"{self.running} calls are in progress on this connection")
+        elif self.server.peers.calls >= MAX_CALLS:
+            refusal = (Code.RESOURCE_EXHAUSTED, f"{MAX_CALLS} calls are in progress")
         else:
             try:
                 call = _Call(self, method, event)
@@ -356,6 +366,7 @@ class _Call:
         connection = self._connection
         connection.calls[self.stream_id] = self
         connection.running += 1
+        connection.server.peers.calls += 1
         self.task = task = connection.loop.create_task(self._run())
         connection.server.tasks.add(task)
 
@@ -405,6 +416,7 @@ class _Call:
                 self.inbox.discard()
             connection.calls.pop(self.stream_id, None)
             connection.running -= 1
+            connection.server.peers.calls -= 1
             if self.task is not None:
                 connection.server.tasks.discard(self.task)
 

@@ -4,7 +4,8 @@ What: `FirecrackerApi.request` sends one request and returns the answer's JSON. 
 module does the socket, the order, the deadlines and the errors.
 Why one connection: Firecracker serves its API from one thread, one request after the other; a second
 connection would only wait behind the first.
-Invariants: one request is under way at a time; an answer has at most `ANSWER_LIMIT` bytes; after a
+Invariants: one request is under way at a time; an answer has at most `ANSWER_LIMIT` bytes, its headers,
+chunks and whatever comes before it included, and one turn of the loop takes `TURN` pieces of it; after a
 timeout or a broken answer the connection is dropped, never reused; every error says which request it was.
 Source: Firecracker's OpenAPI description, v1.12 (`fault_message` is its one error field).
 """
@@ -12,17 +13,19 @@ Source: Firecracker's OpenAPI description, v1.12 (`fault_message` is its one err
 from __future__ import annotations
 
 import asyncio
-import json
+import json  # to write; what is read goes through foreign_json
 import socket
 from typing import Any
 
 import h11
 
+from devices import foreign_json
 from devices.errors import HypervisorError
 
-__all__ = ["ANSWER_LIMIT", "FirecrackerApi"]
+__all__ = ["ANSWER_LIMIT", "TURN", "FirecrackerApi"]
 
 ANSWER_LIMIT = 1 << 20  # bytes; a VM's whole configuration is a few KiB
+TURN = 256  # events of h11: a few milliseconds, where each chunk has one byte
 _READ_SIZE = 64 << 10
 
 
@@ -95,19 +98,24 @@ class FirecrackerApi:
         out += self._http.send(h11.EndOfMessage()) or b""
         await loop.sock_sendall(self._sock, out)
         status, answer = 0, bytearray()
+        total = turn = 0
         while True:
             event = self._http.next_event()
+            turn += 1
+            if turn % TURN == 0:
+                await asyncio.sleep(0)
             if event is h11.NEED_DATA:
                 received = await loop.sock_recv(self._sock, _READ_SIZE)
                 if not received:
                     raise EOFError("it closed the connection")
+                total += len(received)
+                if total > ANSWER_LIMIT:
+                    raise h11.RemoteProtocolError(f"an answer of more than {ANSWER_LIMIT} bytes")
                 self._http.receive_data(received)
             elif isinstance(event, h11.Response):
                 status = event.status_code
             elif isinstance(event, h11.Data):
                 answer += event.data
-                if len(answer) > ANSWER_LIMIT:
-                    raise h11.RemoteProtocolError(f"an answer of more than {ANSWER_LIMIT} bytes")
             elif isinstance(event, h11.EndOfMessage):
                 break
             elif isinstance(event, h11.ConnectionClosed):
@@ -121,9 +129,11 @@ class FirecrackerApi:
 
 def _parsed(what: str, status: int, answer: bytes) -> Any:
     try:
-        content = json.loads(answer) if answer else None
+        content = foreign_json.loads(answer) if answer else None
     except ValueError as error:
-        raise HypervisorError(f"Firecracker's answer to {what} is no JSON: {answer[:80]!r}") from error
+        raise HypervisorError(
+            f"Firecracker's answer to {what} is no JSON ({str(error)[:100]}): {answer[:80]!r}"
+        ) from error
     if 200 <= status < 300:
         return content
     fault = content.get("fault_message") if isinstance(content, dict) else None

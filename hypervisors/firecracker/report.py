@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 from typing import Any
 
 import structlog
 
+from devices import foreign_json
 from devices.child import Child, process_stat
+from devices.lines import LineLog
 from hypervisors.firecracker.api import FirecrackerApi
-from hypervisors.firecracker.fifo import LineFifo
+from hypervisors.firecracker.fifo import Fifo, LineFifo
 from hypervisors.firecracker.jail import Den
 
 __all__ = ["LOG", "METRICS", "Report"]
@@ -34,13 +35,15 @@ class Report:
 
     def __init__(self) -> None:
         self.process: Child | None = None
-        self._log: LineFifo | None = None
+        self._console = LineLog("console", lambda line: _log.debug("console", line=line))
+        self._words = LineLog("firecracker", _say)
+        self._log: Fifo | None = None
         self._metrics: LineFifo | None = None
         self._numbers: asyncio.Future[dict[str, Any]] | None = None
 
     def open(self, den: Den) -> None:
         """Read the den's FIFOs, which exist. Raises OSError."""
-        self._log = LineFifo(den.path(LOG), self._on_log)
+        self._log = Fifo(den.path(LOG), self._words.write)
         self._metrics = LineFifo(den.path(METRICS), self._on_metrics)
 
     def close(self) -> None:
@@ -90,18 +93,16 @@ class Report:
 
     def on_console(self, data: bytes) -> None:
         """Pass the serial port's text on to the log."""
-        for line in data.decode("utf-8", "replace").splitlines():
-            if line.strip():
-                _log.debug("console", line=line[:500])
-
-    def _on_log(self, line: bytes) -> None:
-        text = line.decode("utf-8", "replace")[:500]
-        level = next((name for word, name in _LEVELS.items() if word in text), "debug")
-        getattr(_log, level)("log", line=text)
+        self._console.write(data)
 
     def _on_metrics(self, line: bytes) -> None:
         if self._numbers is not None and not self._numbers.done():
             with contextlib.suppress(ValueError):
-                numbers = json.loads(line)
+                numbers = foreign_json.loads(line)
                 if isinstance(numbers, dict):
                     self._numbers.set_result(numbers)
+
+
+def _say(text: str) -> None:
+    level = next((name for word, name in _LEVELS.items() if word in text), "debug")
+    getattr(_log, level)("log", line=text)

@@ -157,7 +157,8 @@ class Firecracker:
         """See `Hypervisor.save_vm`: writes `path`/device_state and `path`/memory; a running VM is paused
         meanwhile. `boot_from_template` with both loads it."""
         den, api = self._den(), self._api()
-        running = (await api.get("/", timeout=CALL)).get("state") == "Running"
+        info = await api.get("/", timeout=CALL)
+        running = isinstance(info, dict) and info.get("state") == "Running"
         if running:
             await self.pause_vm()
         try:

@@ -12,9 +12,9 @@ import os
 from dataclasses import replace
 
 from devices.config import BlockConfig, BlockFormat
-from devices.errors import CallerError, HostError, HypervisorError, UnsupportedByHypervisor
+from devices.errors import CallerError, HostError, UnsupportedByHypervisor
 from devices.threads import look
-from hypervisors.qemu.qmp import QmpClient
+from hypervisors.qemu.qmp import QmpClient, sensible
 from hypervisors.qemu.recipes import limits_name, node_name, throttle
 
 __all__ = ["update_disk"]
@@ -52,10 +52,8 @@ async def update_disk(qmp: QmpClient, old: BlockConfig, new: BlockConfig) -> Non
 async def _virtual_size(qmp: QmpClient, device_id: str) -> int:
     """Bytes of the disk as its guest has it."""
     nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
-    try:
+    with sensible("query-named-block-nodes"):
         return next(int(n["image"]["virtual-size"]) for n in nodes if n["node-name"] == node_name(device_id))
-    except (StopIteration, KeyError, TypeError, ValueError) as error:
-        raise HypervisorError(f"QEMU does not tell the size of disk {device_id}: {error!r}") from error
 
 
 def _host_size(path: str) -> int:

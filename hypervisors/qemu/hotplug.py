@@ -26,7 +26,7 @@ from devices.config import BlockConfig, VfioConfig
 from devices.errors import BugError, CallerError, HypervisorError, KataError
 from devices.kinds import Kind
 from hypervisors.qemu.events import deleted
-from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError
+from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, sensible
 from hypervisors.qemu.recipes import SCSI, BackEnd, Placed, Recipe, recipe, scsi_controller
 
 __all__ = ["LUNS", "Plugger", "scsi_seat"]
@@ -177,9 +177,11 @@ class Plugger:
         return _Seat(place.properties, place.guest_path)
 
     async def _dimm_slot(self, name: str) -> int:
-        for found in await self._qmp.execute("query-memory-devices"):
-            if found["data"].get("id") == name:
-                return int(found["data"]["slot"])
+        devices = await self._qmp.execute("query-memory-devices")
+        with sensible("query-memory-devices"):
+            for found in devices:
+                if found["data"].get("id") == name:
+                    return int(found["data"]["slot"])
         raise HypervisorError(f"QEMU does not list {name} among the VM's memory", phase="devices")
 
     async def remove(self, device_id: str) -> None:

@@ -26,6 +26,7 @@ from devices.config import (
 from devices.console import Console
 from devices.errors import CallerError, HostError
 from devices.kinds import Kind
+from devices.lines import LineLog
 from devices.share_fs import Virtiofsd, is_noise
 from devices.threads import look
 from devices.undo import UndoLog
@@ -71,7 +72,7 @@ async def prepare(
             size = await look(memory_size, device) if device.kind is Kind.PMEM else 0
             return Placed(device=device, host_device=host_device, bytes=size)
         case ConsoleConfig():
-            parts.console = Console(_log_console if debug else None)
+            parts.console = Console(log_console() if debug else None)
             return Placed(device=device, fd=parts.console.guest_end)
         case _:
             return Placed(device=device)
@@ -121,19 +122,15 @@ def memory_size(device: BlockConfig) -> int:
 
 
 def log_output(name: str) -> Callable[[bytes], None]:
-    """What a process says on stderr: a warning, unless it is known as noise."""
+    """What a process says on stderr: a warning, unless it is known as noise. Call it on the loop."""
 
-    def log(data: bytes) -> None:
-        for line in data.decode("utf-8", "replace").splitlines():
-            if line.strip():
-                level = _log.debug if is_noise(line) else _log.warning
-                level("stderr", source=name, line=line[:500])
+    def say(line: str) -> None:
+        level = _log.debug if is_noise(line) else _log.warning
+        level("stderr", source=name, line=line)
 
-    return log
+    return LineLog(name, say).write
 
 
-def _log_console(data: bytes) -> None:
+def log_console() -> Callable[[bytes], None]:
     """What the guest says on its console."""
-    for line in data.decode("utf-8", "replace").splitlines():
-        if line.strip():
-            _log.debug("console", line=line[:500])
+    return LineLog("console", lambda line: _log.debug("console", line=line)).write

@@ -1,14 +1,16 @@
 """A client for QMP, QEMU's control protocol: one JSON object per line, over a unix stream socket.
 
 What: `QmpClient.connect` reads the greeting and negotiates; `execute` runs one command under a
-deadline; events go to one callback, and to whoever awaits one by `expect`.
+deadline; events go to one callback, and to whoever awaits one by `expect`; `sensible` is for who takes an
+answer apart.
 Why our own: 200 lines without a dependency, and the peer runs guests, so what it sends is bounded
 and checked.
 Invariants:
 - Each command carries an id; replies may come in any order, between events, late or never.
-- A peer that breaks the protocol (garbage, a line over 4 MiB, an unknown greeting, an end of stream)
+- A peer that breaks the protocol (garbage, a line over 1 MiB, an unknown greeting, an end of stream)
   ends the connection: every pending and every later `execute` raises HypervisorError at once.
 - A command that timed out does not: its late reply is dropped.
+- One turn of the loop reads 64 KiB at most and takes `TURN` messages, however fast they come.
 - Who `expect`s an event before the command that causes it never misses it.
 Source: docs/interop/qmp-spec.txt of QEMU 7.2.
 """
@@ -18,18 +20,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
+import json  # to write; what is read goes through foreign_json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from devices import foreign_json
 from devices.errors import HypervisorError
 
-__all__ = ["NOT_FOUND", "QmpClient", "QmpError", "QmpEvent"]
+__all__ = ["LINE_LIMIT", "NOT_FOUND", "TURN", "QmpClient", "QmpError", "QmpEvent", "sensible"]
 
 NOT_FOUND = "DeviceNotFound"
 """The error class of a device or object that is not there."""
-LINE_LIMIT = 4 << 20  # bytes of one message; query-qmp-schema, the longest known reply, has 0.4 MiB
+LINE_LIMIT = 1 << 20  # bytes of one message; query-qmp-schema, the longest known reply, has 0.4 MiB
+TURN = 64  # messages: a few milliseconds
 _READ_SIZE = 64 << 10
 
 QmpEvent = dict[str, Any]
@@ -43,6 +47,15 @@ class QmpError(HypervisorError):
         super().__init__(f"QEMU refused {command}: {text}")
         self.command = command
         self.kind = kind
+
+
+@contextlib.contextmanager
+def sensible(command: str) -> Iterator[None]:
+    """Taking the answer to `command` apart: whatever Python says of its shape is QEMU's fault."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, StopIteration) as error:
+        raise HypervisorError(f"QEMU's answer to {command} makes no sense: {error!r:.200}") from error
 
 
 class QmpClient:
@@ -164,6 +177,7 @@ class QmpClient:
                     return
                 searched = len(buffer)
                 buffer += data
+                taken = 0
                 while (end := buffer.find(b"\n", searched)) >= 0:
                     line = bytes(buffer[:end])
                     del buffer[: end + 1]
@@ -172,17 +186,23 @@ class QmpClient:
                         self._dispatch(line)
                     if self._broken is not None:
                         return
+                    taken += 1
+                    if taken % TURN == 0:
+                        await asyncio.sleep(0)
+                await asyncio.sleep(0)  # sock_recv does not, as long as there is something
                 if len(buffer) > LINE_LIMIT:
                     self._break(f"it sent a message of more than {LINE_LIMIT >> 20} MiB")
                     return
         except OSError as error:
             self._break(f"its control socket failed: {error}")
+        finally:
+            self._break("nobody reads its control socket any more")  # if not broken for a reason
 
     def _dispatch(self, line: bytes) -> None:
         try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            self._break(f"it sent something that is no JSON: {line[:60]!r}")
+            message = foreign_json.loads(line)
+        except ValueError as error:
+            self._break(f"it sent something that is no JSON ({str(error)[:100]}): {line[:60]!r}")
             return
         if not isinstance(message, dict):
             self._break(f"it sent something that is no object: {line[:60]!r}")

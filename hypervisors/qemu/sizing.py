@@ -31,7 +31,7 @@ from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
 from hypervisors.qemu.events import let_go, size_is, taken
 from hypervisors.qemu.kvm import Accelerator
-from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent
+from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent, sensible
 
 __all__ = ["Sizer"]
 
@@ -107,15 +107,14 @@ class Sizer:
     async def _cpu_slots(self) -> list[dict[str, Any]]:
         """All sockets, the lowest first; those in use have a `qom-path`."""
         slots = await self._qmp.execute("query-hotpluggable-cpus")
-        try:
+        with sensible("query-hotpluggable-cpus"):
             return sorted(slots, key=lambda slot: sorted(slot["props"].items()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _nonsense("query-hotpluggable-cpus", error) from error
 
     async def _plug_cpu(self, slot: dict[str, Any]) -> None:
-        props = slot["props"]
+        with sensible("query-hotpluggable-cpus"):
+            driver, props = slot["type"], slot["props"]
         name = "cpu-" + "-".join(str(props[key]) for key in sorted(props) if key != "node-id")
-        await self._plug({"driver": slot["type"], "id": name, **props}, f"the vCPU {name}")
+        await self._plug({"driver": driver, "id": name, **props}, f"the vCPU {name}")
 
     # --- memory
 
@@ -158,19 +157,15 @@ class Sizer:
     async def _memory(self) -> int:
         """MiB that the VM has now."""
         summary = await self._qmp.execute("query-memory-size-summary")
-        try:
+        with sensible("query-memory-size-summary"):
             return int(summary["base-memory"] + summary["plugged-memory"]) >> 20
-        except (KeyError, TypeError) as error:
-            raise _nonsense("query-memory-size-summary", error) from error
 
     async def _dimms(self) -> list[_Dimm]:
         """Those that are plugged."""
         devices = await self._qmp.execute("query-memory-devices")
-        try:
+        with sensible("query-memory-devices"):
             found = [device["data"] for device in devices if device["type"] == "dimm"]
             return [_Dimm(int(data["id"].removeprefix(_DIMM)), int(data["size"]) >> 20) for data in found]
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise _nonsense("query-memory-devices", error) from error
 
     async def _sweep(self, dimms: Iterable[_Dimm]) -> None:
         """Remove back ends without a DIMM: it did not come, or the guest gave it back after its time."""
@@ -227,7 +222,9 @@ class Sizer:
             except TimeoutError:
                 if growing:
                     raise self._late(f"take {mib} MiB of memory by virtio-mem") from None
-        size = int(await self._virtio_mem("qom-get", "size"))
+        said = await self._virtio_mem("qom-get", "size")
+        with sensible("qom-get"):
+            size = int(said)
         _log.info("the guest keeps memory that it was asked to give back", kept=size - wanted)
         await self._virtio_mem("qom-set", "requested-size", value=size)
         return size >> 20
@@ -306,7 +303,3 @@ def _name(slot: dict[str, Any]) -> str:
     """The id of the vCPU that was plugged into it; "" without one."""
     path = str(slot.get("qom-path", ""))
     return path.removeprefix(_PERIPHERAL) if path.startswith(_PERIPHERAL) else ""
-
-
-def _nonsense(command: str, error: Exception) -> HypervisorError:
-    return HypervisorError(f"QEMU's answer to {command} makes no sense: {error!r}")

@@ -32,6 +32,7 @@ from devices.config import (
 )
 from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
+from devices.lines import Budget
 from devices.manager import disk_name
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
@@ -47,7 +48,7 @@ from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.plan import first_plan, with_ports
 from hypervisors.qemu.prepare import VHOST_VSOCK, log_output, prepare
-from hypervisors.qemu.qmp import QmpClient, QmpEvent
+from hypervisors.qemu.qmp import QmpClient, QmpEvent, sensible
 from hypervisors.qemu.recipes import SCSI, Placed
 from hypervisors.qemu.sizing import Sizer
 
@@ -78,6 +79,7 @@ class Qemu:
         self._netns: str | None = None
         self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
+        self._events = Budget(_NAME, "QMP events")
         self._topology = PciTopology()
         self._passed: set[str] = set()  # ids of the devices of VFIO, once they were here
         self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
@@ -304,10 +306,8 @@ class Qemu:
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`."""
         cpus = await self._qmp().execute("query-cpus-fast")
-        try:
+        with sensible("query-cpus-fast"):
             return VcpuThreadIds({int(cpu["cpu-index"]): int(cpu["thread-id"]) for cpu in cpus})
-        except (KeyError, TypeError, ValueError) as error:
-            raise HypervisorError(f"QEMU's answer to query-cpus-fast makes no sense: {error!r}") from error
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -440,7 +440,8 @@ class Qemu:
         )
 
     def _on_event(self, event: QmpEvent) -> None:
-        _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
+        if self._events.take():
+            _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
         if self._death is not None:
             self._death.see(event)
 

@@ -3,6 +3,7 @@
 What: `GuestAgent` wraps a ttrpc client that is connected to port 1024 of the guest.
 Why: everything above speaks of containers and processes, not of frames; and what the agent answers
 is the guest's word: its error texts are cut, its codes are mapped to the few a caller may see.
+An answer is bounded, and taken apart in `shim.sandbox.answers`.
 Invariants: a call ends at its deadline at the latest, except the four that wait for the guest by
 nature (wait_process, write_stdin, read_stdout, read_stderr), which end when the connection does.
 Source: Kata's agent.proto; deadlines from [agent.kata].
@@ -20,6 +21,7 @@ from devices.errors import CallerError, GuestError, KataError
 from devices.plain import plain
 from proto import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 from shim.protocols import Deadlines, GuestContainer, GuestProcess
+from shim.sandbox import answers
 from shim.spec.oci_fields import BEYOND
 from shim.state.trace import Trace
 
@@ -37,7 +39,8 @@ _CALLER_CODES = frozenset(
     {"NOT_FOUND", "ALREADY_EXISTS", "INVALID_ARGUMENT", "FAILED_PRECONDITION", "UNIMPLEMENTED"}
 )
 _MAX_TEXT = 2048
-_MAX_PROCESSES = 1024
+#: Bytes of all that a stock agent counts.
+_MAX_METRICS = 1 << 20
 _AVAILABLE = r'item="(?:MemAvailable|mem_available)"\} ([0-9]{1,15})\b'  # ours; the stock agent's
 #: Seconds. Who asks has two for his own answer (containerd's State and Pids), and can do without ours.
 _PROCESSES_DEADLINE = 1.0
@@ -70,6 +73,7 @@ class GuestAgent:
         timeout: float | None = 0.0,
         service: Any = _AGENT,
         beyond: Mapping[str, Any] = _NOTHING,
+        limit: int = answers.LIMIT,
     ) -> Any:
         deadline = self._deadlines.request if timeout == 0.0 else timeout
         metadata = {METADATA_BEYOND: [json.dumps(beyond)]} if beyond else None
@@ -77,7 +81,11 @@ class GuestAgent:
             await self._check_takes(beyond)
         try:
             return await self._client.call(
-                service.methods_by_name[name], request, timeout=deadline, metadata=metadata
+                service.methods_by_name[name],
+                request,
+                timeout=deadline,
+                metadata=metadata,
+                max_response=limit,
             )
         except ttrpc.RpcError as error:
             raise self._translated(name, error, deadline) from error
@@ -243,21 +251,13 @@ class GuestAgent:
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         """StatsContainer: the cgroup's figures in the guest."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
-        answer: agent_pb2.StatsContainerResponse = await self._call("StatsContainer", request)
-        return answer
+        return answers.check_stats(await self._call("StatsContainer", request))
 
     async def list_processes(self, container_id: str) -> list[GuestProcess]:
         """GetDiagnosticData of our agent: a container's processes. A stock agent answers UNIMPLEMENTED."""
         request = agent_pb2.GetDiagnosticDataRequest(log_type="processes", container_id=container_id)
         answer = await self._call("GetDiagnosticData", request, timeout=_PROCESSES_DEADLINE)
-        try:
-            listed = json.loads(answer.data)[:_MAX_PROCESSES]
-            found = [GuestProcess(int(entry["pid"]), entry.get("exec")) for entry in listed]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise GuestError(f"the agent's list of processes is none: {error}", phase="agent") from error
-        if not all(isinstance(process.exec_id, str | None) for process in found):
-            raise GuestError("the agent's list of processes has an exec id that is no text", phase="agent")
-        return found
+        return answers.processes(answer.data)
 
     async def update_container(
         self,
@@ -284,7 +284,7 @@ class GuestAgent:
     async def memory_available(self) -> int:
         """GetMetrics: bytes that the guest's kernel could hand out, its caches included. Raises GuestError
         when the agent does not say."""
-        answer = await self._call("GetMetrics", agent_pb2.GetMetricsRequest())
+        answer = await self._call("GetMetrics", agent_pb2.GetMetricsRequest(), limit=_MAX_METRICS)
         found = re.search(_AVAILABLE, answer.metrics)
         if found is None:
             raise GuestError("the agent's metrics do not say how much memory is available", phase="sizing")
@@ -297,8 +297,7 @@ class GuestAgent:
     async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse:
         """GetVolumeStats: how full what the guest has mounted there is."""
         request = agent_pb2.VolumeStatsRequest(volume_guest_path=path)
-        answer: csi_pb2.VolumeStatsResponse = await self._call("GetVolumeStats", request)
-        return answer
+        return answers.check_volume(await self._call("GetVolumeStats", request))
 
     async def resize_volume(self, path: str, size: int) -> None:
         """ResizeVolume: the file system mounted there grows to its disk, which has `size` bytes. A stock

@@ -38,6 +38,7 @@ from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
+from shim.sandbox.oom_watch import watch_oom
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM
 from shim.spec.limits import Size
@@ -291,7 +292,7 @@ class VirtSandbox:
             self._swap = GuestSwap(settings.swap, self.id, self._undo)
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
-        self._watch(self._watch_oom(self._agent), "oom")
+        self._watch(watch_oom(self._agent, self._on_oom), "oom")
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
@@ -326,15 +327,6 @@ class VirtSandbox:
         self._died.set_result(reason)
         if self._agent is not None:
             await self._agent.close()
-
-    async def _watch_oom(self, agent: GuestAgent) -> None:
-        while True:
-            try:
-                container_id = await agent.get_oom_event()
-            except KataError as error:
-                _log.debug("no more OOM events", error=str(error))
-                return
-            self._on_oom(container_id)
 
     async def _tear_down(self) -> None:
         if self._boot is not None and not self._boot.done():

@@ -43,14 +43,25 @@ def _path(facts: Facts) -> str:
 
 
 def _process(facts: Facts, timeout: float) -> None:
+    from shim.state.procfs import kill_process
+
+    _end(facts, timeout, kill_process)
+
+
+def _logger(facts: Facts, timeout: float) -> None:
+    """A `binary://` logger: its pipes ended with the shim, so it is writing down the last of them."""
+    from shim.state.procfs import end_process
+
+    _end(facts, timeout, end_process)
+
+
+def _end(facts: Facts, timeout: float, function: Callable[[int, int, float], bool]) -> None:
     pid, start = facts.get("pid"), facts.get("start")
     if not isinstance(pid, int) or not isinstance(start, int):
         return  # recorded, but never seen to run: `cleanup` looks for such by their command line
     if pid <= 1:
         raise ReleaseError(f"pid {pid} is not a process of ours")
-    from shim.state.procfs import kill_process
-
-    if not kill_process(pid, start, timeout):
+    if not function(pid, start, timeout):
         raise ReleaseError(f"{facts.get('name', 'process')} (pid {pid}) did not end within {timeout} s")
 
 
@@ -118,6 +129,7 @@ def _pci_driver(facts: Facts, timeout: float) -> None:
 KINDS: Mapping[str, Release] = {
     "pci-driver": _pci_driver,
     "process": _process,
+    "logger": _logger,
     "socket": _file,
     "file": _file,
     "dir": _dir,

@@ -8,7 +8,7 @@ Invariants:
 - No open, read or write blocks the loop: FIFOs are non-blocking, files are written in a thread.
 - A FIFO never breaks because a client went away. We hold the other end ourselves: a reader of our
   stdout (no EPIPE, and bytes stay readable after the process has gone), a writer of our stdin
-  (no EOF until CloseIO drops it).
+  (no EOF until CloseIO drops it; `InputEnd.keep` takes it, see `shim.stdio.stdin` for when).
 - `close` is idempotent and leaves no descriptor.
 Source: facts/containerd-shim.md 3.1; fifo(7), open(2).
 """
@@ -16,6 +16,7 @@ Source: facts/containerd-shim.md 3.1; fifo(7), open(2).
 from __future__ import annotations
 
 import os
+import select
 import stat
 
 from devices.errors import CallerError
@@ -32,12 +33,30 @@ def _close(fd: int) -> int:
 class InputEnd:
     """Where the process's stdin comes from: `fd` is readable without blocking; EOF when it ends.
 
-    `keeper` is our own writer, -1 after `end`.
+    `keeper` is our own writer, -1 before `keep` and after `end`. `early` holds what `someone_writes` had
+    to take out of the FIFO: it comes before what is read from `fd`.
     """
 
-    def __init__(self, fd: int, keeper: int) -> None:
+    def __init__(self, fd: int, keeper: int = -1) -> None:
         self.fd = fd
         self.keeper = keeper
+        self.early = b""
+
+    def someone_writes(self) -> bool:
+        """Whether a client has a FIFO open for writing, waits in its open, or has written something.
+
+        Ask before `keep`. A writer that waits for a reader counts as one: fifo(7), fs/pipe.c.
+        """
+        try:
+            self.early += os.read(self.fd, 1)
+        except BlockingIOError:
+            return True
+        return bool(self.early)
+
+    def keep(self) -> None:
+        """Hold a FIFO open for writing ourselves, so that no client's going is its end."""
+        if self.keeper < 0 <= self.fd:
+            self.keeper = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def end(self) -> None:
         """CloseIO: from now on stdin ends once it is empty and no client holds it open."""
@@ -59,6 +78,20 @@ class OutputEnd:
         self.fd = fd
         self.pollable = pollable
         self.keeper = keeper
+
+    def someone_reads(self) -> bool:
+        """Whether a client has a FIFO open for reading; False for what is none, and after `end`.
+
+        Our own reader goes for that moment, in which nobody writes. What is in the FIFO stays: pipe(7).
+        """
+        if self.fd < 0 or self.keeper < 0:
+            return False
+        self.keeper = _close(self.keeper)
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        alone = bool(poll.poll(0))  # POLLERR: no reader
+        self.keeper = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return not alone
 
     def end(self) -> None:
         """No more output: readers see EOF after the last byte; what nobody read yet stays readable."""
@@ -96,19 +129,16 @@ def check_input(path: str) -> None:
 
 
 def open_input(path: str) -> InputEnd:
-    """The FIFO at `path` as stdin. Raises CallerError if it is missing or not a FIFO."""
+    """The FIFO at `path` as stdin, not kept yet. Raises CallerError if it is missing or not a FIFO."""
     check_path(path, "stdin")
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-                raise CallerError(f"stdin {path} is not a FIFO", phase="stdio", code="INVALID_ARGUMENT")
-            return InputEnd(fd, os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        except BaseException:
-            os.close(fd)
-            raise
     except OSError as error:
         raise _unusable("stdin", path, error) from error
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise CallerError(f"stdin {path} is not a FIFO", phase="stdio", code="INVALID_ARGUMENT")
+    return InputEnd(fd)
 
 
 def open_output(path: str, stream: str) -> OutputEnd:

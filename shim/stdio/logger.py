@@ -7,6 +7,8 @@ Why: nerdctl run -d logs this way, and so does every user of containerd's cio.Bi
 Invariants:
 - Starting has a deadline; a logger that does not get ready is killed and reaped.
 - It ends by EOF; one that does not is terminated, then killed. It never becomes a zombie.
+- The undo log has it from before it runs until it is reaped: after kill -9 of the shim its pipes end too, and
+  `delete` gives it the same time, and then the same signals.
 - Its pipes are non-blocking on our side only: a slow logger holds up its own container.
 Source: containerd's runtime/v2/README.md "Logging"; facts/containerd-shim.md 3.1.
 """
@@ -20,7 +22,9 @@ import os
 import signal
 from urllib.parse import SplitResult, parse_qsl, unquote
 
+from devices.child import process_start_time
 from devices.errors import HostError
+from devices.undo import Entry, UndoLog
 from shim.stdio.ends import OutputEnd, check_path
 
 __all__ = ["Logger"]
@@ -48,9 +52,13 @@ def _is_exiting(pid: int) -> bool:
 class Logger:
     """One running logger. `stdout` and `stderr` are the write ends of its pipes."""
 
-    def __init__(self, path: str, pid: int, stdout: OutputEnd, stderr: OutputEnd) -> None:
+    def __init__(
+        self, path: str, pid: int, stdout: OutputEnd, stderr: OutputEnd, undo: UndoLog, entry: Entry
+    ) -> None:
         self.path = path
         self.pid = pid
+        self._undo = undo
+        self._entry = entry
         self.stdout = stdout
         self.stderr = stderr
         self._pidfd = os.pidfd_open(pid)
@@ -59,7 +67,13 @@ class Logger:
 
     @classmethod
     async def start(
-        cls, url: SplitResult, *, container_id: str, namespace: str, deadline: float = _READY_DEADLINE
+        cls,
+        url: SplitResult,
+        *,
+        container_id: str,
+        namespace: str,
+        undo: UndoLog,
+        deadline: float = _READY_DEADLINE,
     ) -> Logger:
         """Run the logger and wait until it is ready. Raises CallerError or HostError."""
         path = check_path(unquote(url.path), "the logger of a binary:// URL")
@@ -82,6 +96,7 @@ class Logger:
                 high = fcntl.fcntl(child, fcntl.F_DUPFD_CLOEXEC, 10)
                 theirs.callback(os.close, high)
                 ends.append((high, own))
+            entry = undo.record("logger", name=f"the logger {path}"[:200], container=container_id)
             try:
                 pid = os.posix_spawn(  # noqa: ASYNC221  (vfork and exec: a millisecond)
                     path,
@@ -96,6 +111,7 @@ class Logger:
                     setpgroup=0,
                 )
             except OSError as error:
+                undo.forget(entry)
                 raise HostError(
                     f"cannot run the logger {path}: {error.strerror}",
                     phase="stdio",
@@ -103,8 +119,17 @@ class Logger:
                 ) from error
             ours.pop_all()
         stdout, stderr, ready = (own for _, own in ends)
-        logger = cls(path, pid, OutputEnd(stdout), OutputEnd(stderr))
         try:
+            logger = cls(path, pid, OutputEnd(stdout), OutputEnd(stderr), undo, entry)
+        except OSError as error:  # no descriptor to watch it by
+            os.kill(pid, signal.SIGKILL)  # not reaped yet, so it is the one; the daemon's reaper will
+            undo.forget(entry)
+            for fd in (stdout, stderr, ready):
+                os.close(fd)
+            raise HostError(f"cannot watch the logger {path}: {error.strerror}", phase="stdio") from error
+        entry.release = logger.close
+        try:
+            undo.update(entry, pid=pid, start=process_start_time(pid))  # we reap it: it cannot be gone
             await logger._until_ready(ready, deadline)
         except BaseException:
             logger._signal(signal.SIGKILL)
@@ -138,6 +163,7 @@ class Logger:
                 return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._undo.forget(self._entry)
         self._gone.set_result(None)
 
     def _signal(self, number: int) -> None:

@@ -1,11 +1,12 @@
 """The stdio of one process: its three streams between containerd's ends and the guest.
 
 What: `Stdio.open` takes the host's ends, `connect` opens the guest's (direct mode: a connection per
-stream), `run` starts the copies, `drain` waits for the output after the exit, `close` gives all
-back.
+stream), `run` is for the other mode, `begin_input` opens stdin when the process is about to run, `drain`
+waits for the output after the exit, `close` gives all back.
 Why one object: a stream that breaks must not touch the other two, yet all of them end together.
 Invariants:
 - The three streams are independent: each has its own task and its own bounded buffer.
+- Nobody reads stdin before Start: see `shim.stdio.stdin` for why.
 - The guest's stdin ends after its last byte; at once if containerd gave none. A terminal's stdin
   is never ended: a pty has no EOF of its own, and closing it would hang the program up.
 - `drain` is bounded: output that stands still for two seconds, or flows for more than ten, is left
@@ -19,15 +20,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from devices.errors import CallerError
+from devices.undo import UndoLog
 from shim.stdio import pump as stdio_pump
 from shim.stdio.ends import InputEnd, OutputEnd, check_input, open_file, open_input, open_output
+from shim.stdio.stdin import attend
 
 if TYPE_CHECKING:
+    from urllib.parse import SplitResult
+
     from shim.protocols import AgentClient, Sandbox
     from shim.stdio.logger import Logger
 
@@ -57,7 +63,8 @@ class Stdio:
     def __init__(self, spec: StdioSpec) -> None:
         self.spec = spec
         self._input: InputEnd | None = None
-        self._input_ended = False  # CloseIO came, perhaps before the input was opened
+        self._input_closed = asyncio.Event()  # CloseIO came, perhaps before the input was opened
+        self._copy_input: Callable[[], Awaitable[None]] | None = None
         self._outputs: list[OutputEnd | None] = []
         self._loggers: dict[str, Logger] = {}
         self._sockets: list[socket.socket] = []
@@ -66,9 +73,10 @@ class Stdio:
         self._moved_at = 0.0
 
     @classmethod
-    async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str) -> Stdio:
+    async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str, undo: UndoLog) -> Stdio:
         """Take the host's ends. Raises CallerError or HostError; nothing is left open then."""
         stdio = cls(spec)
+        run = partial(_run_logger, container_id=container_id, namespace=namespace, undo=undo)
         try:
             if spec.stdin and not _is_stream(spec.stdin):
                 check_input(_fifo_path(spec.stdin))
@@ -76,7 +84,7 @@ class Stdio:
             if not spec.terminal:
                 outputs["stderr"] = spec.stderr
             for stream, where in outputs.items():
-                end = await stdio._open_output(where, stream, container_id, namespace) if where else None
+                end = await stdio._open_output(where, stream, run) if where else None
                 stdio._outputs.append(end)
             for logger in stdio._loggers.values():
                 for end in (logger.stdout, logger.stderr):
@@ -87,7 +95,9 @@ class Stdio:
             raise
         return stdio
 
-    async def _open_output(self, where: str, stream: str, container_id: str, namespace: str) -> OutputEnd:
+    async def _open_output(
+        self, where: str, stream: str, run_logger: Callable[[SplitResult], Awaitable[Logger]]
+    ) -> OutputEnd:
         if "://" not in where:
             return open_output(where, stream)
         if _is_stream(where):
@@ -102,10 +112,8 @@ class Stdio:
         if url.scheme == "file":
             return open_file(unquote(url.path), stream)
         if url.scheme == "binary":
-            from shim.stdio.logger import Logger
-
             if where not in self._loggers:
-                self._loggers[where] = await Logger.start(url, container_id=container_id, namespace=namespace)
+                self._loggers[where] = await run_logger(url)
             logger = self._loggers[where]
             return logger.stdout if stream == "stdout" else logger.stderr
         raise CallerError(
@@ -115,33 +123,47 @@ class Stdio:
             code="INVALID_ARGUMENT",
         )
 
-    def _open_input(self) -> None:
-        """Take the host's end of stdin, as late as possible.
+    def begin_input(self) -> None:
+        """The process is about to run: take the host's end of stdin, and start to copy.
 
-        A client writes once the FIFO has a reader, and says CloseIO at the end of its input; `ctr exec`
-        can say it only when Exec was answered, and forgets it before (runc opens at Start too).
+        Raises CallerError if it has gone since `open`. A second call does nothing.
         """
-        if self.spec.stdin and self._input is None:
-            if _is_stream(self.spec.stdin):
-                from shim.stdio.stream import STREAMS
-
-                self._input = STREAMS.input(self.spec.stdin)
-            else:
-                self._input = open_input(_fifo_path(self.spec.stdin))
-            if self._input_ended:
+        if self._input_task is not None or self._copy_input is None:
+            return
+        if self.spec.stdin:
+            self._input = self._open_input(self.spec.stdin)
+            if self._input_closed.is_set():
                 self._input.end()
+        self._input_task = asyncio.create_task(self._feed(self._copy_input))
+
+    @staticmethod
+    def _open_input(where: str) -> InputEnd:
+        if _is_stream(where):
+            from shim.stdio.stream import STREAMS
+
+            return STREAMS.input(where)
+        return open_input(_fifo_path(where))
+
+    async def _feed(self, copy: Callable[[], Awaitable[None]]) -> None:
+        source = self._input
+        # Out of descriptors nothing holds stdin open for us: what comes is copied, and then it ends.
+        with contextlib.suppress(OSError):
+            if source is not None and self.spec.terminal and not self._input_closed.is_set():
+                source.keep()
+            elif source is not None and not _is_stream(self.spec.stdin):
+                await attend(source, self._outputs, self._input_closed)
+        await copy()
 
     async def connect(self, sandbox: Sandbox) -> tuple[int, int, int]:
-        """Direct mode: open a connection for each stream and start to copy; their names for the agent.
+        """Direct mode: open a connection for each stream and start to copy output; their names for the agent.
 
         A stream that containerd left empty has none: 0 tells the agent that it is /dev/null. Raises
         GuestError if the guest does not take a connection; `close` cleans up.
         """
         names = [0, 0, 0]
-        self._open_input()
-        if self._input is not None:
+        if self.spec.stdin:
             sock, names[0] = await self._open_stream(sandbox)
-            self._input_task = asyncio.create_task(self._input_to_socket(self._input, sock))
+            self._copy_input = partial(self._input_to_socket, sock)
         for index, out in enumerate(self._outputs, start=1):
             if out is not None:
                 sock, names[index] = await self._open_stream(sandbox)
@@ -154,7 +176,7 @@ class Stdio:
         return sock, name
 
     def run(self, agent: AgentClient, container_id: str, exec_id: str) -> None:
-        """By the agent's calls: start to copy. The process exists in the guest by now."""
+        """By the agent's calls: start to copy output. The process exists in the guest by now."""
         reads = (agent.read_stdout, agent.read_stderr)
         for read, out in zip(reads, self._outputs, strict=False):
 
@@ -163,8 +185,7 @@ class Stdio:
                 return data
 
             self._copy_output(stdio_pump.calls_to_output(next_piece, out, self._moved))
-        self._open_input()
-        self._input_task = asyncio.create_task(self._input_to_calls(agent, container_id, exec_id))
+        self._copy_input = partial(self._input_to_calls, agent, container_id, exec_id)
 
     def _copy_output(self, copy: Coroutine[Any, Any, None]) -> None:
         self._output_tasks.append(asyncio.create_task(copy))
@@ -172,9 +193,10 @@ class Stdio:
     def _moved(self) -> None:
         self._moved_at = asyncio.get_running_loop().time()
 
-    async def _input_to_socket(self, source: InputEnd, sock: socket.socket) -> None:
-        await stdio_pump.input_to_socket(source, sock, say_end=not self.spec.terminal)
-        source.close()
+    async def _input_to_socket(self, sock: socket.socket) -> None:
+        assert self._input is not None
+        await stdio_pump.input_to_socket(self._input, sock, say_end=not self.spec.terminal)
+        self._input.close()
         if not self.spec.terminal:
             sock.close()
 
@@ -190,7 +212,7 @@ class Stdio:
 
     def end_input(self) -> None:
         """CloseIO: the process's stdin ends after what was written so far."""
-        self._input_ended = True
+        self._input_closed.set()
         if self._input is not None:
             self._input.end()
 
@@ -233,6 +255,12 @@ class Stdio:
         loggers, self._loggers = self._loggers, {}
         for logger in loggers.values():
             await logger.close()
+
+
+async def _run_logger(url: SplitResult, **owner: Any) -> Logger:
+    from shim.stdio.logger import Logger  # few have one
+
+    return await Logger.start(url, **owner)
 
 
 def _is_stream(where: str) -> bool:

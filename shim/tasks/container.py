@@ -17,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
 
 from devices.errors import CallerError, KataError
+from devices.undo import UndoLog
 from proto import mount_pb2, oci_pb2
 from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
 from shim.stdio.stdio import Stdio, StdioSpec
@@ -58,6 +60,7 @@ class Container:
         quieted: Callable[[Container], Awaitable[None]],
         *,
         namespace: str,
+        undo: UndoLog,
     ) -> None:
         self.id = container_id
         self.bundle = bundle
@@ -70,7 +73,7 @@ class Container:
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self.events = TaskEvents(events, container_id, self.pid)
         self._quieted = quieted
-        self._namespace = namespace
+        self._open = partial(Stdio.open, container_id=container_id, namespace=namespace, undo=undo)
         self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -95,7 +98,7 @@ class Container:
     async def create(self, guest: GuestContainer, rootfs: Sequence[mount_pb2.Mount]) -> None:
         """Make it in the guest, its process stopped. After an error `abandon` undoes what was done."""
         spec = self.init.stdio_spec
-        stdio = await Stdio.open(spec, container_id=self.id, namespace=self._namespace)
+        stdio = await self._open(spec)
         self.init.stdio = stdio
         agent = self.sandbox.agent
         ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
@@ -145,15 +148,17 @@ class Container:
 
     async def _start_init(self, process: Process) -> None:
         shown = None
-        if process.window is not None:
+        if process.window.size is not None:
             # The terminal exists since Create: with luck the program never sees another size.
             shown = await self._try_resize(process)
         await self.sandbox.container_starting(self.id)
+        assert process.stdio is not None  # made by `create`
+        process.stdio.begin_input()
         await self.sandbox.agent.start_container(self.id)
         process.apply(Call.START)
         self.events.started()
         await self.sandbox.container_started(self.id)
-        if process.window != shown:
+        if process.window.size != shown:
             await self._try_resize(process)
 
     async def _start_exec(self, process: Process) -> None:
@@ -161,22 +166,24 @@ class Container:
         agent, stdio = self.sandbox.agent, process.stdio
         assert stdio is not None  # made by `add_exec`
         spec, beyond = self._exec_specs[process.exec_id]
-        if process.window is not None:
-            spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window
+        if process.window.size is not None:
+            spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window.size
         try:
             ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
+            stdio.begin_input()
             await agent.exec_process(self.id, process.exec_id, spec, ports=ports, beyond=beyond)
+            if not self.sandbox.direct_stdio:
+                stdio.run(agent, self.id, process.exec_id)
+                stdio.begin_input()
         except BaseException:
             # It never ran, so there is no exit event; but who waits for it must not wait for ever.
             process.finish(Exit.now(VM_DEATH))
             await stdio.close()
             raise
-        if not self.sandbox.direct_stdio:
-            stdio.run(agent, self.id, process.exec_id)
         process.apply(Call.START)
         self.events.exec_started(process.exec_id)
         self._watch(process)
-        if process.window is not None:
+        if process.window.size is not None:
             await self._try_resize(process)
 
     async def add_exec(
@@ -193,7 +200,7 @@ class Container:
         spec.Terminal = stdio.terminal
         self._exec_specs[exec_id] = (spec, beyond)
         try:
-            process.stdio = await Stdio.open(stdio, container_id=self.id, namespace=self._namespace)
+            process.stdio = await self._open(stdio)
             try:
                 self._check_takes_execs()
             except CallerError:
@@ -273,14 +280,15 @@ class Container:
     async def resize(self, exec_id: str, rows: int, columns: int) -> None:
         """Set the terminal's size, now or as soon as there is a terminal; without one it is a no-op."""
         process = self.process(exec_id)
-        if not process.stdio_spec.terminal:
-            return
-        process.window = (rows, columns)
-        if process.status in {Status.RUNNING, Status.PAUSED} and process.ended is None:
-            await self.sandbox.agent.tty_win_resize(self.id, exec_id, rows, columns)
+        if process.stdio_spec.terminal:
+            await process.window.resize(
+                (rows, columns),
+                lambda: process.status in {Status.RUNNING, Status.PAUSED} and process.ended is None,
+                partial(self.sandbox.agent.tty_win_resize, self.id, exec_id),
+            )
 
     async def _try_resize(self, process: Process) -> tuple[int, int] | None:
-        window = process.window
+        window = process.window.size
         assert window is not None
         try:
             await self.sandbox.agent.tty_win_resize(self.id, process.exec_id, *window)

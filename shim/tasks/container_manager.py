@@ -28,6 +28,7 @@ import structlog
 from google.protobuf import any_pb2
 
 from devices.errors import CallerError, KataError
+from devices.undo import UndoLog
 from proto import mount_pb2, oci_pb2
 from shim.protocols import EventSink, Exit, RootfsMount, Sandbox
 from shim.stdio.stdio import StdioSpec
@@ -76,10 +77,11 @@ def check_id(name: str, what: str) -> str:
 class ContainerManager:
     """All containers of this shim."""
 
-    def __init__(self, runtime: Runtime, events: EventSink, *, namespace: str) -> None:
+    def __init__(self, runtime: Runtime, events: EventSink, *, namespace: str, undo: UndoLog) -> None:
         self._runtime = runtime
         self._events = events
         self._namespace = namespace
+        self._undo_log = undo
         self._containers: dict[str, Container] = {}
         self._creating: set[str] = set()
         self._over: set[str] = set()  # sandboxes whose own container has ended
@@ -151,7 +153,14 @@ class ContainerManager:
             mounts = [RootfsMount(m.type, m.source, m.target, tuple(m.options)) for m in rootfs]
             guest = await sandbox.prepare_container(container_id, bundle, spec, mounts)
             container = Container(
-                container_id, bundle, sandbox, stdio, self._events, self._quieted, namespace=self._namespace
+                container_id,
+                bundle,
+                sandbox,
+                stdio,
+                self._events,
+                self._quieted,
+                namespace=self._namespace,
+                undo=self._undo_log,
             )
             await container.create(guest, rootfs)
         except BaseException:

@@ -6,7 +6,10 @@ event get lost nor may a container wait for containerd.
 Invariants:
 - Order: an event leaves the queue only when containerd answered for it, or refused it for good.
   A reply lost with its connection makes the event arrive twice, never out of order.
-- Bounded: 2048 events; then the oldest go, which is logged. `publish` never blocks, never raises.
+- Bounded by what the guest alone can cause: of a container's OOM events one waits, further ones are merged
+  into it, which is logged. All other events come of a call of containerd's or of a process's one end, and
+  none of them is ever dropped: without an exit its client waits for ever.
+- `publish` never blocks, never raises.
 - Nothing here waits without a limit: 5 s for a call and for a connection, back-off up to two seconds,
   and `flush` takes the time that it is given. An event is not given up because time goes by.
 
@@ -24,13 +27,14 @@ from collections import deque
 import structlog
 from google.protobuf.message import Message
 
-from proto import events_ttrpc_pb2
+from proto import events_pb2, events_ttrpc_pb2
 from ttrpc import Client, Code, ConnectionClosed, RpcError
 
 __all__ = ["EventPublisher"]
 
-QUEUE_LIMIT = 2048
-"""Events kept while containerd is away; what its own shims keep."""
+_MANY = 2048
+"""Events that wait, from which on it is logged that they do; containerd's own shims drop the rest."""
+_OOM = "/tasks/oom"  # how often a container ran out of memory is in its statistics
 _CALL_TIMEOUT = 5.0  # seconds
 _FIRST_DELAY = 0.05  # seconds before the second attempt; doubles
 _LAST_DELAY = 2.0  # to dial a socket where nobody listens is cheap; an exit told late is not
@@ -46,10 +50,9 @@ _log = structlog.get_logger("events")
 class EventPublisher:
     """Sends events to the ttrpc socket at path `address`; with an empty one it only logs them."""
 
-    def __init__(self, namespace: str, address: str, *, limit: int = QUEUE_LIMIT) -> None:
+    def __init__(self, namespace: str, address: str) -> None:
         self._namespace = namespace
         self._address = address.removeprefix("unix://")
-        self._limit = limit
         self._queue: deque[events_ttrpc_pb2.ForwardRequest] = deque()
         self._wake = asyncio.Event()  # something is queued
         self._hurry = asyncio.Event()  # no back-off: somebody waits in `flush`
@@ -57,7 +60,9 @@ class EventPublisher:
         self._empty.set()
         self._client: Client | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._dropped = 0
+        self._told = _MANY
+        self._head: events_ttrpc_pb2.ForwardRequest | None = None  # what is on its way, however often
+        self._ooms: dict[bytes, int] = {}  # OOM events that wait and are not on their way; merged into each
 
     def publish(self, topic: str, event: Message) -> None:
         """Queue `event` (a message of proto.events_pb2) under `topic`. Call it on the event loop."""
@@ -71,12 +76,15 @@ class EventPublisher:
         envelope.topic = topic
         envelope.event.type_url = event.DESCRIPTOR.full_name
         envelope.event.value = event.SerializeToString()
-        if len(self._queue) >= self._limit:
-            # The head may be on its way; dropping it too would only make it arrive unaccounted.
-            lost = self._queue.popleft()
-            self._dropped += 1
-            _log.warning("event dropped: the queue is full", topic=lost.envelope.topic, total=self._dropped)
+        if topic == _OOM:
+            if envelope.event.value in self._ooms:
+                self._ooms[envelope.event.value] += 1
+                return
+            self._ooms[envelope.event.value] = 0
         self._queue.append(request)
+        if len(self._queue) >= self._told:
+            self._told *= 2
+            _log.warning("events wait for containerd", count=len(self._queue))
         self._empty.clear()
         self._wake.set()
         if self._sender is None:
@@ -111,6 +119,7 @@ class EventPublisher:
             topics = [request.envelope.topic for request in list(self._queue)[:8]]
             _log.warning("events lost: containerd did not take them", count=len(self._queue), first=topics)
             self._queue.clear()
+            self._ooms.clear()
             self._empty.set()
 
     async def _run(self) -> None:
@@ -120,15 +129,25 @@ class EventPublisher:
             if not self._queue:
                 self._wake.clear()
                 self._empty.set()
+                self._told = _MANY
                 continue
             request = self._queue[0]
+            if request is not self._head:
+                self._head = request
+                self._begin(request)
             if await self._send(request):
                 delay = _FIRST_DELAY
-                if self._queue and self._queue[0] is request:  # else it was dropped meanwhile
-                    self._queue.popleft()
+                self._queue.popleft()
                 continue
             await self._pause(delay)
             delay = min(delay * 2, _LAST_DELAY)
+
+    def _begin(self, request: events_ttrpc_pb2.ForwardRequest) -> None:
+        """It is on its way: what comes from now on happened after it."""
+        said = request.envelope.event.value
+        if request.envelope.topic == _OOM and (merged := self._ooms.pop(said, 0)):
+            container_id = events_pb2.TaskOOM.FromString(said).container_id
+            _log.warning(f"{merged} OOM events merged into one", container=container_id)
 
     async def _pause(self, delay: float) -> None:
         """Wait `delay` seconds, or a tenth of a second when somebody waits for us."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from devices.errors import CallerError
 from shim.protocols import Exit
 from shim.stdio.stdio import Stdio, StdioSpec
+from shim.tasks.window import Window
 
 __all__ = ["TABLE", "Call", "Kind", "Process", "Status"]
 
@@ -98,8 +99,7 @@ class Process:
         #: Known as soon as the guest says so; `exited` resolves only when output is drained.
         self.ended: Exit | None = None
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        #: Rows and columns that were asked for before the process had a terminal.
-        self.window: tuple[int, int] | None = None
+        self.window = Window()
         self.ever_started = False
         #: Set when the guest has taken SIGKILL for it: from then on its end must come soon.
         self.killed = asyncio.Event()

@@ -25,6 +25,8 @@ from shim.protocols import GuestProcess, Sandbox
 
 __all__ = ["Usage"]
 
+_MOST = (1 << 64) - 1  # what a counter can hold; a guest may say it of its own
+
 _log = structlog.get_logger("usage")
 
 
@@ -72,9 +74,9 @@ class Usage:
         rest = host.cpu - sum(self._cpu.values()) - self._cpu_of_deleted
         self._charged_cpu = max(self._charged_cpu, rest)
         cpu, used = own.cgroup_stats.cpu_stats.cpu_usage, own.cgroup_stats.memory_stats.usage
-        cpu.total_usage += self._charged_cpu
-        cpu.usage_in_kernelmode += self._charged_cpu
-        used.usage += max(0, host.memory - memory)
+        cpu.total_usage = min(_MOST, cpu.total_usage + self._charged_cpu)
+        cpu.usage_in_kernelmode = min(_MOST, cpu.usage_in_kernelmode + self._charged_cpu)
+        used.usage = min(_MOST, used.usage + max(0, host.memory - memory))
         used.max_usage = max(used.max_usage, used.usage)
 
     @staticmethod

@@ -61,7 +61,7 @@ def start(plain: Containerd, lab: NetLab, tmp_path: Path) -> Iterator[Start]:
         name = plain.new_id("net")
         names.append(name)
         options = ("--with-ns", f"network:{lab.pod}", "--runtime-config-path", str(configuration))
-        plain.ctr("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, *ECHO)
+        plain.ctr("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, *ECHO, timeout=180)
         return name
 
     yield _start
@@ -121,6 +121,27 @@ def test_a_network_that_was_there_before(plain: Containerd, start: Start, lab: N
     assert "tap0_kata" in lab.traces()
     plain.remove(plain.ids[-1])
     assert lab.traces() == ""
+
+
+def test_as_many_routes_as_a_guest_is_told(
+    plain: Containerd, start: Start, lab: NetLab, tmp_path: Path
+) -> None:
+    """A thousand are in the guest; ten thousand are refused by their number, and nothing is left."""
+
+    def add(numbers: range) -> None:
+        lines = [f"route add 20.{n >> 8}.{n & 255}.0/24 via {HOST4}\n" for n in numbers]
+        (tmp_path / "batch").write_text("".join(lines))
+        lab.sh("pod", f"ip -batch {tmp_path}/batch")
+
+    add(range(1000))
+    run = _sh(plain, start())
+    assert run("ip route | grep -c '^20\\.'") == "1000"
+    lab.speaks(run)
+    plain.remove(plain.ids[-1])
+    add(range(1000, 10_000))
+    with pytest.raises(CtrError, match="the pod's network has more than 1024 routes"):
+        start()
+    assert _unsettled(plain, plain.ids[-1]) == []
 
 
 def _unsettled(containerd: Containerd, name: str) -> list[str]:

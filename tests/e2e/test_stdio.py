@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -184,6 +185,37 @@ def test_a_logger_that_does_not_end_is_killed_at_delete(start: Callable[..., Exe
     assert Path(log + ".stdout").read_text() == "hello\n"
     assert os.path.exists(log + ".term"), "it was asked first"
     assert not os.path.exists(f"/proc/{pid}")
+
+
+_SLOW = "time.sleep(0.5)\nsave('all', open(log + '.stdout').read())"
+
+
+@pytest.mark.kata_only
+@pytest.mark.parametrize(("after", "left"), [(_SLOW, "all"), (_STUBBORN, "term")], ids=["slow", "stubborn"])
+def test_kill_9_of_the_shim_leaves_no_logger(
+    containerd: Containerd,
+    runtime: str,
+    tmp_path: Path,
+    no_leaks: Callable[[], None],
+    after: str,
+    left: str,
+) -> None:
+    """`delete` gives it the time to write down what it has got, then ends it."""
+    url, log = _logger(tmp_path, after=after)
+    name = containerd.new_id("logged")
+    script = "echo hello; sleep 1000"
+    containerd.ctr("run", "-d", "--runtime", runtime, "--log-uri", url, BUSYBOX, name, "sh", "-c", script)
+    try:
+        pid = int(Path(log + ".pid").read_text())
+        wait_until(lambda: Path(log + ".stdout").read_text() == "hello\n", "nothing was logged")
+        bundle = containerd.state / "io.containerd.runtime.v2.task" / containerd.namespace / name
+        os.kill(int((bundle / "shim.pid").read_text()), signal.SIGKILL)
+        wait_until(lambda: not bundle.exists(), "containerd did not clean up")
+        assert not os.path.exists(f"/proc/{pid}"), "it outlived its shim"
+        assert os.path.exists(f"{log}.{left}")
+    finally:
+        containerd.remove(name)
+    no_leaks()
 
 
 @pytest.mark.kata_only

@@ -83,15 +83,21 @@ async def test_an_exit_without_a_kill_does_not_wait(watcher: OomWatcher, group: 
     await asyncio.wait_for(watcher.told("none"), 10)
 
 
-async def test_the_queue_is_bounded(
-    watcher: OomWatcher, group: Group, monkeypatch: pytest.MonkeyPatch
+async def test_of_a_container_one_event_waits(
+    watcher: OomWatcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oom, "QUEUE_MAX", 1)
-    monkeypatch.setattr(oom, "_TOLD_DEADLINE", 0.05)
-    watcher.watch("c", group.path)
-    for _ in range(3):
-        group.kill()
-        await watcher.told("c")
-    assert await soon(watcher) == "c"
+    """One that is killed in all the time does not keep another one's event back."""
+    monkeypatch.setattr(oom, "_TOLD_DEADLINE", 0.01)
+    groups = {}
+    for name in ("busy", "other"):
+        (tmp_path / name).mkdir()
+        groups[name] = Group(tmp_path / name)
+        watcher.watch(name, groups[name].path)
+    for _ in range(20):
+        groups["busy"].kill()
+        await watcher.told("busy")
+    groups["other"].kill()
+    await watcher.told("other")
+    assert [await soon(watcher), await soon(watcher)] == ["busy", "other"]
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(watcher.next(), 0.05)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from devices import vsock
 from devices.errors import GuestError, HostError, HypervisorError
 from devices.vsock import HOME_PORT, STREAM_PORT, HybridVsock, KernelVsock, reserve_cid
 
@@ -124,6 +126,41 @@ async def test_a_late_answer_finds_the_socket_open(daemon: Daemon) -> None:
     daemon.gate.set()
     await until(lambda: len(os.listdir("/proc/self/fd")) <= before - 4)  # both ends of both
     assert daemon.early == []
+    await channel.close()
+
+
+async def test_a_guest_that_never_answers_costs_so_many_descriptors(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those beyond wait for their turn, then are refused at once; an answer makes room again."""
+    monkeypatch.setattr(vsock, "UNANSWERED", 5)
+    daemon.gate.clear()
+    channel = HybridVsock(daemon.path)
+    before = len(os.listdir("/proc/self/fd"))
+    answers = await asyncio.gather(*(channel.connect(1024, 0.1) for _ in range(30)), return_exceptions=True)
+    assert {type(answer) for answer in answers} == {GuestError}
+    assert len(daemon.lines) == 5
+    assert len(os.listdir("/proc/self/fd")) == before + 2 * 5  # both ends of each
+    began = time.monotonic()
+    with pytest.raises(GuestError, match="5 connections without an answer") as caught:
+        await channel.connect(1024, 60)
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+    assert time.monotonic() - began < 30
+    assert daemon.hung_up == 0
+
+    daemon.gate.set()
+    await until(lambda: not channel._parked)
+    sock, _ = await channel.connect(1024, 5)
+    sock.close()
+    await channel.close()
+
+
+async def test_a_burst_waits_for_its_turn(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vsock, "UNANSWERED", 5)
+    channel = HybridVsock(daemon.path)
+    for sock, _ in await asyncio.gather(*(channel.connect(1024, 20) for _ in range(50))):
+        sock.close()
+    assert len(daemon.lines) == 50
     await channel.close()
 
 

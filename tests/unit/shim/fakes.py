@@ -21,6 +21,7 @@ from typing import Any
 from google.protobuf import any_pb2
 
 from devices.errors import CallerError, GuestError
+from devices.undo import MemoryUndo
 from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.api.task_service import TaskService
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
@@ -471,7 +472,8 @@ class TaskClient:
         self.directory = directory
         self.runtime = FakeRuntime(pod=pod, direct=direct)
         self.events = Recorder()
-        self.manager = ContainerManager(self.runtime, self.events, namespace="default")
+        self.undo = MemoryUndo()
+        self.manager = ContainerManager(self.runtime, self.events, namespace="default", undo=self.undo)
         self.shutdowns = 0
         self.shut_down = asyncio.Event()
         self.service = TaskService(self.manager, self._shut_down)

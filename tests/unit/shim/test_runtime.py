@@ -41,7 +41,7 @@ class Handler(VirtContainer):
             shutdown=lambda: None,
         )
         super().__init__(context, tasks)
-        self.manager = ContainerManager(self, Recorder(), namespace="default")
+        self.manager = ContainerManager(self, Recorder(), namespace="default", undo=MemoryUndo())
         self.made: list[FakeSandbox] = []
 
     async def _make(self, *_arguments: Any) -> Any:

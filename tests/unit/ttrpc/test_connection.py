@@ -289,7 +289,7 @@ def test_data_on_a_closed_half_fails_the_call() -> None:
     assert failures(got(server, encode_frame(1, 3, 0, b"x"))) == [(1, Code.INVALID_ARGUMENT)]
     assert failures(got(server, encode_frame(3, 3, 0, b"x"))) == [(3, Code.INVALID_ARGUMENT)]
     assert failures(got(server, encode_frame(99, 3, 0, b"x"))) == [(99, Code.INVALID_ARGUMENT)]
-    assert failures(got(client_with_streams(), encode_frame(1, 3, 0, b"x"))) == [(1, Code.INVALID_ARGUMENT)]
+    assert failures(got(client_with_streams(), encode_frame(1, 3, 0, b"x"))) == [(1, Code.INTERNAL)]
 
 
 def test_data_after_our_answer_is_dropped() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from devices.errors import HypervisorError
 from hypervisors.firecracker.api import ANSWER_LIMIT, FirecrackerApi
+from tests.unit.turns import LIMIT, turns
 
 Answer = Callable[[bytes], bytes | None]
 
@@ -92,7 +93,13 @@ async def test_a_refusal_has_firecrackers_words_and_the_connection_goes_on() -> 
         (None, "broke off during GET /x: it closed the connection"),
         (b"garbage\r\n\r\n", "broke off during GET /x"),
         (_reply("200 OK", b"{"), "answer to GET /x is no JSON"),
+        (_reply("200 OK", b'{"n": NaN}'), "answer to GET /x is no JSON"),
+        (_reply("200 OK", b'{"n": 1e400}'), "answer to GET /x is no JSON"),
+        (_reply("200 OK", b'{"n": 1' + b"0" * 5000 + b"}"), "answer to GET /x is no JSON"),
+        (_reply("200 OK", b"[" * 100_000), "answer to GET /x is no JSON"),
+        (_reply("400 Bad Request", b"[" * 500 + b"]" * 500), "answer to GET /x is no JSON"),
         (_reply("200 OK", b" " * (ANSWER_LIMIT + 1)), "more than"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100_000, "more than"),
         (_reply("500 Oops", b"[]"), "refused GET /x: status 500"),
     ],
 )
@@ -113,3 +120,15 @@ async def test_silence_ends_and_the_late_answer_is_nobody_elses() -> None:
             await api.get("/y", timeout=5)
 
     await _with_server(lambda _: b"", use)
+
+
+async def test_an_answer_of_one_byte_pieces_holds_nobody_up() -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = head + b"1\r\n \r\n" * 100_000 + b"2\r\n{}\r\n0\r\n\r\n"
+
+    async def use(api: FirecrackerApi) -> None:
+        async with turns() as longest:
+            assert await api.get("/x", timeout=60) == {}
+        assert longest.seconds < LIMIT
+
+    await _with_server(lambda _: body, use)

@@ -127,3 +127,18 @@ async def test_how_much_memory_the_guest_can_spare(connect: Connect) -> None:
         recorder.metrics = text
         with pytest.raises(GuestError, match="do not say how much memory"):
             await agent.memory_available()
+
+
+async def test_an_answer_of_any_length_is_not_decoded(connect: Connect) -> None:
+    """Four megabytes have room for two million devices."""
+
+    class Talkative(Recorder):
+        async def stats_container(self, ctx: CallContext, request: Any) -> agent_pb2.StatsContainerResponse:
+            answer = agent_pb2.StatsContainerResponse()
+            answer.cgroup_stats.cpu_stats.cpu_usage.percpu_usage.extend([1] * 3_000_000)
+            return answer
+
+    agent = await connect(Talkative([]))
+    with pytest.raises(GuestError, match=r"3000\d\d\d bytes, where 262144 are the most"):
+        await agent.stats_container("c")
+    assert await agent.memory_available() > 0

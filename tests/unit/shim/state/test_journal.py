@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,40 @@ async def test_default_release_of_a_process(tmp_path: Path, sleepers: list[subpr
     assert await journal.release_all() == []
     assert ours.wait(5) == -9
     assert innocent.poll() is None
+
+
+_LOGGER = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"asked "))
+os.write(1, b".")
+sys.stdin.buffer.read()
+time.sleep({pause})
+os.write(1, b"written down")
+"""
+
+
+@pytest.mark.parametrize(
+    ("pause", "said", "status"), [(0.2, b"written down", 0), (100, b"asked ", -signal.SIGKILL)]
+)
+async def test_default_release_of_a_logger(tmp_path: Path, pause: float, said: bytes, status: int) -> None:
+    """Its pipes ended with the shim: it may write down the last of them, and is not waited for for ever."""
+    journal = _create(tmp_path)
+    program = [sys.executable, "-ISc", _LOGGER.format(pause=pause)]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as logger:
+        assert logger.stdin is not None
+        assert logger.stdout is not None
+        journal.record("logger", name="l", pid=logger.pid, start=start_time(logger.pid), container="c")
+        assert logger.stdout.read(1) == b".", "it is ready to be asked"
+        logger.stdin.close()
+        assert await journal.release_all() == []
+        assert logger.wait(5) == status
+        assert logger.stdout.read() == said
+
+
+async def test_a_logger_that_never_ran_is_none(tmp_path: Path) -> None:
+    journal = _create(tmp_path)
+    journal.record("logger", name="the logger", container="c")
+    assert await journal.release_all() == []
 
 
 def test_second_shim_is_refused(tmp_path: Path) -> None:

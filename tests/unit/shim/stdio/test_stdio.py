@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -11,16 +12,27 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from devices.errors import HostError, KataError
+from devices.child import process_start_time
+from devices.errors import GuestError, HostError, KataError
+from devices.undo import MemoryUndo
+from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
 from shim.stdio.pump import FRAME_MAX, FrameReader
 from tests.unit.shim.fakes import TaskClient, open_descriptors
+from tests.unit.turns import LIMIT, turns
 
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests' clients open stdin when they come to it, on a busy machine late."""
+    monkeypatch.setattr(stdin_module, "GRACE", 60.0)
 
 
 @pytest_asyncio.fixture(params=[True, False], ids=["direct", "by call"])
@@ -187,6 +199,84 @@ async def test_the_exec_stdin_has_no_reader_before_start(shim: TaskClient, fifos
     fifos["stdin"].close()
 
 
+async def test_nobody_reads_stdin_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
+    """A client that could write before would come to its end before it knows the task to say CloseIO to."""
+    stdin = fifos["stdin"]
+    await shim.create(**paths(fifos))
+    with pytest.raises(OSError, match="No such device"):
+        stdin.open_writer()
+    waiting = asyncio.create_task(asyncio.to_thread(os.open, stdin.path, os.O_WRONLY))
+    await shim.start()
+    stdin.fd = await waiting
+    await stdin.write(b"0123456789")
+    await shim.call("CloseIO", id="c", stdin=True)
+    stdin.close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"0123456789"
+
+
+async def test_an_input_of_nothing_ends(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client came and went before there was a task, and never says CloseIO; it reads the output."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    await shim.create(**paths(fifos))
+    await shim.start()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b""
+    await say(shim, b"out")  # and what is read is read still
+    assert await fifos["stdout"].read() == b"out"
+
+
+async def test_a_detached_task_waits_for_who_attaches(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is there at Start, not even for the output."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    fifos["stdout"].close()
+    fifos["stderr"].close()
+    await shim.create(**paths(fifos))
+    await shim.start()
+    await say(shim, b"unheard")
+    await asyncio.sleep(0.2)
+    fifos["stdin"].open_writer()
+    await fifos["stdin"].write(b"late")
+    await shim.call("CloseIO", id="c", stdin=True)
+    fifos["stdin"].close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"late"
+    fifos["stdout"].open_reader()
+    assert await fifos["stdout"].read() == b"unheard"
+
+
+async def test_who_is_there_at_start_may_go_without_a_word(
+    shim: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as `ctr run -d`. It waits in its open; one both ways, as here, does not. Its going is no end."""
+    monkeypatch.setattr(stdin_module, "GRACE", 0.05)
+    await shim.create(**paths(fifos))
+    fifos["stdin"].fd = os.open(fifos["stdin"].path, os.O_RDWR | os.O_NONBLOCK)
+    await shim.start()
+    await asyncio.sleep(0.02)
+    fifos["stdin"].close()
+    await asyncio.sleep(0.2)
+    fifos["stdin"].open_writer()
+    await fifos["stdin"].write(b"back")
+    await shim.call("CloseIO", id="c", stdin=True)
+    fifos["stdin"].close()
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b"back"
+
+
+async def test_close_io_ends_the_wait_for_a_client(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
+    await shim.create(**paths(fifos))
+    await shim.start()
+    await asyncio.sleep(0.02)
+    await shim.call("CloseIO", id="c", stdin=True)
+    async with asyncio.timeout(5):
+        assert await heard(shim) == b""
+
+
 async def test_close_io_may_come_before_start(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
     await shim.create()
     await shim.start()
@@ -260,6 +350,65 @@ async def test_a_slow_reader_stops_its_own_stream_only(direct: TaskClient, fifos
     await flood
 
 
+@pytest.fixture
+async def swallowed(tmp_path: Path) -> AsyncIterator[list[str]]:
+    """FIFOs that processes of their own read."""
+    made = [str(tmp_path / f"swallowed{number}") for number in range(20)]
+    for path in made:
+        os.mkfifo(path)
+    cats = [
+        await asyncio.create_subprocess_exec("cat", path, stdout=asyncio.subprocess.DEVNULL) for path in made
+    ]
+    yield made
+    for cat in cats:
+        with contextlib.suppress(ProcessLookupError):
+            cat.kill()
+        await cat.wait()
+
+
+async def test_one_byte_frames_hold_nobody_up(swallowed: list[str], tmp_path: Path) -> None:
+    """Twenty streams of them, whose guest sends as fast as it can; another process ends meanwhile."""
+    direct = TaskClient(tmp_path)
+    await direct.create()
+    await direct.start()
+    await direct.exec(exec_id="other")
+    await direct.start(exec_id="other")
+    one = (1).to_bytes(4, "big") + b"x"
+    floods: list[asyncio.Task[None]] = []
+    for number in range(10):
+        name = f"flood{number}"
+        await direct.exec(exec_id=name, stdout=swallowed[2 * number], stderr=swallowed[2 * number + 1])
+        await direct.start(exec_id=name)
+        for sock in direct.guest(exec_id=name).streams[1:]:
+            assert sock is not None
+            floods.append(asyncio.create_task(asyncio.get_running_loop().sock_sendall(sock, one * 50_000)))
+    async with turns() as longest:
+        await asyncio.wait(floods, return_when=asyncio.FIRST_COMPLETED)
+        assert (await direct.state()).status
+        direct.guest(exec_id="other").exit(7)
+        assert (await direct.wait(exec_id="other")).exit_status == 7
+        assert not all(flood.done() for flood in floods)
+        await asyncio.gather(*floods)
+    await direct.close()
+    assert longest.seconds < LIMIT
+
+
+async def test_frames_are_whole_whatever_their_size(direct: TaskClient, fifos: dict[str, Fifo]) -> None:
+    await direct.create(**paths(fifos))
+    await direct.start()
+    pieces = [random.Random(7).randbytes(size) for size in [1, 2, 3] * 400 + [FRAME_MAX, 1, 5000]]
+    wire = b"".join(len(piece).to_bytes(4, "big") + piece for piece in pieces)
+    stdout = direct.guest().streams[1]
+    assert stdout is not None
+    sending = asyncio.create_task(asyncio.get_running_loop().sock_sendall(stdout, wire))
+    expected, found = b"".join(pieces), b""
+    async with asyncio.timeout(20):
+        while len(found) < len(expected):
+            found += await fifos["stdout"].read()
+        await sending
+    assert found == expected
+
+
 async def test_nobody_reading_delays_the_exit_by_a_bounded_time(
     direct: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +423,31 @@ async def test_nobody_reading_delays_the_exit_by_a_bounded_time(
     assert 0.1 <= time.monotonic() - began < 2
     flood.cancel()
     await direct.delete()
+
+
+async def test_an_exec_that_is_killed_while_its_streams_are_full(
+    direct: TaskClient, fifos: dict[str, Fifo], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing, and so does its client: its exit is told, and all is given back."""
+    monkeypatch.setattr(stdio_module, "DRAIN_IDLE", 0.1)
+    await direct.create()
+    await direct.start()
+    await direct.exec(**paths(fifos))
+    await direct.start(exec_id="e")
+    fifos["stdin"].open_writer()
+    feeding = asyncio.create_task(fifos["stdin"].write(bytes(4 * MIB)))
+    flood = asyncio.create_task(say(direct, bytes(4 * MIB), exec_id="e"))
+    await asyncio.sleep(0.05)
+    assert not feeding.done()
+    assert not flood.done()
+    await direct.kill(exec_id="e")
+    async with asyncio.timeout(5):
+        assert (await direct.wait(exec_id="e")).exit_status == 137
+        with pytest.raises(BrokenPipeError):
+            await feeding
+    flood.cancel()
+    await direct.delete(exec_id="e")
+    assert (await direct.state()).status
 
 
 async def test_a_background_process_delays_the_exit_by_a_bounded_time(
@@ -386,6 +560,43 @@ async def test_a_window_size_before_start_is_there_at_the_start(direct: TaskClie
     assert (size.Height, size.Width) == (5, 7)
 
 
+async def test_a_storm_of_sizes_ends_with_the_newest(direct: TaskClient) -> None:
+    """However many are asked for while the guest takes its time; one that fails keeps no other one back."""
+    await direct.create(terminal=True)
+    await direct.start()
+    answer, asked, refuses = asyncio.Event(), asyncio.Event(), False
+
+    async def take_time() -> None:
+        asked.set()
+        await answer.wait()
+        if refuses:
+            raise GuestError("no")
+
+    direct.agent.before["tty_win_resize"] = take_time
+
+    async def storm(sizes: range) -> list[Any]:
+        answer.clear()
+        asked.clear()
+        calls = [
+            asyncio.create_task(direct.call("ResizePty", id="c", width=size, height=size)) for size in sizes
+        ]
+        async with asyncio.timeout(20):
+            await asked.wait()
+        calls[0].cancel()  # its caller goes
+        answer.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    await storm(range(1, 5001))
+    assert direct.guest().windows[-1] == (5000, 5000)
+    assert len(direct.guest().windows) <= 2
+    refuses = True
+    answers = await storm(range(1, 101))
+    assert sum(isinstance(each, GuestError) for each in answers) <= 2
+    refuses = False
+    await direct.call("ResizePty", id="c", width=100, height=100)
+    assert direct.guest().windows[-1] == (100, 100)
+
+
 async def test_resizing_what_has_no_terminal_is_no_error(direct: TaskClient) -> None:
     await direct.create()
     await direct.call("ResizePty", id="c", width=100, height=30)
@@ -476,15 +687,59 @@ async def test_a_binary_logger_gets_both_streams(shim: TaskClient, tmp_path: Pat
     assert rest == b"3:out4:err"
 
 
+async def test_a_logger_is_in_the_undo_log_while_it_runs(direct: TaskClient, tmp_path: Path) -> None:
+    url = f"binary://{logger(tmp_path)}?path={tmp_path}/log"
+    await direct.create(stdout=url, stderr=url)
+    (entry,) = direct.undo.entries
+    pid = int(entry.facts["pid"])
+    assert (entry.kind, entry.facts["container"]) == ("logger", "c")
+    assert entry.facts["start"] == process_start_time(pid)
+    await direct.start()
+    await say(direct, b"last words")
+    assert direct.undo.entries == [entry]
+    direct.guest().exit(0)
+    await direct.wait()  # it ends by itself now
+    await direct.delete()
+    assert direct.undo.entries == []
+    assert not os.path.exists(f"/proc/{pid}")
+    with pytest.raises(KataError):
+        await direct.create("second", stdout="binary:///bin/false")
+    assert direct.undo.entries == []
+
+
 async def test_a_logger_that_is_never_ready_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from urllib.parse import urlsplit
 
     from shim.stdio.logger import Logger
 
     before = open_descriptors()
+    undo = MemoryUndo()
     program = logger(tmp_path, "#!{python} -ISE\nimport time\ntime.sleep(60)\n")
     with pytest.raises(HostError, match=r"not ready after 0\.1 s"):
-        await Logger.start(urlsplit(f"binary://{program}"), container_id="c", namespace="n", deadline=0.1)
+        await Logger.start(
+            urlsplit(f"binary://{program}"), container_id="c", namespace="n", undo=undo, deadline=0.1
+        )
+    assert undo.entries == []
+    assert open_descriptors() == before
+
+
+async def test_a_logger_that_cannot_be_watched_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from urllib.parse import urlsplit
+
+    from shim.stdio.logger import Logger
+
+    def none_left(_pid: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    before = open_descriptors()
+    monkeypatch.setattr(os, "pidfd_open", none_left)
+    undo = MemoryUndo()
+    url = urlsplit(f"binary://{logger(tmp_path)}?path={tmp_path}/log")
+    with pytest.raises(HostError, match="cannot watch the logger"):
+        await Logger.start(url, container_id="c", namespace="n", undo=undo)
+    assert undo.entries == []
     assert open_descriptors() == before
 
 

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import selectors
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from google.protobuf.empty_pb2 import Empty
 
 from proto import events_pb2, events_ttrpc_pb2
 from shim.tasks import events
 from shim.tasks.events import EventPublisher
+from tests.unit.turns import LIMIT, turns
 from ttrpc import Code, RpcError, Server
 
 _SERVICE = events_ttrpc_pb2.DESCRIPTOR.services_by_name["Events"]
@@ -212,16 +215,62 @@ async def test_hanging_containerd(
     assert set(await containerd.received(1)) == {1}
 
 
-async def test_bounded(tmp_path: Path) -> None:
-    """With nobody there the oldest events go, the newest stay, and publish returns at once."""
-    sink = EventPublisher("n", str(tmp_path / "nobody.sock"), limit=10)
-    for pid in range(25):
-        sink.publish("/tasks/start", _start(pid))
-    assert sink.pending == 10
+async def test_ooms_push_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest floods them while containerd is away: one of a container waits, and all the rest is there."""
+    sink = EventPublisher("n", str(tmp_path / "nobody.sock"))
+    sink.publish("/tasks/oom", events_pb2.TaskOOM(container_id="c0"))  # on its way, again and again
+    monkeypatch.setattr(events, "_LAST_DELAY", 0.01)
+    async with turns() as longest:
+        for number in range(2400):
+            sink.publish("/tasks/oom", events_pb2.TaskOOM(container_id=f"c{number % 3}"))
+            if number % 24 == 0:
+                sink.publish("/tasks/exit", events_pb2.TaskExit(container_id="c", pid=number))
+                await asyncio.sleep(0.001)
+    assert longest.seconds < LIMIT
+    assert sink.pending == 1 + 3 + 100
     fake = _Containerd(tmp_path / "nobody.sock")
     await fake.start()
 
-    assert await fake.received(10) == list(range(15, 25))
+    await fake.received(104)
+    topics = Counter(envelope.topic for envelope in fake.envelopes)
+    assert topics == {"/tasks/exit": 100, "/tasks/oom": 1 + 3}
+    await sink.close()
+    await fake.stop()
+
+
+async def test_merged_ooms_are_told_once(containerd: _Containerd) -> None:
+    """And one that happens while an earlier one is on its way follows it."""
+    sink = EventPublisher("n", containerd.path)
+    containerd.stall = asyncio.Event()
+    sink.publish("/tasks/oom", events_pb2.TaskOOM(container_id="c1"))
+    async with asyncio.timeout(20):
+        while sink._ooms:  # noqa: ASYNC110  (the first is on its way)
+            await asyncio.sleep(0)
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(41):
+            sink.publish("/tasks/oom", events_pb2.TaskOOM(container_id="c1"))
+        assert sink.pending == 2
+        containerd.stall.set()
+        assert await sink.flush(20)
+    assert len(containerd.envelopes) == 2
+    told = [line for line in logged if "merged" in line["event"]]
+    assert [(line["event"], line["container"]) for line in told] == [("40 OOM events merged into one", "c1")]
+    await sink.close()
+
+
+async def test_whatever_else_waits_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are as many as calls and processes; that they pile up is told now and then."""
+    monkeypatch.setattr(events, "_MANY", 10)
+    sink = EventPublisher("n", str(tmp_path / "nobody.sock"))
+    with structlog.testing.capture_logs() as logged:
+        for pid in range(25):
+            sink.publish("/tasks/start", _start(pid))
+    assert sink.pending == 25
+    assert [line["count"] for line in logged if "wait for containerd" in line["event"]] == [10, 20]
+    fake = _Containerd(tmp_path / "nobody.sock")
+    await fake.start()
+
+    assert await fake.received(25) == list(range(25))
     await sink.close()
     await fake.stop()
 

@@ -93,3 +93,16 @@ async def test_a_single_container_has_its_own_figures_only(
     figures = await stats(shim, "c")
     assert (figures.cpu.usage_usec, figures.memory.usage, figures.network[0].name) == (10_000, MIB, "eth0")
     await shim.close()
+
+
+async def test_a_guest_that_counts_to_the_end(shim: TaskClient) -> None:
+    """Its numbers are as large as they can be; they are told, and the VM's cost cannot be added."""
+    most = (1 << 64) - 1
+    for name in ("pod", "a"):
+        figures = shim.agent.stats_of[name].cgroup_stats
+        figures.cpu_stats.cpu_usage.total_usage = figures.cpu_stats.cpu_usage.usage_in_kernelmode = most
+        figures.memory_stats.usage.usage = most
+    shim.sandbox.usage = HostUsage(cpu=1 << 70, memory=1 << 70)
+    for name in ("pod", "a"):
+        found = await stats(shim, name)
+        assert (found.cpu.usage_usec, found.memory.usage) == (most // 1000, most)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +14,7 @@ from devices.errors import HostError
 from proto import types_pb2
 from shim.resources.network.guest import interface, neighbors, routes
 from shim.resources.network.netns import names
-from shim.resources.network.scan import Address, Neighbor, Scan, scan
+from shim.resources.network.scan import MOST, Address, Neighbor, Scan, scan
 from tests.netlab import GUEST4, GUEST6, HOST4, HOST6, NetLab
 
 
@@ -47,6 +49,47 @@ def test_what_does_not_count(lab: NetLab) -> None:
     assert [link.name for link in found.links] == ["eth0"]
     assert len(found.routes) == 3
     assert found.names == {"eth0", "plain", "other"}
+
+
+def test_more_routes_than_a_guest_is_told_are_refused(lab: NetLab, tmp_path: Path) -> None:
+    """By their number, and at once; those of other tables, and the kernel's, are not counted."""
+
+    def batch(*lines: str) -> None:
+        (tmp_path / "batch").write_text("\n".join(lines) + "\n")
+        lab.sh("pod", f"ip -batch {tmp_path}/batch")
+
+    def many(count: int, more: str, first: int = 20) -> list[str]:
+        return [
+            f"route add {first + (n >> 16)}.{n >> 8 & 255}.{n & 255}.0/24 via {HOST4} {more}"
+            for n in range(count)
+        ]
+
+    batch(*many(20_000, "table 7", 30), *many(500, "proto kernel", 40))
+    known = len(lab.inside("pod", scan).routes)
+    batch(*many(MOST["routes"] - known - 1, ""))
+    found = lab.inside("pod", scan)
+    assert len(found.routes) == MOST["routes"] - 1, "of which one is an IPv6 route"
+    batch(*many(20_000, "", 50))
+    began = time.process_time()
+    with pytest.raises(HostError, match=f"more than {MOST['routes']} routes") as caught:
+        lab.inside("pod", scan)
+    assert time.process_time() - began < 5
+    assert caught.value.code == "RESOURCE_EXHAUSTED"
+
+
+def test_more_neighbours_than_a_guest_is_told_are_refused(lab: NetLab, tmp_path: Path) -> None:
+    lines = [
+        f"neigh add 10.199.{n >> 8}.{n & 255} lladdr 02:00:00:00:00:01 dev eth0 nud {state}"
+        for state, numbers in (
+            ("reachable", range(300, 600)),
+            ("permanent", range(1000, 1000 + MOST["routes"])),
+        )
+        for n in numbers
+    ]
+    (tmp_path / "batch").write_text("\n".join(lines) + "\n")
+    lab.sh("pod", f"ip addr add 10.199.0.5/16 dev eth0; ip -batch {tmp_path}/batch")
+    with pytest.raises(HostError, match="more than 1024 permanent neighbours"):
+        lab.inside("pod", scan)
 
 
 def test_an_empty_namespace_has_nothing(lab: NetLab) -> None:
