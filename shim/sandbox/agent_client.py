@@ -61,6 +61,10 @@ class GuestAgent:
         """Drop the connection; calls under way end with GuestError."""
         await self._client.close()
 
+    async def lost(self) -> None:
+        """Return when the connection is gone, from whichever side."""
+        await self._client.closed
+
     async def _call(
         self,
         name: str,
@@ -229,7 +233,7 @@ class GuestAgent:
         request = agent_pb2.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )
-        await self._call("TtyWinResize", request)
+        await self._call("TtyWinResize", request, timeout=self._deadlines.stop)
 
     async def pause_container(self, container_id: str) -> None:
         """PauseContainer: the guest's freezer; the VM goes on."""
@@ -242,7 +246,9 @@ class GuestAgent:
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         """StatsContainer: the cgroup's figures in the guest."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
-        answer: agent_pb2.StatsContainerResponse = await self._call("StatsContainer", request)
+        answer: agent_pb2.StatsContainerResponse = await self._call(
+            "StatsContainer", request, timeout=self._deadlines.stop
+        )
         return answer
 
     async def list_processes(self, container_id: str) -> list[GuestProcess]:

@@ -6,7 +6,9 @@ Why one class: the phases depend on each other, and an error in any of them must
 the VMM and the guest's console said last, and must leave nothing behind.
 Invariants:
 - `start` runs once, in the sandbox's own task; callers wait for it and may go away.
-- `died` resolves within moments of the VMM's death, whoever waits for what.
+- `died` resolves within moments of the VMM's death, whoever waits for what. An agent whose connection is gone
+  can never be asked again, and what ran in its VM has been told as ended: the VM is ended, and has died.
+- `stop` does not need the guest: each step has a deadline (docs/pods.md has their sum).
 - After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
   while `start` is under way, and any number of times.
 """
@@ -38,9 +40,11 @@ from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
+from shim.sandbox.health import Health
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM, OWN
 from shim.spec.limits import Size
+from shim.state.bundle import state_dir
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,6 +52,10 @@ if TYPE_CHECKING:
     from shim.resources.network.dan import DanNetwork
 
 __all__ = ["VirtSandbox"]
+
+#: Seconds: in which a VM's own death explains the end of its agent's connection; to unmount its disks, for a
+#: guest which is known not to answer; to show that it can let go of devices.
+_GATHER, _SILENT, _PULSE = 1.0, 0.5, 2.0
 
 _log = structlog.get_logger("sandbox")
 
@@ -99,6 +107,12 @@ class VirtSandbox:
             trace=trace,
             agent=lambda: self.agent,
             rescan=self._rescan,
+        )
+        self._health = Health(
+            settings.health,
+            state_dir(settings.sandbox_id),
+            evidence=hypervisor.diagnostics,
+            give_up=self._give_up,
         )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
@@ -161,6 +175,21 @@ class VirtSandbox:
         return self._died
 
     @property
+    def kill_limit(self) -> float:
+        """See `shim.protocols.Sandbox.kill_limit`."""
+        return self.settings.deadlines.kill
+
+    @property
+    def unresponsive(self) -> bool:
+        """See `shim.protocols.Sandbox.unresponsive`."""
+        return self._health.unresponsive
+
+    def doubt(self, why: str) -> None:
+        """See `shim.protocols.Sandbox.doubt`."""
+        if not self._stopped and not self._died.done():
+            self._health.doubt(why)
+
+    @property
     def direct_stdio(self) -> bool:
         """Whether stdio goes over vsock connections of its own."""
         return self.settings.direct_stdio
@@ -189,7 +218,8 @@ class VirtSandbox:
 
     async def release_container(self, container_id: str) -> None:
         """Undo `prepare_container`. Idempotent."""
-        await self._containers.release(container_id, alive=not self._stopped and not self._died.done())
+        alive = await self._answers() if self._containers.plugged(container_id) else self._lives()
+        await self._containers.release(container_id, alive=alive)
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
@@ -213,7 +243,7 @@ class VirtSandbox:
         return await self._channel.open_stream(self.settings.deadlines.request)
 
     async def stop(self) -> None:
-        """End the VM, the guest unasked, and release everything. Never raises but for cancellation."""
+        """End the VM, and release everything. Never raises but for cancellation."""
         async with self._stop_lock:
             if self._stopped and self._boot is None:
                 return
@@ -291,6 +321,8 @@ class VirtSandbox:
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
+        self._watch(self._watch_agent(self._agent), "agent")
+        self._watch(self._health.watch(self._agent.check), "health")
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
@@ -326,6 +358,37 @@ class VirtSandbox:
         if self._agent is not None:
             await self._agent.close()
 
+    async def _watch_agent(self, agent: GuestAgent) -> None:
+        await agent.lost()
+        await asyncio.wait([self._died], timeout=_GATHER)
+        await self._give_up("the connection to the agent ended, and its VM ran on")
+
+    async def _give_up(self, why: str) -> None:
+        """Nothing good can come of this VM: end it, and have it died."""
+        if not self._lives():
+            return
+        error = GuestError(why, phase="vm", code="UNAVAILABLE", details=self._hypervisor.diagnostics())
+        _log.error("the VM is given up", reason=str(error))
+        await self._step("stop the VM", self._hypervisor.stop_vm())
+        if not self._died.done():
+            self._died.set_result(str(error))
+        if self._agent is not None:
+            await self._agent.close()
+
+    def _lives(self) -> bool:
+        return not self._stopped and not self._died.done()
+
+    async def _answers(self) -> bool:
+        """Whether the guest can let go of something now: it is asked, unless it is known that it cannot."""
+        if not self._lives() or self.unresponsive or self._agent is None:
+            return False
+        try:
+            await self._agent.check(_PULSE)
+        except KataError as error:
+            self.doubt(f"it did not answer within {_PULSE:g} s: {error.cause}")
+            return False
+        return True
+
     async def _watch_oom(self, agent: GuestAgent) -> None:
         while True:
             try:
@@ -340,12 +403,7 @@ class VirtSandbox:
             self._boot.cancel()
             await asyncio.wait([self._boot])
         await self._step("stop serving volumes", self._containers.end_management())
-        writing = self._containers.writing
-        if self._agent is not None and not self._died.done():
-            # What the guest has written to disks is in its memory still: they are unmounted there.
-            for container_id in writing:
-                await self._step("unmount its disks", self._agent.remove_container(container_id))
-        writing.clear()
+        await self._step("unmount its disks", self._unmount_disks())
         # The VM first: whoever waits for a container's exit waits for this.
         await self._step("stop the VM", self._hypervisor.stop_vm())
         if self._agent is not None:
@@ -366,11 +424,25 @@ class VirtSandbox:
         ]:
             _log.error("not released", error=str(error))
 
+    async def _unmount_disks(self) -> None:
+        """What the guest has written to disks is in its memory still: all are unmounted there, at once."""
+        writing, agent = list(self._containers.writing), self._agent
+        self._containers.writing.clear()
+        if not writing or agent is None or self._died.done():
+            return
+        seconds = _SILENT if self.unresponsive else self.settings.deadlines.stop
+        async with asyncio.timeout(seconds):
+            removals = [agent.remove_container(container_id) for container_id in writing]
+            for removed in await asyncio.gather(*removals, return_exceptions=True):
+                if isinstance(removed, Exception):
+                    raise removed
+
     async def _step(self, what: str, work: Any) -> None:
         try:
             await work
         except Exception as error:  # noqa: BLE001  (stopping goes on past every error)
-            _log.error("stopping the sandbox: step failed", step=what, error=str(error))
+            text = str(error) or type(error).__name__
+            _log.error("stopping the sandbox: step failed", step=what, error=text)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

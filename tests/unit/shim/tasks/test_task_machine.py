@@ -123,7 +123,6 @@ class Tasks(RuleBasedStateMachine):
         self.patience = contextlib.ExitStack()
         for module, name in (
             (container_module, "_EXEC_GRACE"),
-            (container_module, "_KILL_GRACE"),
             (manager_module, "_KILL_GRACE"),
         ):
             self.patience.enter_context(mock.patch.object(module, name, 60.0))
