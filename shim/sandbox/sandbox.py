@@ -8,7 +8,7 @@ Invariants:
 - `start` runs once, in the sandbox's own task; callers wait for it and may go away.
 - `died` resolves within moments of the VMM's death, whoever waits for what. An agent whose connection is gone
   can never be asked again, and what ran in its VM has been told as ended: the VM is ended, and has died.
-- `stop` does not need the guest: each step has a deadline (docs/pods.md has their sum).
+- `stop` does not need the guest: each step has a deadline (docs/endings.md has their sum).
 - After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
   while `start` is under way, and any number of times.
 """
