@@ -6,8 +6,7 @@ Why one class: the phases depend on each other, and an error in any of them must
 the VMM and the guest's console said last, and must leave nothing behind.
 Invariants:
 - `start` runs once, in the sandbox's own task; callers wait for it and may go away.
-- `died` resolves within moments of the VMM's death, whoever waits for what. An agent whose connection is gone
-  can never be asked again, and what ran in its VM has been told as ended: the VM is ended, and has died.
+- `died` resolves within moments of the VMM's death, whoever waits for what (`shim.sandbox.loss`).
 - `stop` does not need the guest: each step has a deadline (docs/endings.md has their sum).
 - After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
   while `start` is under way, and any number of times.
@@ -41,6 +40,7 @@ from shim.resources.sizing import Sizing
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
 from shim.sandbox.health import Health
+from shim.sandbox.loss import Loss
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM, OWN
 from shim.spec.limits import Size
@@ -53,9 +53,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VirtSandbox"]
 
-#: Seconds: in which a VM's own death explains the end of its agent's connection; to unmount its disks, for a
-#: guest which is known not to answer; to show that it can let go of devices.
-_GATHER, _SILENT, _PULSE = 1.0, 0.5, 2.0
+#: Seconds: for a silent guest to unmount its disks; for a guest to show that it can let go of devices.
+_SILENT, _PULSE = 0.5, 2.0
 
 _log = structlog.get_logger("sandbox")
 
@@ -108,23 +107,22 @@ class VirtSandbox:
             agent=lambda: self.agent,
             rescan=self._rescan,
         )
+        self._loss = Loss(hypervisor)
         self._health = Health(
             settings.health,
             state_dir(settings.sandbox_id),
             evidence=hypervisor.diagnostics,
-            give_up=self._give_up,
+            give_up=self._loss.give_up,
         )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
         loop = asyncio.get_running_loop()
-        self._died: asyncio.Future[str] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._ready.add_done_callback(_retrieve)
         self._boot: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._stop_lock = asyncio.Lock()
-        self._stopped = False
 
     # --- shim.protocols.Sandbox
 
@@ -167,12 +165,12 @@ class VirtSandbox:
     @property
     def stopped(self) -> bool:
         """Whether `stop` was called: this object serves no longer."""
-        return self._stopped
+        return self._loss.asked
 
     @property
     def died(self) -> asyncio.Future[str]:
         """Resolves to the reason when the VM is gone without our asking."""
-        return self._died
+        return self._loss.died
 
     @property
     def kill_limit(self) -> float:
@@ -186,7 +184,7 @@ class VirtSandbox:
 
     def doubt(self, why: str) -> None:
         """See `shim.protocols.Sandbox.doubt`."""
-        if not self._stopped and not self._died.done():
+        if self._loss.lives:
             self._health.doubt(why)
 
     @property
@@ -196,7 +194,7 @@ class VirtSandbox:
 
     async def start(self) -> None:
         """Boot to a ready agent. Raises KataError with phase, cause, evidence and hint."""
-        if self._stopped:
+        if self.stopped:
             raise GuestError("the sandbox has been stopped", phase="boot", code="FAILED_PRECONDITION")
         if self._boot is None:
             self._boot = self._tasks.create_task(self._start_once(), name=f"boot {self.id}")
@@ -218,7 +216,7 @@ class VirtSandbox:
 
     async def release_container(self, container_id: str) -> None:
         """Undo `prepare_container`. Idempotent."""
-        alive = await self._answers() if self._containers.plugged(container_id) else self._lives()
+        alive = await self._answers() if self._containers.plugged(container_id) else self._loss.lives
         await self._containers.release(container_id, alive=alive)
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
@@ -245,9 +243,9 @@ class VirtSandbox:
     async def stop(self) -> None:
         """End the VM, and release everything. Never raises but for cancellation."""
         async with self._stop_lock:
-            if self._stopped and self._boot is None:
+            if self.stopped and self._boot is None:
                 return
-            self._stopped = True
+            self._loss.asked = True
             with self._trace.phase("vmm.stop"):
                 await self._tear_down()
             self._boot = None
@@ -296,7 +294,7 @@ class VirtSandbox:
             await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
-        self._watch(self._watch_vm(), "vm")
+        self._watch(self._loss.watch_vm(), "vm")
         self._channel = await hypervisor.get_agent_socket()
         await self._network.join()
         with self._trace.phase("vmm.boot"):
@@ -304,6 +302,7 @@ class VirtSandbox:
         with self._trace.phase("agent.connect"):
             sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
             self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines, self._trace)
+            self._loss.agent = self._agent
         with self._trace.phase("agent.create_sandbox"):
             await self._agent.create_sandbox(
                 sandbox_id=self.id,
@@ -321,7 +320,7 @@ class VirtSandbox:
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
-        self._watch(self._watch_agent(self._agent), "agent")
+        self._watch(self._loss.watch_agent(), "agent")
         self._watch(self._health.watch(self._agent.check), "health")
 
     async def _attach_directly(self, path: str) -> None:
@@ -343,44 +342,9 @@ class VirtSandbox:
         self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
         self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
 
-    async def _watch_vm(self) -> None:
-        ended = await self._hypervisor.wait_vm()
-        if ended.expected or self._died.done():
-            return
-        details = {
-            "vmm stderr": ended.stderr_tail,
-            "guest console": ended.console_tail,
-            **self._hypervisor.diagnostics(),  # its daemons' words, too
-        }
-        reason = str(HypervisorError(ended.reason, phase="vm", details=details))
-        _log.error("the VM is gone", reason=reason, code=ended.code)
-        self._died.set_result(reason)
-        if self._agent is not None:
-            await self._agent.close()
-
-    async def _watch_agent(self, agent: GuestAgent) -> None:
-        await agent.lost()
-        await asyncio.wait([self._died], timeout=_GATHER)
-        await self._give_up("the connection to the agent ended, and its VM ran on")
-
-    async def _give_up(self, why: str) -> None:
-        """Nothing good can come of this VM: end it, and have it died."""
-        if not self._lives():
-            return
-        error = GuestError(why, phase="vm", code="UNAVAILABLE", details=self._hypervisor.diagnostics())
-        _log.error("the VM is given up", reason=str(error))
-        await self._step("stop the VM", self._hypervisor.stop_vm())
-        if not self._died.done():
-            self._died.set_result(str(error))
-        if self._agent is not None:
-            await self._agent.close()
-
-    def _lives(self) -> bool:
-        return not self._stopped and not self._died.done()
-
     async def _answers(self) -> bool:
         """Whether the guest can let go of something now: it is asked, unless it is known that it cannot."""
-        if not self._lives() or self.unresponsive or self._agent is None:
+        if not self._loss.lives or self.unresponsive or self._agent is None:
             return False
         try:
             await self._agent.check(_PULSE)
@@ -428,7 +392,7 @@ class VirtSandbox:
         """What the guest has written to disks is in its memory still: all are unmounted there, at once."""
         writing, agent = list(self._containers.writing), self._agent
         self._containers.writing.clear()
-        if not writing or agent is None or self._died.done():
+        if not writing or agent is None or self.died.done():
             return
         seconds = _SILENT if self.unresponsive else self.settings.deadlines.stop
         async with asyncio.timeout(seconds):

@@ -26,8 +26,9 @@ import structlog
 from devices.errors import CallerError, KataError
 from proto import mount_pb2, oci_pb2
 from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
-from shim.stdio.stdio import DRAIN_IDLE, DRAIN_TOTAL, Stdio, StdioSpec
-from shim.tasks.exit_status import KILLED, Word, exit_status
+from shim.stdio.stdio import Stdio, StdioSpec
+from shim.tasks.exit_status import KILLED
+from shim.tasks.exits import EXEC_GRACE, Exits
 from shim.tasks.process import Call, Kind, Process, Status
 from shim.tasks.signals import Signals
 from shim.tasks.task_events import TaskEvents
@@ -36,12 +37,8 @@ __all__ = ["Container"]
 
 _SIGKILL = 9
 _MAX_SIGNAL = 64
-#: Seconds: for all execs to follow their container's end; for the guest to forget a container, and the same
-#: of a guest that is known not to answer.
-_EXEC_GRACE = 1.0
+#: Seconds for the guest to forget a container, and for one that is known not to answer.
 _REMOVE_DEADLINE, _REMOVE_TRY = 5.0, 0.5
-#: Seconds without progress, and in total, for output out of a VM that is dead or does not answer.
-_DEAD_DRAIN = (0.2, 0.5)
 
 _log = structlog.get_logger("container")
 
@@ -66,14 +63,11 @@ class Container:
         self.pid = sandbox.vmm_pid
         self.init = Process(container_id, "", spec)
         self.execs: dict[str, Process] = {}
-        #: Nothing more is to be expected of its init process: it has ended and its output is drained.
-        self.quiet = False
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self.events = TaskEvents(events, container_id, self.pid)
         self._signals = Signals(sandbox, container_id)
-        self._quieted = quieted
+        self._exits = Exits(sandbox, self.execs, self._signals, self.events, lambda: quieted(self))
         self._namespace = namespace
-        self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Container {self.id} {self.init.status.value}>"
@@ -105,15 +99,11 @@ class Container:
         if not self.sandbox.direct_stdio:
             stdio.run(agent, self.id, "")
         self.events.created(self.bundle, rootfs, spec)
-        self._watch(self.init)
+        self._exits.watch(self.init)
 
     async def abandon(self) -> None:
         """Give the host's side back, without a word to containerd. Idempotent."""
-        watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher.cancel()
-        if watchers:
-            await asyncio.wait(watchers)
+        await self._exits.close()
         await self._signals.close()
         for process in self.processes():
             if process.stdio is not None:
@@ -181,7 +171,7 @@ class Container:
             stdio.run(agent, self.id, process.exec_id)
         process.apply(Call.START)
         self.events.exec_started(process.exec_id)
-        self._watch(process)
+        self._exits.watch(process)
         if process.window is not None:
             await self._try_resize(process)
 
@@ -306,72 +296,6 @@ class Container:
         """How the process ended, as soon as it has."""
         return await asyncio.shield(self.process(exec_id).exited)
 
-    # -- exit --------------------------------------------------------------------------------------
-
-    def _watch(self, process: Process) -> None:
-        self._watch_task(asyncio.create_task(self._see_exit(process), name=f"exit of {process.name}"))
-
-    def _watch_task(self, watcher: asyncio.Task[None]) -> None:
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
-
-    async def _see_exit(self, process: Process) -> None:
-        status, word = await exit_status(self.sandbox, process)
-        process.ended = Exit.now(status)
-        assert process.stdio is not None
-        if word is Word.OVERDUE:
-            process.overdue = True
-            self.sandbox.doubt(f"it did not end {process.name} after SIGKILL")
-        if (left := process.seconds_left()) is not None:
-            process.hurry(0.0 if process.overdue else left)  # a start that the guest does not answer
-        if process.kind is Kind.INIT and not self.sandbox.died.done():
-            await self._end_execs(ask=word is Word.GUEST)
-        if not await process.stdio.drain(self._drain_limits(process, word)):
-            _log.warning("output was not taken in time; the exit is told without it", process=process.name)
-            if word is not Word.GUEST:
-                await process.stdio.cut()
-        dead = self.sandbox.died.done()
-        if process.kind is Kind.INIT:
-            self.quiet = True
-            if not dead:
-                await self._follow(process)
-        await process.until_started_or_not()
-        self._tell_exit(process, process.ended)
-        if process.kind is Kind.INIT:
-            for exec_ in self.execs.values():
-                if exec_.status is Status.CREATED and not exec_.lock.locked():
-                    exec_.finish(Exit.now(KILLED))  # it can never run: nobody is to wait for it
-            if dead:
-                await self._quieted(self)
-
-    @staticmethod
-    def _drain_limits(process: Process, word: Word) -> tuple[float, float] | None:
-        if word is not Word.GUEST:
-            return _DEAD_DRAIN
-        left = process.seconds_left()  # of what was killed: what follows needs time as well
-        return None if left is None else (DRAIN_IDLE, min(DRAIN_TOTAL, left / 2))
-
-    async def _follow(self, process: Process) -> None:
-        """What follows from its end (`quieted`), as long as there is time before it must be told."""
-        work = asyncio.ensure_future(self._quieted(self))
-        self._watch_task(work)
-        _, late = await asyncio.wait([work], timeout=process.seconds_left())
-        if late:
-            _log.error("the exit is told before its VM has ended", process=process.name)
-
-    async def _end_execs(self, *, ask: bool) -> None:
-        """The init process has gone: what runs beside it goes too, and is told before it."""
-        for exec_ in self.execs.values():
-            exec_.hurry(_EXEC_GRACE)
-        running = [exec_ for exec_ in self.execs.values() if exec_.status is Status.RUNNING]
-        await self._signals.end(running, _EXEC_GRACE, ask=ask)
-        for process in running:
-            self._tell_exit(process, process.ended or Exit.now(KILLED))
-
-    def _tell_exit(self, process: Process, ended: Exit) -> None:
-        if process.finish(ended):
-            self.events.exited(process, ended)
-
     # -- removal -----------------------------------------------------------------------------------
 
     async def delete_exec(self, exec_id: str) -> Exit:
@@ -402,10 +326,10 @@ class Container:
             if process.status is Status.CREATED:
                 await self._kill_created(process)
             for exec_ in list(self.execs.values()):
-                exec_.hurry(_EXEC_GRACE)
+                exec_.hurry(EXEC_GRACE)
                 async with exec_.lock:  # a start under way comes to its end first
                     if exec_.status is Status.RUNNING:
-                        self._tell_exit(exec_, exec_.ended or Exit.now(KILLED))
+                        self._exits.tell(exec_, exec_.ended or Exit.now(KILLED))
                     exec_.finish(Exit.now(KILLED))
             process.apply(Call.DELETE)
             await self.abandon()
@@ -419,7 +343,7 @@ class Container:
         with contextlib.suppress(KataError):
             await self._signals.send(process, "", _SIGKILL)
         await asyncio.wait([process.exited], timeout=process.seconds_left())
-        self._tell_exit(process, process.ended or Exit.now(KILLED))
+        self._exits.tell(process, process.ended or Exit.now(KILLED))
 
     @staticmethod
     async def _until_exit_is_told(process: Process) -> None:

@@ -21,6 +21,7 @@ from proto import agent_pb2, health_pb2
 from shim.protocols import Deadlines
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.sizing import Bounds
+from shim.sandbox import loss as loss_module
 from shim.sandbox import sandbox as sandbox_module
 from shim.sandbox.health import HealthSettings
 from shim.sandbox.sandbox import VirtSandbox
@@ -181,7 +182,7 @@ class Started(VirtSandbox):
 async def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vm:
     monkeypatch.setattr(bundle, "KATA_RUN", str(tmp_path))
     os.makedirs(bundle.state_dir("s"))
-    monkeypatch.setattr(sandbox_module, "_GATHER", 0.2)
+    monkeypatch.setattr(loss_module, "_GATHER", 0.2)
     monkeypatch.setattr(sandbox_module, "_SILENT", 0.1)
     monkeypatch.setattr(sandbox_module, "_PULSE", 1.0)
     return Vm()

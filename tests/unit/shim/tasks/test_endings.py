@@ -16,6 +16,7 @@ from devices.errors import CallerError, GuestError, KataError
 from proto import task_types_pb2
 from shim.tasks import container as container_module
 from shim.tasks import container_manager as manager_module
+from shim.tasks import exits as exits_module
 from shim.tasks import signals as signals_module
 from tests.unit.shim.fakes import TaskClient, open_descriptors
 
@@ -31,7 +32,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The shim's own times are seconds."""
     monkeypatch.setattr(signals_module, "ANSWER", ANSWER)
     monkeypatch.setattr(signals_module, "_KNOWN_BAD", 0.05)
-    monkeypatch.setattr(container_module, "_EXEC_GRACE", ANSWER)
+    monkeypatch.setattr(exits_module, "EXEC_GRACE", ANSWER)
     monkeypatch.setattr(container_module, "_REMOVE_DEADLINE", ANSWER)
     monkeypatch.setattr(container_module, "_REMOVE_TRY", 0.05)
     monkeypatch.setattr(manager_module, "_KILL_GRACE", ANSWER)
