@@ -86,14 +86,24 @@ def parent(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def shim_of(vmm: int) -> int:
+    """The shim that has started this VMM."""
+    pid = vmm
+    while "containerd-shim" not in Path(f"/proc/{pid}/cmdline").read_text():
+        pid = parent(pid)
+        assert pid > 1, f"{vmm} is no shim's"
+    return pid
+
+
 def children(pid: int) -> dict[str, int]:
-    """The children of a process, by the first 15 letters of their names."""
-    found = {}
+    """The processes below one, by the first 15 letters of their names."""
+    found: dict[str, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 if parent(int(entry.name)) == pid:
                     found[(entry / "comm").read_text().strip()[:15]] = int(entry.name)
+                    found |= children(int(entry.name))
     return found
 
 
@@ -101,8 +111,7 @@ class Pod:
     """The processes of the VM that a task is in. `vmm`: the task's pid."""
 
     def __init__(self, vmm: int) -> None:
-        self.shim = parent(vmm)
-        self._all = children(self.shim)
+        self._all = children(shim_of(vmm))
 
     def send(self, number: int, *programs: str) -> None:
         for program in programs:
