@@ -95,14 +95,14 @@ def shim_of(vmm: int) -> int:
     return pid
 
 
-def children(pid: int) -> dict[str, int]:
-    """The processes below one, by the first 15 letters of their names."""
-    found: dict[str, int] = {}
+def children(pid: int) -> dict[int, str]:
+    """The processes below one, with the first 15 letters of their names."""
+    found: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 if parent(int(entry.name)) == pid:
-                    found[(entry / "comm").read_text().strip()[:15]] = int(entry.name)
+                    found[int(entry.name)] = (entry / "comm").read_text().strip()
                     found |= children(int(entry.name))
     return found
 
@@ -115,7 +115,7 @@ class Pod:
 
     def send(self, number: int, *programs: str) -> None:
         for program in programs:
-            pids = [pid for name, pid in self._all.items() if name.startswith(program)]
+            pids = [pid for pid, name in self._all.items() if name.startswith(program)]
             assert pids, f"no {program} among {self._all}"
             for pid in pids:
                 os.kill(pid, number)
@@ -253,10 +253,10 @@ def test_stopped_while_it_boots(containerd: Containerd) -> None:
     argv = containerd.ctr_argv("run", "--rm", "--runtime", KATA, BUSYBOX, name, "true")
     with subprocess.Popen(argv, env=containerd.environment, stderr=subprocess.PIPE) as ctr:
         deadline = time.monotonic() + 30
-        while not (found := _helpers(containerd, name)).get("qemu-system-x86"):
+        while "qemu-system-x86" not in (found := _helpers(containerd, name)).values():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for pid in found.values():
+        for pid in found:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(0.5)
         ctr.kill()
@@ -267,7 +267,7 @@ def test_stopped_while_it_boots(containerd: Containerd) -> None:
     containerd.remove(name)
 
 
-def _helpers(containerd: Containerd, name: str) -> dict[str, int]:
+def _helpers(containerd: Containerd, name: str) -> dict[int, str]:
     """The children of the shim that serves this container."""
     for process in leaks.own_processes(containerd.tag, str(containerd.root)):
         if f"-id {name} " in " ".join(process.argv) and os.getsid(process.pid) == process.pid:
