@@ -186,22 +186,3 @@ async def test_a_state_directory_that_takes_no_file(make: Make) -> None:
     await until(lambda: one.health.unresponsive)
     one.guest.silent = False
     await until(lambda: not one.health.unresponsive)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"since": "x", "why": ""}', '{"why": "x"}', "null", "[" * 9000, "\xff"]
-)
-def test_a_file_that_is_none(tmp_path: Path, text: str) -> None:
-    """Whoever looks must not fail by it."""
-    assert healthfile.read(str(tmp_path)) is None
-    (tmp_path / healthfile.NAME).write_text(text)
-    assert healthfile.read(str(tmp_path)) is None
-
-
-def test_no_link_and_no_fifo_is_read(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").write_text('{"since": 1, "why": "x"}')
-    (tmp_path / healthfile.NAME).symlink_to(tmp_path / "elsewhere")
-    assert healthfile.read(str(tmp_path)) is None
-    (tmp_path / healthfile.NAME).unlink()
-    os.mkfifo(tmp_path / healthfile.NAME)
-    assert healthfile.read(str(tmp_path)) is None
