@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from devices.plain import plain
-from shim.state import journalfile, procfs
+from shim.state import healthfile, journalfile, procfs
 
 __all__ = ["SandboxInfo", "read_sandboxes", "run"]
 
@@ -24,8 +24,9 @@ SHARE_DIR = "/run/kata-containers/shared/sandboxes"
 
 @dataclass(frozen=True, slots=True)
 class SandboxInfo:
-    """One sandbox. `state`: running, starting (no process yet), dead (its processes are gone), damaged
-    (its journal cannot be read). `age` in seconds, `memory` resident KiB of its processes."""
+    """One sandbox. `state`: running, unresponsive (its guest does not answer: `why`, since `since`), starting
+    (no process yet), dead (its processes are gone), damaged (its journal cannot be read). `age` in seconds,
+    `since` in seconds of the epoch, `memory` resident KiB of its processes."""
 
     id: str
     state: str
@@ -34,6 +35,8 @@ class SandboxInfo:
     memory: int
     containers: tuple[str, ...]
     processes: tuple[str, ...]
+    why: str = ""
+    since: float = 0.0
 
 
 def read_sandboxes(state_dir: str = STATE_DIR, share_dir: str = SHARE_DIR) -> list[SandboxInfo]:
@@ -66,7 +69,8 @@ def _read(name: str, path: str, share_dir: str) -> SandboxInfo | None:
                 alive.append((str(record.facts.get("name", "process")), pid))
     # The VMM is started last, after the daemons that it connects to.
     vmm = next((pid for process, pid in reversed(alive) if process not in _DAEMONS), 0)
-    state = "running" if vmm else "dead" if recorded else "starting"
+    silence = healthfile.read(path) if vmm else None
+    state = "unresponsive" if silence else "running" if vmm else "dead" if recorded else "starting"
     return SandboxInfo(
         name,
         state,
@@ -75,6 +79,8 @@ def _read(name: str, path: str, share_dir: str) -> SandboxInfo | None:
         sum(_resident(pid) for _, pid in alive),
         _containers(os.path.join(share_dir, name)),
         tuple(f"{process}={pid}" for process, pid in alive),
+        silence.why if silence else "",
+        silence.since if silence else 0.0,
     )
 
 
@@ -115,10 +121,12 @@ def run(*, as_json: bool = False, state_dir: str = STATE_DIR, share_dir: str = S
         print(json.dumps([asdict(each) for each in found], indent=2))
         return 0
     width = max([len(each.id) for each in found] + [7])
-    print(f"{'SANDBOX':<{width}}  {'STATE':<8}  {'VMM PID':>7}  {'AGE':>4}  {'RSS MIB':>7}  CONTAINERS")
+    print(f"{'SANDBOX':<{width}}  {'STATE':<12}  {'VMM PID':>7}  {'AGE':>4}  {'RSS MIB':>7}  CONTAINERS")
     for each in found:
         print(
-            f"{plain(each.id):<{width}}  {each.state:<8}  {each.pid or '-':>7}  {_age(each.age):>4}  "
+            f"{plain(each.id):<{width}}  {each.state:<12}  {each.pid or '-':>7}  {_age(each.age):>4}  "
             f"{each.memory // 1024 or '-':>7}  {plain(', '.join(each.containers)) or '-'}"
         )
+        if each.why:
+            print(f"  its guest does not answer, for {_age(time.time() - each.since)}: {plain(each.why)}")
     return 0

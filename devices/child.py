@@ -154,6 +154,7 @@ class Child:
         self._undo = undo
         self._entry = entry
         self._on_output = on_output
+        self._reap_until = 0.0  # by the loop's clock, from the first SIGKILL on
         self._pidfd = os.pidfd_open(process.pid)
         loop.add_reader(self._pidfd, self._on_exit)
         loop.add_reader(stderr, self._on_stderr)
@@ -251,10 +252,13 @@ class Child:
                 signal.pidfd_send_signal(self._pidfd, number)
 
     async def kill(self) -> None:
-        """SIGKILL and reap. Idempotent. Raises HostError if the kernel cannot end it in ten seconds."""
+        """SIGKILL and reap, also what was stopped (SIGSTOP). Idempotent. Raises HostError if the kernel does
+        not end it within ten seconds of the first call."""
         self.send_signal(signal.SIGKILL)
+        now = asyncio.get_running_loop().time()
+        self._reap_until = self._reap_until or now + _REAP_DEADLINE
         try:
-            await self.wait(_REAP_DEADLINE)
+            await self.wait(max(0.0, self._reap_until - now))
         except TimeoutError:
             raise HostError(
                 f"{self.name} (pid {self.pid}) did not end {_REAP_DEADLINE:.0f} s after SIGKILL",

@@ -32,6 +32,10 @@ class Holdings:
         self._held.setdefault(owner, []).append(name)
         return name
 
+    def holds(self, owner: str) -> bool:
+        """Whether it has taken anything."""
+        return bool(self._held.get(owner))
+
     async def release(self, owner: str) -> list[Exception]:
         """Let go of all that the owner took, the last first; the errors on the way. Idempotent."""
         errors: list[Exception] = []

@@ -5,20 +5,24 @@ leaves everything as it is.
 Why two: a thread cannot be stopped. Who is cancelled while one mounts must not undo beside it, or the mount
 comes after its undo; but who waits for a `stat` of a dead file server must not have to wait for it.
 Invariants: `acquire` returns or raises only after its thread has ended; a result that nobody takes any more,
-because its caller was cancelled, goes to `lost`. `look` may leave its thread behind. Nothing else in the
-daemon calls asyncio.to_thread (ruff's TID251 says so).
+because its caller was cancelled, goes to `lost`. `look` may leave its thread behind; its threads are others
+than those of `acquire`: looks that never return cannot keep anything from being given back. Nothing else in
+the daemon calls asyncio.to_thread (ruff's TID251 says so).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections.abc import Callable
-from concurrent.futures import Executor
-from functools import partial
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import cache, partial
 from typing import ParamSpec, TypeVar
 
 __all__ = ["acquire", "look", "to_end"]
+
+_LOOKERS = 16  # threads: so many looks may hang in dead file systems before further ones wait for them
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -58,4 +62,11 @@ async def acquire(
 
 async def look(call: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """`call(*args, **kwargs)` in a thread; it changes nothing, so nobody need wait for it when cancelled."""
-    return await asyncio.to_thread(call, *args, **kwargs)  # noqa: TID251  (the one place for it)
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_lookers(os.getpid()), partial(call, *args, **kwargs))
+
+
+@cache
+def _lookers(_pid: int) -> ThreadPoolExecutor:
+    """A forked copy of this process gets threads of its own."""
+    return ThreadPoolExecutor(_LOOKERS, thread_name_prefix="look")

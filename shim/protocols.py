@@ -53,11 +53,13 @@ class Exit:
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds for each kind of guest call; from [agent.kata] and [runtime]."""
+    """Seconds, from [agent.kata]: until the guest is up, for a call to it, for one that only asks or that
+    ends something, and from a SIGKILL to the exit."""
 
     boot: float = 60.0
     request: float = 30.0
     stop: float = 5.0
+    kill: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,20 @@ class Sandbox(Protocol):
     @property
     def died(self) -> asyncio.Future[str]:
         """Resolves to the reason when the VM is gone without our asking."""
+        ...
+
+    @property
+    def kill_limit(self) -> float:
+        """Seconds from a SIGKILL to the exit that is told of it, at most."""
+        ...
+
+    @property
+    def unresponsive(self) -> bool:
+        """Whether its guest is known not to answer: nobody is to wait for it for long."""
+        ...
+
+    def doubt(self, why: str) -> None:
+        """The guest did not do something in time: it is unresponsive until it answers when asked."""
         ...
 
     @property

@@ -36,6 +36,7 @@ from shim.resources.network.settings import network_settings
 from shim.resources.sizing import sized
 from shim.resources.vfio_settings import vfio_settings, wants
 from shim.sandbox.cold_devices import cold_devices, key, swap, with_agent_params
+from shim.sandbox.health import HealthSettings
 from shim.sandbox.host_files import HostFiles, read_host_files
 from shim.sandbox.sandbox import VirtSandbox
 from shim.sandbox.settings import SandboxSettings
@@ -219,7 +220,14 @@ class VirtContainer:
             shm_size=shm_size,
             share_path=share_dir(context.sandbox_id),
             devices=cold_devices(config, section, share_dir(context.sandbox_id)),
-            deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),
+            deadlines=Deadlines(
+                boot=agent.boot_deadline, request=agent.request_deadline, kill=agent.kill_timeout
+            ),
+            health=HealthSettings(
+                agent.health_check_interval,
+                agent.health_check_request_timeout_ms / 1000,
+                ends=agent.health_check_action == "end",
+            ),
             bounds=bounds,
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,

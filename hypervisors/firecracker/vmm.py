@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import os
 import re
+import signal
 import stat
 
 import structlog
@@ -48,6 +49,7 @@ from hypervisors.firecracker.report import LOG, METRICS
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
+_TERM_TIMEOUT = 0.3  # seconds that a running Firecracker gets to end by SIGTERM
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -130,8 +132,14 @@ class Firecracker:
         return await asyncio.shield(self._ended)
 
     async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: Firecracker keeps nothing that would want flushing, so SIGKILL. A start
-        under way fails first."""
+        """See `Hypervisor.stop_vm`: SIGTERM, for Firecracker knows no quit and keeps nothing that would want
+        flushing; then SIGKILL. A start under way fails first."""
+        process = self._parts.process
+        self._stopping = self._ended is not None
+        if self._parts.api is not None and process is not None and process.alive:
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await process.wait(_TERM_TIMEOUT)
         await self._end()
         if self._starting is not None:
             await asyncio.wait({self._starting})
@@ -391,8 +399,7 @@ class Firecracker:
 
     async def _watch(self, process: Child) -> None:
         """Wait for the end, tell everybody."""
-        await process.wait()
-        code = process.exited.result()
+        code = await process.wait()
         reason = f"{_NAME} {process.describe()}"
         if code == 0:
             reason = "the guest ended the VM"

@@ -3,13 +3,14 @@
 What: `Death` watches QEMU and its daemons, ends the others when one dies, and resolves `ended` once.
 Why: they live and die together. A VM whose virtiofsd is gone can only hang, so the death of any of
 them is the death of the VM, told once with everybody's last words.
-Invariants: `ended` resolves after QEMU is reaped and its daemons are killed; before the watch begins
-it resolves by `settle` only.
+Invariants: `ended` resolves after QEMU is reaped and its daemons are killed, or when the kernel has not ended
+them ten seconds after SIGKILL; before the watch begins it resolves by `settle` only.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from typing import Any
 
 import structlog
@@ -79,13 +80,13 @@ class Death:
             # closed the daemon's socket first: its own end a moment later tells which.
             await asyncio.wait({parts.process.exited}, timeout=GATHER)
         hung = parts.process.alive
-        await parts.process.kill()
+        await _past_errors(parts.process.kill())
         if parts.console is not None:
             parts.console.drain()
-        await parts.end_daemons()
+        await _past_errors(parts.end_daemons())
         reason = self._reason(parts.process, first, lost, hung)
         ended = VmExit(
-            code=parts.process.exited.result(),
+            code=-9 if parts.process.alive else parts.process.exited.result(),
             reason="the VM was stopped" if self.stopping else reason,
             stderr_tail=parts.process.stderr_tail(),
             console_tail=parts.console.tail() if parts.console else "",
@@ -103,6 +104,8 @@ class Death:
             return f"the guest kernel panicked: {panic}"
         if self._shutdown_reason:
             return self._shutdown_reason
+        if process.alive:
+            return f"{process.name} did not end by SIGKILL; {lost or 'it was to be stopped'}"
         if (first is None and not lost) or (not hung and process.exited.result() < 0):
             return f"{process.name} {process.describe()}"
         if first is None:
@@ -139,3 +142,11 @@ class Death:
         return HypervisorError(
             f"the VM is gone: {ended.reason}", phase="boot", hint=hint, details=self._parts.diagnostics()
         )
+
+
+async def _past_errors(ending: Awaitable[None]) -> None:
+    """A process that the kernel holds (HostError) must not keep the end of the others from being told."""
+    try:
+        await ending
+    except KataError as error:
+        _log.error("not ended", error=str(error))

@@ -99,8 +99,10 @@ class Helpers:
     async def end_all(self) -> None:
         """The VM is gone; what they said is kept. Idempotent."""
         self._said = self.evidence()
-        for device_id in list(self._all):
-            await self.end(device_id)
+        ends = [self.end(device_id) for device_id in list(self._all)]
+        for ended in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
 
     def handed_over(self) -> None:
         """QEMU has started, and inherited all connections."""

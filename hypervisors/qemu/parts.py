@@ -7,6 +7,7 @@ Invariants: a part is here from the moment it exists; `Qemu.cleanup` releases ev
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from dataclasses import dataclass, field
@@ -38,10 +39,14 @@ class Parts:
     qmp: QmpClient | None = None
 
     async def end_daemons(self) -> None:
-        """Stop the vsock daemon and what serves the devices. Idempotent."""
+        """Stop the vsock daemon and what serves the devices, each whatever becomes of the others. Idempotent.
+        Raises HostError for the first that the kernel does not end."""
+        ends = [self.helpers.end_all()]
         if self.vsock is not None:
-            await self.vsock.stop()
-        await self.helpers.end_all()
+            ends.append(self.vsock.stop())
+        for ended in await asyncio.gather(*ends, return_exceptions=True):
+            if isinstance(ended, BaseException):
+                raise ended
 
     def diagnostics(self) -> dict[str, str]:
         """See `Hypervisor.diagnostics`."""

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -55,7 +56,8 @@ from hypervisors.qemu.sizing import Sizer
 __all__ = ["VHOST_VSOCK", "Qemu"]
 
 _NAME = "qemu"
-_QUIT_TIMEOUT = 0.3  # seconds that a running QEMU gets to flush its images
+# Seconds that a running QEMU gets to flush its images: to take `quit`, to end by it, and to end by SIGTERM.
+_QUIT_TIMEOUT, _TERM_TIMEOUT = 0.3, 0.3
 # A microvm's transports: the guest looks at the last one first, and its first disk has to be vda. The
 # interrupt of number 0 never arrives (QEMU 7.2).
 _MMIO = range(23, 0, -1)
@@ -138,25 +140,37 @@ class Qemu:
         return await asyncio.shield(self._death.ended)
 
     async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: `quit` with a short deadline, then SIGKILL. A start under way fails
-        first."""
+        """See `Hypervisor.stop_vm`: `quit`, SIGTERM, SIGKILL, each with a deadline: a QEMU that waits for a
+        daemon which stands still takes no more than the last. A start under way fails first."""
+        process = self._parts.process
+        if self._death is not None:
+            self._death.stopping = True
+        if self._parts.qmp is not None and process is not None and process.alive:
+            with contextlib.suppress(KataError):
+                await self._parts.qmp.execute("quit", timeout=_QUIT_TIMEOUT)
+            with contextlib.suppress(TimeoutError):
+                await process.wait(_QUIT_TIMEOUT)
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await process.wait(_TERM_TIMEOUT)
         await self._end()
         if self._starting is not None:
             await asyncio.wait({self._starting})
 
     async def _end(self) -> None:
-        parts = self._parts
+        """Without a word: SIGKILL."""
         if self._death is not None:
             self._death.stopping = True
-        if parts.qmp is not None and parts.process is not None and parts.process.alive:
-            with contextlib.suppress(KataError):
-                await parts.qmp.execute("quit", timeout=_QUIT_TIMEOUT)
-            with contextlib.suppress(TimeoutError):
-                await parts.process.wait(_QUIT_TIMEOUT)
-        if parts.process is not None:
-            await parts.process.kill()
-        if self._death is not None:
-            await self._death.told()
+        try:
+            if self._parts.process is not None:
+                await self._parts.process.kill()
+        except KataError as error:  # the kernel holds it: its end will not be seen, and is told all the same
+            if self._death is not None:
+                self._death.lose(error.cause)
+            raise
+        finally:
+            if self._death is not None:
+                await self._death.told()
 
     async def pause_vm(self) -> None:
         """See `Hypervisor.pause_vm`."""

@@ -31,6 +31,7 @@ PATH_KEYS: Mapping[str, str] = {
 
 _MODELS = ("", "tcfilter", "macvtap", "none")
 _VFIO_MODES = ("guest-kernel", "vfio")
+_HEALTH_ACTIONS = ("none", "end")
 _LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
 
 
@@ -82,6 +83,19 @@ def check_agent(agent: AgentConfig, table: Table) -> list[str]:
         f"at least dial_timeout_ms ({agent.dial_timeout_ms})",
     )
     expect(agent.create_container_timeout > 0, "create_container_timeout", "above 0 (seconds)")
+    expect(1 <= agent.kill_timeout <= 300, "kill_timeout", "from 1 to 300 (seconds)")
+    every = agent.health_check_interval
+    expect(every == 0 or 1 <= every <= 86400, "health_check_interval", "0, or from 1 to 86400 (seconds)")
+    expect(
+        0 < agent.health_check_request_timeout_ms <= 600_000,
+        "health_check_request_timeout_ms",
+        "above 0 and at most 600000",
+    )
+    expect(
+        agent.health_check_action in _HEALTH_ACTIONS,
+        "health_check_action",
+        f"one of {', '.join(_HEALTH_ACTIONS)}",
+    )
     return problems
 
 

@@ -69,6 +69,10 @@ class AgentConfig:
     dial_timeout_ms: int = 10
     reconnect_timeout_ms: int = 3000
     create_container_timeout: float = 30.0
+    kill_timeout: float = 10.0  # ours: seconds from SIGKILL to the exit, whatever the guest does
+    health_check_interval: float = 30.0  # ours: seconds, 0 for never; Kata's is fixed
+    health_check_request_timeout_ms: int = 10_000  # Kata: 90000, for a single question
+    health_check_action: str = "none"  # ours: none | end; Kata ends its shim
     home_call: bool = True  # ours. resolved: absent is true for our guest, false for a stock one
 
     @property
@@ -195,7 +199,6 @@ AGENT_INACTIVE: Mapping[str, Any] = {
     "container_pipe_size": 0,
     "debug_console_enabled": False,
     "enable_tracing": False,
-    "health_check_request_timeout_ms": 90_000,
     "kernel_modules": (),
     "launch_process_timeout": 0,
     "log_level": "info",

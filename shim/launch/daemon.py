@@ -73,8 +73,9 @@ def run(
     code = 1
     try:
         host_mounts = _prepare_process()
-        with asyncio.Runner() as runner:
-            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
+        # Never closed: that would wait for threads which look at file systems that do not answer.
+        runner = asyncio.Runner()
+        code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
         _unlink(address)

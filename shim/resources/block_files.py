@@ -128,9 +128,15 @@ class BlockFiles:
                 await self._remove(container_id)
                 raise
 
-    async def remove(self, container_id: str) -> list[Exception]:
+    def plugged(self, container_id: str) -> bool:
+        """See `ContainerFiles`."""
+        return container_id in self._containers and bool(self._containers[container_id].disks)
+
+    async def remove(self, container_id: str, *, alive: bool = True) -> list[Exception]:
         """See `ContainerFiles`."""
         async with self._lock:
+            if not alive and container_id in self._containers:
+                self._containers[container_id].disks.clear()
             return await self._remove(container_id)
 
     async def tear_down(self) -> list[Exception]:

@@ -50,8 +50,13 @@ class ContainerFiles(Protocol):
         """
         ...
 
-    async def remove(self, container_id: str) -> list[Exception]:
-        """Undo `add`, going on past errors. Idempotent; works with a dead VM."""
+    def plugged(self, container_id: str) -> bool:
+        """Whether it has disks that the guest must let go of."""
+        ...
+
+    async def remove(self, container_id: str, *, alive: bool = True) -> list[Exception]:
+        """Undo `add`, going on past errors; disks that are plugged into a VM which is not `alive` go with it.
+        Idempotent."""
         ...
 
     async def tear_down(self) -> list[Exception]:
@@ -100,7 +105,11 @@ class SharedFiles:
             await acquire(self._share.add_container, container_id, rootfs, root_path, volumes)
         return []
 
-    async def remove(self, container_id: str) -> list[Exception]:
+    def plugged(self, container_id: str) -> bool:  # noqa: ARG002
+        """None."""
+        return False
+
+    async def remove(self, container_id: str, *, alive: bool = True) -> list[Exception]:  # noqa: ARG002
         """See `ContainerFiles`."""
         async with self._lock:
             return list(await acquire(self._share.remove_container, container_id))

@@ -65,6 +65,10 @@ class GuestAgent:
         """Drop the connection; calls under way end with GuestError."""
         await self._client.close()
 
+    async def lost(self) -> None:
+        """Return when the connection is gone, from whichever side."""
+        await self._client.closed
+
     async def _call(
         self,
         name: str,
@@ -238,7 +242,7 @@ class GuestAgent:
         request = agent_pb2.TtyWinResizeRequest(
             container_id=container_id, exec_id=exec_id, row=rows, column=columns
         )
-        await self._call("TtyWinResize", request)
+        await self._call("TtyWinResize", request, timeout=self._deadlines.stop)
 
     async def pause_container(self, container_id: str) -> None:
         """PauseContainer: the guest's freezer; the VM goes on."""
@@ -251,7 +255,8 @@ class GuestAgent:
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse:
         """StatsContainer: the cgroup's figures in the guest."""
         request = agent_pb2.StatsContainerRequest(container_id=container_id)
-        return answers.check_stats(await self._call("StatsContainer", request))
+        answer = await self._call("StatsContainer", request, timeout=self._deadlines.stop)
+        return answers.check_stats(answer)
 
     async def list_processes(self, container_id: str) -> list[GuestProcess]:
         """GetDiagnosticData of our agent: a container's processes. A stock agent answers UNIMPLEMENTED."""

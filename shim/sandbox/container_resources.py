@@ -231,9 +231,15 @@ class ContainerResources:
         if container_id in self._hooks:
             await self._hooks[container_id].after_start()
 
+    def plugged(self, container_id: str) -> bool:
+        """Whether it may have devices that the guest must let go of."""
+        return (
+            self._vfio is not None or self._holdings.holds(container_id) or self._files.plugged(container_id)
+        )
+
     async def release(self, container_id: str, *, alive: bool) -> None:
-        """Unmount what `prepare` mounted, unplug its devices and let the VM shrink if that is `alive`, run
-        the poststop hooks. Idempotent."""
+        """Unmount what `prepare` mounted, unplug its devices and let the VM shrink if that is `alive`, and
+        answers (else they go with it), run the poststop hooks. Idempotent."""
         if alive:
             await self._sizing.forget(container_id)
             for error in await self._holdings.release(container_id):
@@ -242,7 +248,7 @@ class ContainerResources:
                 _log.error("not given back", container=container_id, error=str(error))
         await self._direct.remove(container_id)
         self.writing.discard(container_id)
-        for error in await self._files.remove(container_id):
+        for error in await self._files.remove(container_id, alive=alive):
             _log.error("not released", container=container_id, error=str(error))
         hooks = self._hooks.pop(container_id, None)
         if hooks is not None:

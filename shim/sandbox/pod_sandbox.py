@@ -67,6 +67,8 @@ TABLE: Mapping[Call, Mapping[State, State]] = {
 
 #: Seconds for the exits of the containers of a dead VM to be told before what is left of it goes.
 _DEATH_GRACE = 5.0
+#: The same of a VM that was stopped under them, because its guest did not end them.
+_STOP_GRACE = 1.0
 
 
 class Tenants(Protocol):
@@ -170,6 +172,7 @@ class PodSandbox:
         if self.state is State.READY:
             await self._tenants.end_all(grace)
         await self._tenants.stop_sandbox(self.sandbox)
+        await self._tenants.all_quiet(_STOP_GRACE)
         if self._life is not None:
             if self._up.done():
                 self._life.cancel()  # it waits for a death that cannot come any more

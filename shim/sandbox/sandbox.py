@@ -6,7 +6,8 @@ Why one class: the phases depend on each other, and an error in any of them must
 the VMM and the guest's console said last, and must leave nothing behind.
 Invariants:
 - `start` runs once, in the sandbox's own task; callers wait for it and may go away.
-- `died` resolves within moments of the VMM's death, whoever waits for what.
+- `died` resolves within moments of the VMM's death, whoever waits for what (`shim.sandbox.loss`).
+- `stop` does not need the guest: each step has a deadline (docs/endings.md has their sum).
 - After `stop` nothing of the sandbox is left on the host; `stop` may be called at any time, also
   while `start` is under way, and any number of times.
 """
@@ -38,11 +39,13 @@ from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
+from shim.sandbox.health import Health
+from shim.sandbox.loss import Loss
 from shim.sandbox.oom_watch import watch_oom
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM
 from shim.spec.limits import Size
-from shim.state.bundle import OWN
+from shim.state.bundle import OWN, state_dir
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from shim.resources.network.dan import DanNetwork
 
 __all__ = ["VirtSandbox"]
+
+#: Seconds: for a silent guest to unmount its disks; for a guest to show that it can let go of devices.
+_SILENT, _PULSE = 0.5, 2.0
 
 _log = structlog.get_logger("sandbox")
 
@@ -102,17 +108,22 @@ class VirtSandbox:
             agent=lambda: self.agent,
             rescan=self._rescan,
         )
+        self._loss = Loss(hypervisor)
+        self._health = Health(
+            settings.health,
+            state_dir(settings.sandbox_id),
+            evidence=hypervisor.diagnostics,
+            give_up=self._loss.give_up,
+        )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._vmm_pid = 0
         loop = asyncio.get_running_loop()
-        self._died: asyncio.Future[str] = loop.create_future()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._ready.add_done_callback(_retrieve)
         self._boot: asyncio.Task[None] | None = None
         self._watchers: list[asyncio.Task[None]] = []
         self._stop_lock = asyncio.Lock()
-        self._stopped = False
 
     # --- shim.protocols.Sandbox
 
@@ -155,12 +166,27 @@ class VirtSandbox:
     @property
     def stopped(self) -> bool:
         """Whether `stop` was called: this object serves no longer."""
-        return self._stopped
+        return self._loss.asked
 
     @property
     def died(self) -> asyncio.Future[str]:
         """Resolves to the reason when the VM is gone without our asking."""
-        return self._died
+        return self._loss.died
+
+    @property
+    def kill_limit(self) -> float:
+        """See `shim.protocols.Sandbox.kill_limit`."""
+        return self.settings.deadlines.kill
+
+    @property
+    def unresponsive(self) -> bool:
+        """See `shim.protocols.Sandbox.unresponsive`."""
+        return self._health.unresponsive
+
+    def doubt(self, why: str) -> None:
+        """See `shim.protocols.Sandbox.doubt`."""
+        if self._loss.lives:
+            self._health.doubt(why)
 
     @property
     def direct_stdio(self) -> bool:
@@ -169,7 +195,7 @@ class VirtSandbox:
 
     async def start(self) -> None:
         """Boot to a ready agent. Raises KataError with phase, cause, evidence and hint."""
-        if self._stopped:
+        if self.stopped:
             raise GuestError("the sandbox has been stopped", phase="boot", code="FAILED_PRECONDITION")
         if self._boot is None:
             self._boot = self._tasks.create_task(self._start_once(), name=f"boot {self.id}")
@@ -191,7 +217,8 @@ class VirtSandbox:
 
     async def release_container(self, container_id: str) -> None:
         """Undo `prepare_container`. Idempotent."""
-        await self._containers.release(container_id, alive=not self._stopped and not self._died.done())
+        alive = await self._answers() if self._containers.plugged(container_id) else self._loss.lives
+        await self._containers.release(container_id, alive=alive)
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
@@ -215,11 +242,11 @@ class VirtSandbox:
         return await self._channel.open_stream(self.settings.deadlines.request)
 
     async def stop(self) -> None:
-        """End the VM, the guest unasked, and release everything. Never raises but for cancellation."""
+        """End the VM, and release everything. Never raises but for cancellation."""
         async with self._stop_lock:
-            if self._stopped and self._boot is None:
+            if self.stopped and self._boot is None:
                 return
-            self._stopped = True
+            self._loss.asked = True
             with self._trace.phase("vmm.stop"):
                 await self._tear_down()
             self._boot = None
@@ -268,7 +295,7 @@ class VirtSandbox:
             await self._network.plug()
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
-        self._watch(self._watch_vm(), "vm")
+        self._watch(self._loss.watch_vm(), "vm")
         self._channel = await hypervisor.get_agent_socket()
         await self._network.join()
         with self._trace.phase("vmm.boot"):
@@ -276,6 +303,7 @@ class VirtSandbox:
         with self._trace.phase("agent.connect"):
             sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
             self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines, self._trace)
+            self._loss.agent = self._agent
         with self._trace.phase("agent.create_sandbox"):
             await self._agent.create_sandbox(
                 sandbox_id=self.id,
@@ -293,6 +321,8 @@ class VirtSandbox:
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(watch_oom(self._agent, self._on_oom), "oom")
+        self._watch(self._loss.watch_agent(), "agent")
+        self._watch(self._health.watch(self._agent.check), "health")
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
@@ -313,32 +343,23 @@ class VirtSandbox:
         self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
         self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
 
-    async def _watch_vm(self) -> None:
-        ended = await self._hypervisor.wait_vm()
-        if ended.expected or self._died.done():
-            return
-        details = {
-            "vmm stderr": ended.stderr_tail,
-            "guest console": ended.console_tail,
-            **self._hypervisor.diagnostics(),  # its daemons' words, too
-        }
-        reason = str(HypervisorError(ended.reason, phase="vm", details=details))
-        _log.error("the VM is gone", reason=reason, code=ended.code)
-        self._died.set_result(reason)
-        if self._agent is not None:
-            await self._agent.close()
+    async def _answers(self) -> bool:
+        """Whether the guest can let go of something now: it is asked, unless it is known that it cannot."""
+        if not self._loss.lives or self.unresponsive or self._agent is None:
+            return False
+        try:
+            await self._agent.check(_PULSE)
+        except KataError as error:
+            self.doubt(f"it did not answer within {_PULSE:g} s: {error.cause}")
+            return False
+        return True
 
     async def _tear_down(self) -> None:
         if self._boot is not None and not self._boot.done():
             self._boot.cancel()
             await asyncio.wait([self._boot])
         await self._step("stop serving volumes", self._containers.end_management())
-        writing = self._containers.writing
-        if self._agent is not None and not self._died.done():
-            # What the guest has written to disks is in its memory still: they are unmounted there.
-            for container_id in writing:
-                await self._step("unmount its disks", self._agent.remove_container(container_id))
-        writing.clear()
+        await self._step("unmount its disks", self._unmount_disks())
         # The VM first: whoever waits for a container's exit waits for this.
         await self._step("stop the VM", self._hypervisor.stop_vm())
         if self._agent is not None:
@@ -359,11 +380,25 @@ class VirtSandbox:
         ]:
             _log.error("not released", error=str(error))
 
+    async def _unmount_disks(self) -> None:
+        """What the guest has written to disks is in its memory still: all are unmounted there, at once."""
+        writing, agent = list(self._containers.writing), self._agent
+        self._containers.writing.clear()
+        if not writing or agent is None or self.died.done():
+            return
+        seconds = _SILENT if self.unresponsive else self.settings.deadlines.stop
+        async with asyncio.timeout(seconds):
+            removals = [agent.remove_container(container_id) for container_id in writing]
+            for removed in await asyncio.gather(*removals, return_exceptions=True):
+                if isinstance(removed, Exception):
+                    raise removed
+
     async def _step(self, what: str, work: Any) -> None:
         try:
             await work
         except Exception as error:  # noqa: BLE001  (stopping goes on past every error)
-            _log.error("stopping the sandbox: step failed", step=what, error=str(error))
+            text = str(error) or type(error).__name__
+            _log.error("stopping the sandbox: step failed", step=what, error=text)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

@@ -17,6 +17,7 @@ from shim.resources.disks import DiskStyle
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.sizing import Bounds
 from shim.resources.vfio_settings import VfioSettings
+from shim.sandbox.health import HealthSettings
 
 if TYPE_CHECKING:
     from shim.resources.guest_swap import SwapSettings
@@ -55,6 +56,7 @@ class SandboxSettings:
     pod: PodDefaults | None = None
     disks: DiskStyle = field(default_factory=DiskStyle)
     vfio: VfioSettings = field(default_factory=VfioSettings)
+    health: HealthSettings = field(default_factory=HealthSettings)
     passed: Wanted | None = None
     swap: SwapSettings | None = None
     first_spec: Mapping[str, Any] | None = None

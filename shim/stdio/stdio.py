@@ -42,6 +42,7 @@ __all__ = ["Stdio", "StdioSpec"]
 #: Seconds after the exit without a byte moving, and in total, for which the exit waits for output.
 DRAIN_IDLE = 2.0
 DRAIN_TOTAL = 10.0
+_CUT_LIMIT = 0.5  # seconds for copies to let go of their ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +237,18 @@ class Stdio:
                 return False
             await asyncio.wait(pending, timeout=until - loop.time())
         return True
+
+    async def cut(self) -> None:
+        """Take no more output from a guest that does not answer: readers see its end now. containerd deletes
+        a task only when they have."""
+        for task in self._output_tasks:
+            task.cancel()
+        if self._output_tasks:
+            await asyncio.wait(self._output_tasks, timeout=_CUT_LIMIT)
+        if all(task.done() for task in self._output_tasks):  # else a thread still writes to a file
+            for out in self._outputs:
+                if out is not None:
+                    out.end()
 
     async def _stop_input(self) -> None:
         if self._input_task is not None:

@@ -10,6 +10,8 @@ Invariants:
 - A state change and its event are one step: no await lies between them.
 - State, Kill, Wait and CloseIO never wait for another call.
 - When the guest dies, each process in it exits with `VM_DEATH` within a second.
+- After SIGKILL the exit is told within `Sandbox.kill_limit` of the call, whatever guest, agent and VMM do
+  (`shim.tasks.signals`): of the sandbox's own container by the end of the VM, of a pod's member without it.
 """
 
 from __future__ import annotations
@@ -27,22 +29,18 @@ from devices.undo import UndoLog
 from proto import mount_pb2, oci_pb2
 from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
 from shim.stdio.stdio import Stdio, StdioSpec
-from shim.tasks.exit_status import exit_status
+from shim.tasks.exit_status import KILLED
+from shim.tasks.exits import EXEC_GRACE, Exits
 from shim.tasks.process import Call, Kind, Process, Status
+from shim.tasks.signals import Signals
 from shim.tasks.task_events import TaskEvents
 
 __all__ = ["Container"]
 
-#: Exit status of what is killed along with its container.
-_KILLED = 128 + 9
 _SIGKILL = 9
 _MAX_SIGNAL = 64
-#: Seconds: for an exec to follow its container's end, for a killed container to be gone, for the
-#: guest to forget a container, and for output to drain out of a VM that is dead.
-_EXEC_GRACE = 1.0
-_KILL_GRACE = 5.0
-_REMOVE_DEADLINE = 5.0
-_DEAD_DRAIN = (0.2, 0.5)  # without progress, and in total
+#: Seconds for the guest to forget a container, and for one that is known not to answer.
+_REMOVE_DEADLINE, _REMOVE_TRY = 5.0, 0.5
 
 _log = structlog.get_logger("container")
 
@@ -68,13 +66,11 @@ class Container:
         self.pid = sandbox.vmm_pid
         self.init = Process(container_id, "", spec)
         self.execs: dict[str, Process] = {}
-        #: Nothing more is to be expected of its init process: it has ended and its output is drained.
-        self.quiet = False
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self.events = TaskEvents(events, container_id, self.pid)
-        self._quieted = quieted
+        self._signals = Signals(sandbox, container_id)
+        self._exits = Exits(sandbox, self.execs, self._signals, self.events, lambda: quieted(self))
         self._open = partial(Stdio.open, container_id=container_id, namespace=namespace, undo=undo)
-        self._watchers: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
         return f"<Container {self.id} {self.init.status.value}>"
@@ -106,15 +102,12 @@ class Container:
         if not self.sandbox.direct_stdio:
             stdio.run(agent, self.id, "")
         self.events.created(self.bundle, rootfs, spec)
-        self._watch(self.init)
+        self._exits.watch(self.init)
 
     async def abandon(self) -> None:
         """Give the host's side back, without a word to containerd. Idempotent."""
-        watchers = list(self._watchers)
-        for watcher in watchers:
-            watcher.cancel()
-        if watchers:
-            await asyncio.wait(watchers)
+        await self._exits.close()
+        await self._signals.close()
         for process in self.processes():
             if process.stdio is not None:
                 await process.stdio.close()
@@ -123,18 +116,21 @@ class Container:
         """Have the agent forget it. Bounded; a guest that cannot is left to its end."""
         if self.sandbox.died.done():
             return
+        seconds = _REMOVE_TRY if self.sandbox.unresponsive else _REMOVE_DEADLINE
         try:
-            async with asyncio.timeout(_REMOVE_DEADLINE):
+            async with asyncio.timeout(seconds):
                 await self.sandbox.agent.remove_container(self.id)
         except (KataError, TimeoutError) as error:
             _log.warning("the guest did not remove the container", container=self.id, error=str(error))
+            if isinstance(error, TimeoutError) or error.code == "DEADLINE_EXCEEDED":
+                self.sandbox.doubt(f"it did not remove {self.id} within {seconds:g} s")
 
     # -- start -------------------------------------------------------------------------------------
 
     async def start(self, exec_id: str) -> int:
         """Run a created process; its pid on the host, which is the VMM's."""
         process = self.process(exec_id)
-        async with process.lock:
+        async with process.locked():
             process.check(Call.START)
             process.begin_start()
             try:
@@ -182,7 +178,7 @@ class Container:
             raise
         process.apply(Call.START)
         self.events.exec_started(process.exec_id)
-        self._watch(process)
+        self._exits.watch(process)
         if process.window.size is not None:
             await self._try_resize(process)
 
@@ -238,19 +234,20 @@ class Container:
         process.check(Call.KILL)
         # To the agent an empty exec id is the whole container; the init process alone has its name.
         whole = everyone or signal == _SIGKILL
-        target = exec_id if exec_id or whole else self.id
-        try:
-            await self.sandbox.agent.signal_process(self.id, target, signal)
-        except KataError as error:
-            if error.code == "NOT_FOUND" or process.ended is not None or self.sandbox.died.done():
-                raise CallerError("process already finished: not found", code="NOT_FOUND") from error
-            raise
         if signal == _SIGKILL:
-            process.killed.set()
+            self.condemn(process)
+        await self._signals.send(process, exec_id if exec_id or whole else self.id, signal)
+
+    def condemn(self, process: Process | None = None) -> None:
+        """This process is to be killed, or its VM ended: from here on its exit comes by itself. The init
+        process, which is the default, takes the execs along."""
+        process = process or self.init
+        execs = [one for one in self.execs.values() if one.status is Status.RUNNING]
+        self._signals.condemn([process, *execs] if process is self.init else [process])
 
     async def pause(self) -> None:
         """Freeze all its processes."""
-        async with self.init.lock:
+        async with self.init.locked():
             self.init.check(Call.PAUSE)
             await self.sandbox.agent.pause_container(self.id)
             self.init.apply(Call.PAUSE)
@@ -258,7 +255,7 @@ class Container:
 
     async def resume(self) -> None:
         """Let them run on."""
-        async with self.init.lock:
+        async with self.init.locked():
             self.init.check(Call.RESUME)
             await self.sandbox.agent.resume_container(self.id)
             self.init.apply(Call.RESUME)
@@ -307,51 +304,6 @@ class Container:
         """How the process ended, as soon as it has."""
         return await asyncio.shield(self.process(exec_id).exited)
 
-    # -- exit --------------------------------------------------------------------------------------
-
-    def _watch(self, process: Process) -> None:
-        watcher = asyncio.create_task(self._see_exit(process), name=f"exit of {process.name}")
-        self._watchers.add(watcher)
-        watcher.add_done_callback(self._watchers.discard)
-
-    async def _see_exit(self, process: Process) -> None:
-        status = await exit_status(self.sandbox, process)
-        process.ended = Exit.now(VM_DEATH if status is None else status)
-        assert process.stdio is not None
-        dead = self.sandbox.died.done()
-        if process.kind is Kind.INIT and not dead:
-            await self._end_execs()
-        if not await process.stdio.drain(_DEAD_DRAIN if dead else None):
-            _log.warning("output was not taken in time; the exit is told without it", process=process.name)
-        if process.kind is Kind.INIT:
-            self.quiet = True
-            if not dead:
-                await self._quieted(self)
-        await process.until_started_or_not()
-        self._tell_exit(process, process.ended)
-        if process.kind is Kind.INIT:
-            for exec_ in self.execs.values():
-                if exec_.status is Status.CREATED and not exec_.lock.locked():
-                    exec_.finish(Exit.now(_KILLED))  # it can never run: nobody is to wait for it
-            if dead:
-                await self._quieted(self)
-
-    async def _end_execs(self) -> None:
-        """The init process has gone: what runs beside it goes too, and is told before it."""
-        waiting = [exec_ for exec_ in self.execs.values() if exec_.status is Status.RUNNING]
-        for process in waiting:
-            if process.ended is None:
-                with contextlib.suppress(KataError):
-                    await self.sandbox.agent.signal_process(self.id, process.exec_id, _SIGKILL)
-        if waiting:
-            await asyncio.wait([process.exited for process in waiting], timeout=_EXEC_GRACE)
-        for process in waiting:
-            self._tell_exit(process, process.ended or Exit.now(_KILLED))
-
-    def _tell_exit(self, process: Process, ended: Exit) -> None:
-        if process.finish(ended):
-            self.events.exited(process, ended)
-
     # -- removal -----------------------------------------------------------------------------------
 
     async def delete_exec(self, exec_id: str) -> Exit:
@@ -382,10 +334,11 @@ class Container:
             if process.status is Status.CREATED:
                 await self._kill_created(process)
             for exec_ in list(self.execs.values()):
+                exec_.hurry(EXEC_GRACE)
                 async with exec_.lock:  # a start under way comes to its end first
                     if exec_.status is Status.RUNNING:
-                        self._tell_exit(exec_, exec_.ended or Exit.now(_KILLED))
-                    exec_.finish(Exit.now(_KILLED))
+                        self._exits.tell(exec_, exec_.ended or Exit.now(KILLED))
+                    exec_.finish(Exit.now(KILLED))
             process.apply(Call.DELETE)
             await self.abandon()
             await remove()
@@ -394,10 +347,11 @@ class Container:
         return ended
 
     async def _kill_created(self, process: Process) -> None:
+        self.condemn()
         with contextlib.suppress(KataError):
-            await self.sandbox.agent.signal_process(self.id, "", _SIGKILL)
-        await asyncio.wait([process.exited], timeout=_KILL_GRACE)
-        self._tell_exit(process, process.ended or Exit.now(_KILLED))
+            await self._signals.send(process, "", _SIGKILL)
+        await asyncio.wait([process.exited], timeout=process.seconds_left())
+        self._exits.tell(process, process.ended or Exit.now(KILLED))
 
     @staticmethod
     async def _until_exit_is_told(process: Process) -> None:

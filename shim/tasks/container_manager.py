@@ -10,8 +10,8 @@ Invariants:
   containers are in it.
 - The VM ends with the sandbox's own container, before that exit is told (containerd's clients expect the
   task's pid, the VMM, to be gone by then), or with the last Delete; other containers that still live are
-  killed first, so that each has an exit of its own. One that was made by the Sandbox API (`kept`) ends by
-  that only.
+  killed first, so that each has an exit of its own, or with the VM if their guest does not end them. One that
+  was made by the Sandbox API (`kept`) ends by that only.
 - Operations that change something run to their end even if their caller is gone; only a Create is
   undone instead.
 """
@@ -45,6 +45,8 @@ _T = TypeVar("_T")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 #: Seconds for killed containers to be gone before their VM is ended under them.
 _KILL_GRACE = 3.0
+#: Seconds for the exits of those that went with their VM to be told.
+_DEAD_GRACE = 1.0
 
 _log = structlog.get_logger("containers")
 
@@ -312,9 +314,13 @@ class ContainerManager:
         if container.id != container.sandbox.id:
             return
         self._over.add(container.id)
-        if not container.sandbox.died.done():
+        if container.init.overdue:  # so would the others be
+            for other in self._living(container):
+                other.condemn()
+        elif not container.sandbox.died.done():
             await self.end_all(0, but=container)
         await asyncio.shield(self._spawn(self.stop_sandbox(container.sandbox)))
+        await self.all_quiet(_DEAD_GRACE, but=container)
 
     async def end_all(self, grace: float, *, but: Container | None = None) -> None:
         """SIGTERM to all containers, SIGKILL after `grace` seconds (0: at once), and their exits; bounded."""
@@ -325,9 +331,12 @@ class ContainerManager:
         await self.all_quiet(_KILL_GRACE, but=but)
 
     async def _signal_all(self, number: int, but: Container | None) -> None:
-        living = [each for each in self._containers.values() if each is not but and each.init.exit is None]
         # One that is gone, or a guest that does not answer: its end is told when the VM's is.
-        await asyncio.gather(*(container.kill("", number) for container in living), return_exceptions=True)
+        signals = [container.kill("", number) for container in self._living(but)]
+        await asyncio.gather(*signals, return_exceptions=True)
+
+    def _living(self, but: Container | None) -> list[Container]:
+        return [each for each in self._containers.values() if each is not but and each.init.exit is None]
 
     async def all_quiet(self, limit: float, *, but: Container | None = None) -> None:
         """Until the exits of all containers are told, `limit` seconds at most."""

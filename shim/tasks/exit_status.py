@@ -1,50 +1,68 @@
 """How a process ended, by the guest's word, or that nobody will ever know.
 
 What: `exit_status` waits for the end of one process in the guest.
-Why apart: it races the agent's answer against the death of the VM, and takes any failure for an answer:
-whatever goes wrong, an exit must be told.
-Invariants: it returns within moments of the VM's death, and within `KILL_LIMIT` of a SIGKILL that the
-guest took: a guest whose kernel cannot end a process (seen: an init that waits for a child which is
-dead already) must not keep a pod from being stopped. It raises nothing but for its own cancellation.
+Why apart: it races the agent's answer against the death of the VM and the clock of a SIGKILL, and takes any
+failure for an answer: whatever goes wrong, an exit must be told.
+Invariants: it returns within moments of the VM's death, and at the latest when the guest's time after a
+SIGKILL is over (`Process.condemn`): neither a guest whose kernel cannot end a process (seen: an init that
+waits for a child which is dead already), nor one that stands still, nor an agent that lies may keep a
+container from being stopped. It raises nothing but for its own cancellation.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import enum
+from typing import Any, NamedTuple
 
 import structlog
 
-from shim.protocols import Sandbox
+from shim.protocols import VM_DEATH, Sandbox
 from shim.tasks.process import Process
 
-__all__ = ["KILL_LIMIT", "exit_status"]
+__all__ = ["KILLED", "Ended", "Word", "exit_status"]
 
-KILL_LIMIT = 20.0
-"""Seconds from a SIGKILL to the exit, at most; a process that writes to a slow disk may take some."""
-_KILLED = 128 + 9
+KILLED = 128 + 9
+"""Exit status of what SIGKILL has ended."""
 
 _log = structlog.get_logger("container")
 
 
-async def exit_status(sandbox: Sandbox, process: Process) -> int | None:
-    """0..255; None when the guest died or lost it. 137 when it was killed and the guest cannot end it."""
+class Word(enum.Enum):
+    """Who says that it has ended."""
+
+    GUEST = "the guest"
+    LOST = "nobody: the VM is gone, or its agent"
+    OVERDUE = "we do: the guest's time is over"
+
+
+class Ended(NamedTuple):
+    """`status` 0..255; `by`: whose word it is."""
+
+    status: int
+    by: Word
+
+
+async def exit_status(sandbox: Sandbox, process: Process) -> Ended:
+    """The guest's status; `VM_DEATH` when the guest died or lost it; `KILLED` when it was to be killed and
+    the guest did not, or it went with a VM that was ended for that."""
     call = asyncio.create_task(_ask(sandbox, process))
     killed = asyncio.create_task(process.killed.wait())
     either: list[asyncio.Future[Any]] = [call, sandbox.died]
     try:
         await asyncio.wait([*either, killed], return_when=asyncio.FIRST_COMPLETED)
         if not call.done() and not sandbox.died.done():
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED, timeout=KILL_LIMIT)
+            left = process.guests_until - asyncio.get_running_loop().time()
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED, timeout=max(0.0, left))
         if call.done():
-            return call.result()
+            return Ended(call.result(), Word.GUEST)
         if sandbox.died.done():
-            return None
-        _log.error("the guest does not end it; its exit is told without", process=process.name)
-        return _KILLED
+            return Ended(VM_DEATH, Word.LOST)
+        return Ended(KILLED, Word.OVERDUE)
     except Exception as error:  # noqa: BLE001  (whatever went wrong, the exit must be told)
         _log.warning("the exit status is lost", process=process.name, error=str(error))
-        return None
+        ours = process.killed.is_set() and not sandbox.died.done()
+        return Ended(KILLED if ours else VM_DEATH, Word.LOST)
     finally:
         call.cancel()
         killed.cancel()

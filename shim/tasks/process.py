@@ -7,6 +7,8 @@ Invariants:
 - The status changes only along `TABLE`; whatever is not in it is refused.
 - A process exits once: `exited` resolves once, with the status 0..255 and the host's time.
 - Exit is never told before the start that is under way has been told (`begin_start`, `end_start`).
+- The clock of SIGKILL begins once (`condemn`); what holds `lock` is given up when its end is known and the
+  guest still owes an answer (`hurry`): nobody waits for a guest behind somebody else.
 Source: containerd's task v2 API; the states are runc's shim's (created, running, paused, stopped,
 deleted), facts/containerd-shim.md 3.1.
 """
@@ -14,10 +16,11 @@ deleted), facts/containerd-shim.md 3.1.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 
-from devices.errors import CallerError
+from devices.errors import CallerError, GuestError
 from shim.protocols import Exit
 from shim.stdio.stdio import Stdio, StdioSpec
 from shim.tasks.window import Window
@@ -100,9 +103,13 @@ class Process:
         self.ended: Exit | None = None
         self.exited: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.window = Window()
-        self.ever_started = False
-        #: Set when the guest has taken SIGKILL for it: from then on its end must come soon.
+        #: Set with SIGKILL, whatever the guest said to that: from then on its end must come soon.
         self.killed = asyncio.Event()
+        #: By the loop's clock: until when the guest may end what was killed, and when its exit must be told.
+        self.guests_until = self.told_by = 0.0
+        #: The guest did not end it in time.
+        self.overdue = False
+        self._limit: asyncio.Timeout | None = None
         self._not_starting = asyncio.Event()
         self._not_starting.set()
 
@@ -134,6 +141,44 @@ class Process:
     def apply(self, call: Call) -> None:
         """Make the transition of `call`; raises as `check`."""
         self.status = self.check(call)
+
+    def condemn(self, limit: float, patience: float) -> None:
+        """SIGKILL is sent: the guest has `patience` seconds, and the exit is told after `limit`. Once."""
+        if not self.killed.is_set():
+            now = asyncio.get_running_loop().time()
+            self.guests_until, self.told_by = now + patience, now + limit
+            self.killed.set()
+
+    def seconds_left(self) -> float | None:
+        """Until its exit must be told; None while nobody has killed it."""
+        if not self.killed.is_set():
+            return None
+        return max(0.0, self.told_by - asyncio.get_running_loop().time())
+
+    @contextlib.asynccontextmanager
+    async def locked(self) -> AsyncIterator[None]:
+        """Hold `lock` for calls to the guest. Raises GuestError when `hurry` has given them up."""
+        async with self.lock:
+            limit = asyncio.timeout(None)
+            try:
+                async with limit:
+                    self._limit = limit
+                    yield
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise GuestError(
+                    f"{self.name} has ended, and the guest does not answer", phase="agent", code="ABORTED"
+                ) from None
+            finally:
+                self._limit = None
+
+    def hurry(self, seconds: float) -> None:
+        """Whoever holds `lock` now lets go of it after so many seconds at the latest."""
+        if self._limit is not None and not self._limit.expired():
+            until = asyncio.get_running_loop().time() + seconds
+            before = self._limit.when()
+            self._limit.reschedule(until if before is None else min(until, before))
 
     def begin_start(self) -> None:
         """From here to `end_start` the process's exit is not told."""

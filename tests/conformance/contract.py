@@ -213,6 +213,13 @@ class HypervisorContract:
         assert (await vm.wait_vm()).expected
         assert await vm.get_pids() == []
 
+    async def test_a_vmm_that_stands_still_is_stopped(self, world: World) -> None:
+        vm = await world.start()
+        os.kill(await vm.get_vmm_master_tid(), signal.SIGSTOP)
+        await asyncio.wait_for(asyncio.gather(vm.stop_vm(), vm.stop_vm()), _PROMPT)
+        assert (await vm.wait_vm()).expected
+        assert await vm.get_pids() == []
+
     async def test_the_vmms_death_is_told_to_everybody(self, world: World) -> None:
         vm = await world.start()
         channel = await vm.get_agent_socket()

@@ -163,7 +163,9 @@ class World:
         )
         async with asyncio.TaskGroup() as tasks:
             handler = Handler(context, tasks)
-            manager = handler.manager = ContainerManager(handler, Recorder(), namespace="default")
+            manager = handler.manager = ContainerManager(
+                handler, Recorder(), namespace="default", undo=context.undo
+            )
             try:
                 await manager.create("c", str(self.bundle), [], StdioSpec("", "", "", False), AnyMessage())
                 self.guest = cast("Any", manager.get("c").sandbox).agent.containers["c"]

@@ -10,7 +10,7 @@ import pytest
 
 from ctl import sandboxes
 from ctl.sandboxes import read_sandboxes
-from shim.state import procfs
+from shim.state import healthfile, procfs
 from shim.state.journalfile import encode
 
 
@@ -71,6 +71,27 @@ def test_the_table_and_the_json_say_the_same(tmp_path: Path, capsys: pytest.Capt
     sandboxes.run(as_json=True, state_dir=str(tmp_path), share_dir="/none")
     (each,) = json.loads(capsys.readouterr().out)
     assert (each["id"], each["state"], each["pid"]) == ("pod", "running", pid)
+
+
+def test_a_guest_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is shown with the reason, without what a terminal would obey; of a dead VM it is no news."""
+    pid = os.getpid()
+    start = procfs.start_time(pid)
+    for name, began in (("pod", start), ("gone", start + 1)):
+        journal(tmp_path, name, [("qemu", pid, began)])
+        healthfile.write(str(tmp_path / name), healthfile.Silence(12.5, "it said \x1b[2J\nnothing"))
+    sandboxes.run(state_dir=str(tmp_path), share_dir="/none")
+    out = capsys.readouterr().out
+    rows = {
+        line.split()[0]: line.split()[1] for line in out.splitlines() if str(pid) in line or "dead" in line
+    }
+    assert rows == {"pod": "unresponsive", "gone": "dead"}
+    assert "its guest does not answer, for " in out
+    assert "it said  [2J nothing" in out
+    sandboxes.run(as_json=True, state_dir=str(tmp_path), share_dir="/none")
+    found = {each["id"]: each for each in json.loads(capsys.readouterr().out)}
+    assert (found["pod"]["since"], found["pod"]["why"]) == (12.5, "it said \x1b[2J\nnothing")
+    assert (found["gone"]["since"], found["gone"]["why"]) == (0, "")
 
 
 def test_a_host_without_sandboxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

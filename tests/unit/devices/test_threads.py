@@ -87,3 +87,15 @@ async def test_who_only_looks_may_leave() -> None:
 
     assert slow.log == []
     slow.end.set()
+
+
+async def test_looks_that_hang_do_not_keep_anything_from_being_given_back() -> None:
+    """However many file servers are dead."""
+    slow = [Slow() for _ in range(100)]
+    looks = [asyncio.create_task(look(one, 5)) for one in slow]
+    await _begun(looks[0], slow[0])
+
+    assert await asyncio.wait_for(acquire(int, "12"), 10) == 12
+    for one in slow:
+        one.end.set()
+    assert await asyncio.gather(*looks) == [5] * len(looks)

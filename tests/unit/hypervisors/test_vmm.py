@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from devices import child as child_module
+from devices.child import Child
 from devices.config import BlockConfig, ConsoleConfig, RngConfig
 from devices.errors import BugError, HostError, HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
@@ -148,6 +152,60 @@ async def test_a_stop_is_an_expected_end(running: Qemu) -> None:
         await running.check()
     with pytest.raises(HypervisorError):
         await running.save_state()
+
+
+# What of QEMU does not end: it hears no `quit`, and, if it is deaf, no SIGTERM.
+STUBBORN = SCRIPT.replace(
+    'if command["execute"] in ("quit", "stop"):',
+    'if command["execute"] == "quit":\n        continue\n    if 0:',
+)
+DEAF = STUBBORN.replace("say({", "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsay({", 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "still", "code"),
+    [
+        (SCRIPT, False, 0),
+        (STUBBORN, False, -signal.SIGTERM),
+        (DEAF, False, -signal.SIGKILL),
+        (SCRIPT, True, -signal.SIGKILL),
+    ],
+    ids=["quit", "SIGTERM", "SIGKILL", "stopped"],
+)
+async def test_a_stop_goes_from_word_to_force(
+    make: Make, tmp_path: Path, script: str, still: bool, code: int
+) -> None:
+    """Each step has its time, and the next one does not depend on it."""
+    vm = make(program(tmp_path / "qemu", script))
+    await vm.prepare_vm("vm", None)
+    await vm.start_vm(20)
+    if still:
+        os.kill(await vm.get_vmm_master_tid(), signal.SIGSTOP)
+    began = time.monotonic()
+    await asyncio.gather(vm.stop_vm(), vm.stop_vm())
+    assert time.monotonic() - began < 0.9 + 5.0
+    ended = await vm.wait_vm()
+    assert (ended.expected, ended.code) == (True, code)
+
+
+async def test_a_qemu_that_the_kernel_holds_is_told_all_the_same(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not end by SIGKILL (a dead file server): whoever waits for its end hears of it."""
+    vm = make(program(tmp_path / "qemu", SCRIPT))
+    await vm.prepare_vm("vm", None)
+    await vm.start_vm(20)
+    pid = await vm.get_vmm_master_tid()
+    with monkeypatch.context() as held:
+        held.setattr(child_module, "_REAP_DEADLINE", 0.2)
+        held.setattr(Child, "send_signal", lambda *_: None)
+        held.setattr(vm._parts, "qmp", None)
+        with pytest.raises(HostError, match="did not end"):
+            await vm.stop_vm()
+        ended = await asyncio.wait_for(vm.wait_vm(), 5)
+        assert ended.expected
+    os.kill(pid, signal.SIGKILL)
+    await vm.stop_vm()
 
 
 async def test_a_killed_qemu_is_told_to_all_who_wait(running: Qemu) -> None:

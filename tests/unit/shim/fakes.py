@@ -327,6 +327,9 @@ class FakeSandbox:
         self.log: list[str] = []
         self.sizes: list[tuple[str, Size]] = []
         self.pod = False
+        self.kill_limit = 60.0
+        self.unresponsive = False
+        self.doubts: list[str] = []
         self.usage = HostUsage()
         self.fail: dict[str, Exception] = {}
         self.before: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -411,6 +414,10 @@ class FakeSandbox:
         await self._enter("stop")
         self.stopped = True
         self._end()
+
+    def doubt(self, why: str) -> None:
+        self.doubts.append(why)
+        self.unresponsive = True
 
     def die(self, reason: str = "killed by signal 9") -> None:
         """The VM goes without anybody having asked."""

@@ -189,6 +189,11 @@ def test_sections_must_be_tables(files: Files) -> None:
             "FILE:3: [agent.kata] reconnect_timeout_ms must be at least dial_timeout_ms (50), not 40",
         ),
         ("[agent.kata]\ncreate_container_timeout = 0", "must be above 0 (seconds), not 0.0"),
+        ("[agent.kata]\nkill_timeout = 0.5", "kill_timeout must be from 1 to 300 (seconds), not 0.5"),
+        ("[agent.kata]\nkill_timeout = nan", "kill_timeout must be from 1 to 300 (seconds), not nan"),
+        ("[agent.kata]\nhealth_check_interval = 0.1", "must be 0, or from 1 to 86400 (seconds), not 0.1"),
+        ("[agent.kata]\nhealth_check_request_timeout_ms = 0", "must be above 0 and at most 600000, not 0"),
+        ('[agent.kata]\nhealth_check_action = "stop"', "must be one of none, end, not stop"),
     ],
 )
 def test_values_out_of_range(files: Files, text: str, what: str) -> None:
@@ -238,6 +243,18 @@ def test_keys_of_katas_go_runtime_arrive_in_their_fields(files: Files) -> None:
     agent = files.load("[agent.kata]\ndial_timeout = 45\n[runtime]\ncreate_container_timeout = 60\n").agent
     assert agent.reconnect_timeout_ms == 45000
     assert agent.create_container_timeout == 60.0
+
+
+def test_what_is_done_about_a_guest_that_does_not_answer(files: Files) -> None:
+    """Told within ten seconds of a kill, and within two minutes of a silence; nothing ends by itself."""
+    agent = files.load("").agent
+    assert (agent.kill_timeout, agent.health_check_interval, agent.health_check_action) == (
+        10.0,
+        30.0,
+        "none",
+    )
+    katas = files.load("[agent.kata]\nhealth_check_request_timeout_ms = 90000\n")
+    assert (katas.agent.health_check_request_timeout_ms, katas.inactive) == (90_000, ())
 
 
 def test_the_agents_own_section_wins_over_the_runtimes(files: Files) -> None:

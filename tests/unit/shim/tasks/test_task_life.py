@@ -12,7 +12,6 @@ import pytest_asyncio
 
 from devices.errors import CallerError, GuestError, HostError, KataError
 from proto import task_types_pb2, task_v2_pb2, task_v3_pb2
-from shim.tasks import exit_status
 from tests.unit.shim.fakes import VMM_PID, TaskClient, open_descriptors
 
 
@@ -325,11 +324,9 @@ async def test_a_failing_create_does_not_hurt_the_pod(tmp_path: Path) -> None:
     await shim.close()
 
 
-async def test_a_guest_that_cannot_end_what_is_killed(
-    shim: TaskClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_guest_that_cannot_end_what_is_killed(shim: TaskClient) -> None:
     """SIGTERM may be ignored for ever; after SIGKILL the exit comes, if not by the guest then without it."""
-    monkeypatch.setattr(exit_status, "KILL_LIMIT", 0.05)
+    shim.runtime.prepare = lambda sandbox: setattr(sandbox, "kill_limit", 0.1)
     await shim.create()
     await shim.start()
     shim.guest().ignores |= {9, 15}

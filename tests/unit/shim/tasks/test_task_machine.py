@@ -25,8 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from devices.errors import KataError
 from proto import task_types_pb2
-from shim.tasks import container as container_module
 from shim.tasks import container_manager as manager_module
+from shim.tasks import exits as exits_module
 from tests.unit.shim.fakes import VMM_PID, TaskClient
 
 POD = "pod"  # the sandbox's own container
@@ -122,8 +122,7 @@ class Tasks(RuleBasedStateMachine):
         # Nothing here is slow but the machine: a busy one must not make a container look stuck.
         self.patience = contextlib.ExitStack()
         for module, name in (
-            (container_module, "_EXEC_GRACE"),
-            (container_module, "_KILL_GRACE"),
+            (exits_module, "EXEC_GRACE"),
             (manager_module, "_KILL_GRACE"),
         ):
             self.patience.enter_context(mock.patch.object(module, name, 60.0))
