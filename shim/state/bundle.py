@@ -156,7 +156,7 @@ def share_dir(sandbox_id: str) -> str:
 
 def write_atomically(directory: str, name: str, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part."""
-    temporary = os.path.join(directory, "." + name)
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}")  # others may be writing theirs
     final = os.path.join(directory, name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o600)

@@ -45,7 +45,7 @@ def _path(facts: Facts) -> str:
 def _process(facts: Facts, timeout: float) -> None:
     pid, start = facts.get("pid"), facts.get("start")
     if not isinstance(pid, int) or not isinstance(start, int):
-        return  # recorded, but never seen to run: `cleanup` looks for such by their command line
+        return  # recorded, but never seen to run: `delete` looks for such
     if pid <= 1:
         raise ReleaseError(f"pid {pid} is not a process of ours")
     from shim.state.procfs import kill_process
@@ -62,6 +62,23 @@ def _file(facts: Facts, _timeout: float) -> None:
         os.unlink(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
+
+
+def _socket(facts: Facts, timeout: float) -> None:
+    """One whose place others may take is removed only if it is the one that was recorded."""
+    path, inode, made = _path(facts), facts.get("inode"), facts.get("made")
+    if not isinstance(inode, int) or not isinstance(made, int):
+        _file(facts, timeout)
+        return
+    from shim.state.names import unlink_socket
+
+    unlink_socket(path, inode, made)
+
+
+def _link(facts: Facts, _timeout: float) -> None:
+    from shim.state.names import remove_link
+
+    remove_link(_path(facts), str(facts.get("target")))
 
 
 def _dir(facts: Facts, _timeout: float) -> None:
@@ -118,7 +135,8 @@ def _pci_driver(facts: Facts, timeout: float) -> None:
 KINDS: Mapping[str, Release] = {
     "pci-driver": _pci_driver,
     "process": _process,
-    "socket": _file,
+    "socket": _socket,
+    "link": _link,
     "file": _file,
     "dir": _dir,
     "mount": _mount,
