@@ -87,7 +87,7 @@ class VirtSandbox:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 
             self._files = BlockFiles(
-                settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
+                settings.key, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
             )
         self._containers = ContainerResources(
             settings,
@@ -287,7 +287,7 @@ class VirtSandbox:
         if settings.swap is not None:
             from shim.resources.guest_swap import GuestSwap  # not on the usual start path
 
-            self._swap = GuestSwap(settings.swap, self.id, self._undo)
+            self._swap = GuestSwap(settings.swap, settings.key, self._undo)
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")

@@ -45,7 +45,7 @@ def _path(facts: Facts) -> str:
 def _process(facts: Facts, timeout: float) -> None:
     pid, start = facts.get("pid"), facts.get("start")
     if not isinstance(pid, int) or not isinstance(start, int):
-        return  # recorded, but never seen to run: `delete` looks for such
+        return  # recorded, but never seen to run: `shim.launch.strays` finds such by their mark
     if pid <= 1:
         raise ReleaseError(f"pid {pid} is not a process of ours")
     from shim.state.procfs import kill_process
