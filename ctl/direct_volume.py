@@ -1,7 +1,7 @@
 """`kata-ctl direct-volume`: assign disks to volumes, and ask the sandbox that has one.
 
 What: `add` and `remove` write and remove what a storage driver would (`shim.resources.direct_volumes`);
-`stats` and `resize` ask the shim, by the socket of the sandbox whose id lies with the volume.
+`stats` and `resize` ask the shim, by the socket of the sandbox whose name (id or key) lies with the volume.
 Invariants: nothing of a volume itself is touched here; what would not work for a container is not written.
 """
 
@@ -13,16 +13,19 @@ import os
 import re
 import shutil
 import socket
+from dataclasses import dataclass
 from urllib.parse import quote
 
+from ctl.which import ANY, Which, name_of, only
 from devices.errors import CallerError, HostError
 from shim.resources.direct_volumes import DIRECTORY, MOUNT_INFO, find, volume_directory
 from shim.sandbox.management import SOCKET
 from shim.spec.guest_spec import Volume
+from shim.state.identity import KATA_RUN, RUN_DIR, is_key
+from shim.state.journalfile import read_identity
 
 __all__ = ["add", "remove", "resize", "stats"]
 
-STATE_DIR = "/run/kata"
 _DEADLINE = 60.0  # seconds; a large file system takes long to grow
 _PHASE = "direct-volume"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -62,18 +65,37 @@ def remove(path: str, directory: str = DIRECTORY) -> int:
     return 0
 
 
-def stats(path: str, directory: str = DIRECTORY, state_dir: str = STATE_DIR) -> int:
-    """Print how full it is: JSON, as the agent answers."""
+def stats(
+    path: str, wanted: Which = ANY, directory: str = DIRECTORY, run: str = RUN_DIR, kata: str = KATA_RUN
+) -> int:
+    """Print how full it is: JSON, as the agent answers. `wanted`: the sandbox to ask, if several have it."""
     target = f"/direct-volume/stats?path={quote(path, safe='')}"
-    print(_ask(path, "POST", target, None, directory, state_dir), end="")
+    print(_ask(_sandbox(path, wanted, directory, run, kata), "POST", target, None), end="")
     return 0
 
 
-def resize(path: str, size: int, directory: str = DIRECTORY, state_dir: str = STATE_DIR) -> int:
-    """Have it grow to `size` bytes: image, disk and file system."""
+def resize(
+    path: str,
+    size: int,
+    wanted: Which = ANY,
+    directory: str = DIRECTORY,
+    run: str = RUN_DIR,
+    kata: str = KATA_RUN,
+) -> int:
+    """Have it grow to `size` bytes: image, disk and file system. `wanted`: as for `stats`."""
     body = json.dumps({"VolumePath": path, "Size": size})
-    _ask(path, "POST", "/direct-volume/resize", body, directory, state_dir)
+    _ask(_sandbox(path, wanted, directory, run, kata), "POST", "/direct-volume/resize", body)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _User:
+    """A sandbox that has the volume, by its state directory."""
+
+    id: str
+    namespace: str
+    containerd: str
+    directory: str
 
 
 def _check_path(path: str) -> None:
@@ -81,20 +103,35 @@ def _check_path(path: str) -> None:
         raise CallerError(f"{path[:200]!r} is no absolute path of a volume", phase=_PHASE)
 
 
-def _sandbox(path: str, directory: str) -> str:
-    """The sandbox that has the volume."""
+def _sandbox(path: str, wanted: Which, directory: str, run: str, kata: str) -> str:
+    """The state directory of the sandbox that has the volume. Raises CallerError if several have."""
     where = volume_directory(path, directory)
     try:
         names = sorted(name for name in os.listdir(where) if name != MOUNT_INFO and _ID.fullmatch(name))
     except FileNotFoundError:
         raise CallerError(f"{path} is not assigned ({where} does not exist)", phase=_PHASE) from None
-    if not names:
-        raise CallerError(f"no sandbox uses {path}", phase=_PHASE)
-    return names[0]
+    users = [_user(name, run, kata) for name in names]
+    live = [user for user in users if os.path.exists(user.directory)] or users
+    try:
+        return only(wanted, live, _PHASE, f"several sandboxes have {path}").directory
+    except LookupError:
+        others = ", ".join(name_of(user, live) for user in live)
+        told = f"; {others} have it" if others else ""
+        which = f" that is {wanted.id or wanted.namespace or wanted.containerd}" if wanted != ANY else ""
+        raise CallerError(f"no sandbox{which} uses {path}{told}", phase=_PHASE) from None
 
 
-def _ask(path: str, method: str, target: str, body: str | None, directory: str, state_dir: str) -> str:
-    name = os.path.join(state_dir, _sandbox(path, directory), SOCKET)
+def _user(name: str, run: str, kata: str) -> _User:
+    """The sandbox that left this name with its volume: a key, or an id that is a link's."""
+    directory = os.path.join(run if is_key(name) and os.path.isdir(f"{run}/{name}") else kata, name)
+    _, owner = read_identity(directory)
+    if owner is None:
+        return _User(name, "", "", directory)
+    return _User(owner.sandbox_id, owner.namespace, owner.address, directory)
+
+
+def _ask(state_dir: str, method: str, target: str, body: str | None) -> str:
+    name = os.path.join(state_dir, SOCKET)
     connection = _Connection(name)
     try:
         headers = {"Content-Type": "application/json"} if body else {}

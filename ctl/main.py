@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from ctl.which import add_arguments
 from devices.errors import KataError
 
 __all__ = ["main"]
@@ -62,12 +63,18 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _trace(arguments: argparse.Namespace) -> int:
     from ctl.trace import run
+    from ctl.which import Which, which
 
-    return run(arguments.run, svg=arguments.svg, listing=arguments.list, everything=arguments.all)
+    text = arguments.run
+    is_file = text and os.path.isfile(text)
+    wanted = Which() if is_file else which(text, arguments.namespace, arguments.address)
+    path = text if is_file else None
+    return run(wanted, path=path, svg=arguments.svg, listing=arguments.list, everything=arguments.all)
 
 
 def _direct_volume(arguments: argparse.Namespace) -> int:
     from ctl import direct_volume
+    from ctl.which import which
 
     match arguments.action:
         case "add":
@@ -75,8 +82,10 @@ def _direct_volume(arguments: argparse.Namespace) -> int:
         case "remove":
             return direct_volume.remove(arguments.volume)
         case "stats":
-            return direct_volume.stats(arguments.volume)
-    return direct_volume.resize(arguments.volume, arguments.size)
+            wanted = which(arguments.sandbox, arguments.namespace, arguments.address)
+            return direct_volume.stats(arguments.volume, wanted)
+    wanted = which(arguments.sandbox, arguments.namespace, arguments.address)
+    return direct_volume.resize(arguments.volume, arguments.size, wanted)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -124,8 +133,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="for programs")
     trace = add(commands, "trace", _trace, "Print and draw the phases of one start.")
     trace.add_argument(
-        "run", nargs="?", metavar="RUN", help="a sandbox id, its beginning, or a file; default: the newest"
+        "run",
+        nargs="?",
+        metavar="RUN",
+        help="[NAMESPACE/]ID of a sandbox, or the beginning of one, or a file; default: the newest",
     )
+    add_arguments(trace)
     trace.add_argument("--list", action="store_true", help="list the runs that are kept")
     trace.add_argument("--all", action="store_true", help="also what came after the start (execs, stop)")
     trace.add_argument("--svg", metavar="FILE", help="draw into FILE as well")
@@ -144,6 +157,9 @@ def parser() -> argparse.ArgumentParser:
             action.add_argument("mount_info", metavar="JSON", help="Kata's mountInfo.json")
         if name == "resize":
             action.add_argument("size", metavar="BYTES", type=int)
+        if name in ("stats", "resize"):
+            action.add_argument("--sandbox", metavar="[NAMESPACE/]ID", help="if several have the volume")
+            add_arguments(action)
     return top
 
 

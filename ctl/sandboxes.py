@@ -1,4 +1,4 @@
-"""`kata-ctl list`: the sandboxes of this host, from their directories and journals below /run/kata.
+"""`kata-ctl list`: the sandboxes of this host, from their state directories and journals.
 
 Why so and not by asking the shims: a shim that hangs, or is gone, is what one wants to see.
 Invariants: only reads. A process counts as alive only if its start time is the recorded one, so a
@@ -13,22 +13,27 @@ import os
 import time
 from dataclasses import asdict, dataclass
 
+from ctl.which import name_of
 from devices.plain import plain
 from shim.state import healthfile, journalfile, procfs
+from shim.state.identity import KATA_RUN, RUN_DIR, SHARED_ROOT
+from shim.state.sandboxes import Found, all_sandboxes
 
 __all__ = ["SandboxInfo", "read_sandboxes", "run"]
-
-STATE_DIR = "/run/kata"
-SHARE_DIR = "/run/kata-containers/shared/sandboxes"
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxInfo:
-    """One sandbox. `state`: running, unresponsive (its guest does not answer: `why`, since `since`), starting
-    (no process yet), dead (its processes are gone), damaged (its journal cannot be read). `age` in seconds,
-    `since` in seconds of the epoch, `memory` resident KiB of its processes."""
+    """One sandbox. `namespace`, `containerd` (the address of its socket): whose it is, "" where that is not
+    written (by older shims). `state`: running, unresponsive (its guest does not answer: `why`, since
+    `since`), starting (no process yet), dead (its processes are gone), damaged (its journal cannot be read to
+    the end). `age` in seconds, `since` in seconds of the epoch, `memory` resident KiB of its processes.
+    """
 
     id: str
+    namespace: str
+    containerd: str
+    directory: str
     state: str
     pid: int
     age: float
@@ -39,24 +44,21 @@ class SandboxInfo:
     since: float = 0.0
 
 
-def read_sandboxes(state_dir: str = STATE_DIR, share_dir: str = SHARE_DIR) -> list[SandboxInfo]:
+def read_sandboxes(run: str = RUN_DIR, kata: str = KATA_RUN, shared: str = SHARED_ROOT) -> list[SandboxInfo]:
     """All sandboxes, the oldest first."""
-    try:
-        names = sorted(os.listdir(state_dir))
-    except OSError:
-        return []
-    found = [_read(name, os.path.join(state_dir, name), share_dir) for name in names]
+    found = [_read(each) for each in all_sandboxes(run, kata, shared)]
     return sorted((each for each in found if each is not None), key=lambda each: -each.age)
 
 
-def _read(name: str, path: str, share_dir: str) -> SandboxInfo | None:
+def _read(found: Found) -> SandboxInfo | None:
+    records: list[journalfile.Record] = []
+    damaged = False
     try:
-        age = max(0.0, time.time() - os.stat(path).st_ctime)
-        if not os.path.isdir(path):
-            return None
-        records = journalfile.load(path)
+        age = max(0.0, time.time() - os.stat(found.directory).st_ctime)
+        history = journalfile.load(found.directory)
+        records, damaged = history.records, bool(history.damage)
     except journalfile.JournalError:
-        return SandboxInfo(name, "damaged", 0, age, 0, (), ())
+        damaged = True
     except OSError:
         return None  # gone meanwhile
     alive: list[tuple[str, int]] = []
@@ -69,15 +71,20 @@ def _read(name: str, path: str, share_dir: str) -> SandboxInfo | None:
                 alive.append((str(record.facts.get("name", "process")), pid))
     # The VMM is started last, after the daemons that it connects to.
     vmm = next((pid for process, pid in reversed(alive) if process not in _DAEMONS), 0)
-    silence = healthfile.read(path) if vmm else None
-    state = "unresponsive" if silence else "running" if vmm else "dead" if recorded else "starting"
+    silence = healthfile.read(found.directory) if vmm else None
+    lives = "unresponsive" if silence else "running" if vmm else "dead" if recorded else "starting"
+    state = "damaged" if damaged else lives
+    owner = found.identity
     return SandboxInfo(
-        name,
+        found.name,
+        owner.namespace if owner else "",
+        owner.address if owner else "",
+        found.directory,
         state,
         vmm,
         age,
         sum(_resident(pid) for _, pid in alive),
-        _containers(os.path.join(share_dir, name)),
+        _containers(found.share),
         tuple(f"{process}={pid}" for process, pid in alive),
         silence.why if silence else "",
         silence.since if silence else 0.0,
@@ -114,17 +121,20 @@ def _age(seconds: float) -> str:
     return f"{whole // 3600}h" if whole < 172800 else f"{whole // 86400}d"
 
 
-def run(*, as_json: bool = False, state_dir: str = STATE_DIR, share_dir: str = SHARE_DIR) -> int:
+def run(
+    *, as_json: bool = False, run_dir: str = RUN_DIR, kata_dir: str = KATA_RUN, shared: str = SHARED_ROOT
+) -> int:
     """The command; returns its exit code."""
-    found = read_sandboxes(state_dir, share_dir)
+    found = read_sandboxes(run_dir, kata_dir, shared)
     if as_json:
         print(json.dumps([asdict(each) for each in found], indent=2))
         return 0
-    width = max([len(each.id) for each in found] + [7])
+    names = [plain(name_of(each, found)) for each in found]
+    width = max([len(name) for name in names] + [7])
     print(f"{'SANDBOX':<{width}}  {'STATE':<12}  {'VMM PID':>7}  {'AGE':>4}  {'RSS MIB':>7}  CONTAINERS")
-    for each in found:
+    for name, each in zip(names, found, strict=True):
         print(
-            f"{plain(each.id):<{width}}  {each.state:<12}  {each.pid or '-':>7}  {_age(each.age):>4}  "
+            f"{name:<{width}}  {each.state:<12}  {each.pid or '-':>7}  {_age(each.age):>4}  "
             f"{each.memory // 1024 or '-':>7}  {plain(', '.join(each.containers)) or '-'}"
         )
         if each.why:

@@ -18,13 +18,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ctl.chart import draw_svg, draw_text
+from ctl.which import Which, name_of, only
 from devices.errors import CallerError
-from devices.plain import plain
-from shim.state.trace import ARCHIVE_DIR, TRACE_FILE
+from shim.state.identity import KATA_RUN, RUN_DIR
+from shim.state.sandboxes import all_sandboxes
+from shim.state.trace import ARCHIVE_DIR, TRACE_FILE, owner_of
 
 __all__ = ["Phase", "Run", "find_runs", "read_phases", "run", "stretches"]
 
-STATE_DIR = "/run/kata"
 IDLE = 1.0
 """Seconds without any phase that end a stretch."""
 MAX_BYTES = 16 << 20
@@ -43,12 +44,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A file with a trace. `written` is when, in seconds since the epoch."""
+    """A file with a trace. `written` is when, in seconds since the epoch. `namespace` and `containerd` (the
+    address of its socket) are "" where the file does not say."""
 
     id: str
     path: str
     written: float
     alive: bool
+    namespace: str = ""
+    containerd: str = ""
 
 
 def read_phases(path: str) -> tuple[list[Phase], int]:
@@ -70,7 +74,7 @@ def read_phases(path: str) -> tuple[list[Phase], int]:
                 str(entry.get("error", "")),
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            bad += 1
+            bad += not line.startswith(b'{"trace": ')  # the first line, which says whose it is
         else:
             if math.isfinite(phase.start) and math.isfinite(phase.end):
                 phases.append(phase)
@@ -92,18 +96,20 @@ def stretches(phases: Iterable[Phase]) -> list[list[Phase]]:
     return found
 
 
-def find_runs(state_dir: str = STATE_DIR, archive_dir: str = ARCHIVE_DIR) -> list[Run]:
+def find_runs(run: str = RUN_DIR, kata: str = KATA_RUN, archive_dir: str = ARCHIVE_DIR) -> list[Run]:
     """All runs that left a trace here, the newest first."""
     found: list[Run] = []
 
-    def add(id_: str, path: str, alive: bool) -> None:
+    def add(name: str, path: str, alive: bool) -> None:
         try:
-            found.append(Run(id_, path, os.stat(path).st_mtime, alive))
+            sandbox, namespace, containerd = owner_of(path)
+            written = os.stat(path).st_mtime
         except OSError:
             return  # no trace, or gone meanwhile
+        found.append(Run(sandbox or name, path, written, alive, namespace, containerd))
 
-    for name in _names(state_dir):
-        add(name, os.path.join(state_dir, name, TRACE_FILE), True)
+    for each in all_sandboxes(run, kata):
+        add(each.name, os.path.join(each.directory, TRACE_FILE), True)
     for name in _names(archive_dir):
         id_, extension = os.path.splitext(name)
         if extension == ".jsonl" and not name.startswith("."):
@@ -118,28 +124,28 @@ def _names(directory: str) -> list[str]:
         return []
 
 
-def choose(runs: Sequence[Run], wanted: str | None) -> Run:
-    """The run that `wanted` names: an id, the beginning of exactly one, or a file. None: the newest."""
-    if wanted and os.path.isfile(wanted):
-        return Run(os.path.basename(wanted).removesuffix(".jsonl"), wanted, os.stat(wanted).st_mtime, False)
+def choose(runs: Sequence[Run], wanted: Which, path: str | None = None) -> Run:
+    """The run that `wanted` names, by its id or the beginning of exactly one; the newest if it names none; or
+    the file at `path`."""
+    if path is not None:
+        name = owner_of(path)[0] or os.path.basename(path).removesuffix(".jsonl")
+        return Run(name, path, os.stat(path).st_mtime, False)
     if not runs:
         raise CallerError(
-            f"no trace in {STATE_DIR} or {ARCHIVE_DIR}",
+            f"no trace in {RUN_DIR} or {ARCHIVE_DIR}",
             phase="trace",
             hint="run a container first; reading traces needs root",
         )
-    if not wanted:
-        return runs[0]
-    exact = [each for each in runs if each.id == wanted]
-    matching = exact or [each for each in runs if each.id.startswith(wanted)]
-    ids = sorted({each.id for each in matching})
-    if not ids:
+    try:
+        if not wanted.id:
+            return next(each for each in runs if wanted.fits(each))
+        return only(wanted, runs, "trace", f"{wanted.id!r} begins several runs")
+    except (LookupError, StopIteration):
         raise CallerError(
-            f"no trace of {wanted!r}", phase="trace", hint="`kata-ctl trace --list` shows what there is"
-        )
-    if len(ids) > 1:
-        raise CallerError(f"{wanted!r} begins several runs: {', '.join(ids[:10])}", phase="trace")
-    return matching[0]  # the newest of that id
+            f"no trace of {wanted}",
+            phase="trace",
+            hint="`kata-ctl trace --list` shows what there is",
+        ) from None
 
 
 def _when(seconds: float) -> str:
@@ -148,16 +154,17 @@ def _when(seconds: float) -> str:
 
 def print_list(runs: Sequence[Run]) -> int:
     """One line for each run."""
-    width = max([len(each.id) for each in runs] + [3])
+    names = [name_of(each, runs) for each in runs]
+    width = max([len(name) for name in names] + [3])
     print(f"{'RUN':<{width}}  {'WRITTEN':<19}  {'STATE':<7}  START MS")
-    for each in runs:
+    for name, each in zip(names, runs, strict=True):
         try:
             parts = stretches(read_phases(each.path)[0])
         except CallerError:
             continue  # gone meanwhile
         took = f"{_span(parts[0]):8.0f}" if parts else f"{'-':>8}"
         state = "running" if each.alive else "ended"
-        print(f"{plain(each.id):<{width}}  {_when(each.written)}  {state:<7}  {took}")
+        print(f"{name:<{width}}  {_when(each.written)}  {state:<7}  {took}")
     return 0
 
 
@@ -167,19 +174,21 @@ def _span(phases: Sequence[Phase]) -> float:
 
 
 def run(
-    wanted: str | None,
+    wanted: Which,
     *,
+    path: str | None = None,
     svg: str | None = None,
     listing: bool = False,
     everything: bool = False,
-    state_dir: str = STATE_DIR,
+    run_dir: str = RUN_DIR,
+    kata_dir: str = KATA_RUN,
     archive_dir: str = ARCHIVE_DIR,
 ) -> int:
     """The command; returns its exit code."""
-    runs = find_runs(state_dir, archive_dir)
+    runs = find_runs(run_dir, kata_dir, archive_dir)
     if listing:
-        return print_list(runs)
-    chosen = choose(runs, wanted)
+        return print_list([each for each in runs if wanted.fits(each)])
+    chosen = choose(runs, wanted, path)
     phases, bad = read_phases(chosen.path)
     if bad:
         print(f"kata-ctl: {bad} lines of {chosen.path} could not be read", file=sys.stderr)

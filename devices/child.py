@@ -27,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from devices.errors import HostError
+from devices.mark import marked
 from devices.syscalls import CLONE_NEWNET, setns
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
@@ -202,7 +203,7 @@ class Child:
                 writer,
                 stdin,
                 cwd,
-                env,
+                marked(env),
                 tuple(pass_fds),
             )
             process = await _finish(started)
@@ -223,8 +224,12 @@ class Child:
             os.close(writer)
         child = cls(name, process, reader, undo, entry, on_output)
         entry.release = child.kill
-        with contextlib.suppress(ProcessLookupError):
-            undo.update(entry, pid=process.pid, start=process_start_time(process.pid))
+        try:
+            with contextlib.suppress(ProcessLookupError):
+                undo.update(entry, pid=process.pid, start=process_start_time(process.pid))
+        except BaseException:  # it could not be written down
+            await child.kill()
+            raise
         return child
 
     @property

@@ -34,7 +34,9 @@ class UndoLog(Protocol):
 
     - `process`: pid, start (field 22 of /proc/PID/stat), name. Released by SIGKILL if both match.
     - `logger`: the same, and container. Waited for, then SIGTERM, then SIGKILL.
-    - `socket`, `file`: path. Released by unlink.
+    - `file`: path. Released by unlink.
+    - `socket`: path; with inode and made (`shim.state.names`) it is unlinked only if it is still that one.
+    - `link`: path, target. Unlinked if it still points there.
     - `dir`: path. Released by removing the tree without ever crossing a mount.
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).
     - `tap`: netns, namespace, link, index, devices, qdiscs: see `shim.resources.network.endpoint`.
@@ -54,7 +56,7 @@ class UndoLog(Protocol):
         ...
 
     def forget(self, entry: Entry) -> None:
-        """The thing is gone by itself: drop the entry without releasing it."""
+        """The thing is gone by itself: drop the entry without releasing it. Never raises."""
         ...
 
 

@@ -254,5 +254,10 @@ class HypervisorPlugin(Protocol[SectionT]):
         ...
 
     def create(self, section: SectionT, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> Hypervisor:
-        """A VM that does not run yet. `state_dir` exists, is 0700 and belongs to this sandbox."""
+        """A VM that does not run yet. `state_dir` exists, is 0700 and belongs to this sandbox.
+
+        `sandbox_id` is for people: another sandbox of this host may have the same, in another namespace or
+        under another containerd. What must have a name of its own on the host (a jail, a cgroup) takes the
+        last part of `state_dir`.
+        """
         ...

@@ -241,7 +241,11 @@ class DaemonContext:
     they are the same but for callers that group containers in their own way. `bundle` is the
     absolute path of that container's bundle. `address` is the shim's own ("unix:///run/...").
     `publish_binary` is containerd's path. `config_path` is the configuration that the options of
-    `start` name, empty if they name none. `state_dir` exists, 0700: /run/kata/<sandbox_id>.
+    `start` name, empty if they name none. `containerd` is the path of its gRPC socket: with namespace and
+    sandbox id it makes the identity, and `key` stands for that on the host (`shim.state.identity`). What is
+    the host's and this sandbox's alone is named by the key; `alias` is the name that Kata's tools may use:
+    the sandbox id, or the key where another sandbox of this host has that id. `state_dir` exists, 0700;
+    `share_dir` does not yet.
     `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
     `shim.config.find`.
     `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
@@ -250,11 +254,15 @@ class DaemonContext:
     namespace: str
     id: str
     sandbox_id: str
+    containerd: str
+    key: str
+    alias: str
     bundle: str
     address: str
     publish_binary: str
     config_path: str
     state_dir: str
+    share_dir: str
     debug: bool
     events: EventSink
     undo: UndoLog

@@ -46,7 +46,7 @@ from shim.spec.guest_devices import check_devices, host_devices
 from shim.spec.guest_spec import plan_volumes
 from shim.spec.pod_role import container_type
 from shim.state import logs
-from shim.state.bundle import OWN, SINGLE, share_dir
+from shim.state.bundle import OWN, SINGLE
 from shim.state.procfs import start_time
 from shim.state.trace import Trace
 from shim.tasks.container_manager import ContainerManager
@@ -74,7 +74,13 @@ class VirtContainer:
         self._sandbox: VirtSandbox | None = None
         self._config: Config | None = None
         self._making = asyncio.Lock()
-        self.trace = Trace(context.sandbox_id, context.state_dir)
+        self.trace = Trace(
+            context.sandbox_id,
+            context.state_dir,
+            name=context.key,
+            namespace=context.namespace,
+            containerd=context.containerd,
+        )
         self.trace.mark("daemon", start_time(os.getpid()) / os.sysconf("SC_CLK_TCK"), time.monotonic())
         self.manager: ContainerManager | None = None
         #: The sandbox if it was made by the Sandbox API.
@@ -213,13 +219,16 @@ class VirtContainer:
         )
         settings = SandboxSettings(
             sandbox_id=context.sandbox_id,
+            key=context.key,
+            alias=context.alias,
+            state_dir=context.state_dir,
             container_type=container_type(spec),
             network=network_settings(config.runtime, section, spec, context.sandbox_id),
             hostname=spec.get("hostname", ""),
             dns=dns,
             shm_size=shm_size,
-            share_path=share_dir(context.sandbox_id),
-            devices=cold_devices(config, section, share_dir(context.sandbox_id)),
+            share_path=context.share_dir,
+            devices=cold_devices(config, section, context.share_dir),
             deadlines=Deadlines(
                 boot=agent.boot_deadline, request=agent.request_deadline, kill=agent.kill_timeout
             ),

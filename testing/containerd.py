@@ -5,9 +5,10 @@ plugins, and with our shim in front of its PATH; `ctr()` drives it as a user wou
 version; `stop()` ends everything that it started and removes its files.
 Why: the demo, the tests and the bench must never touch a system containerd, nor depend on its settings.
 Invariants: everything lives below one private directory, but for the two places that containerd and
-Kata fix: /run/containerd/s (shim sockets) and /run/kata, /run/kata-containers (sandboxes). Processes
-that descend from it carry the variable KATA_TEST_TAG=<tag> in their environment, and container names
-made by `new_id` carry the tag, so that what a run leaves behind can be told from other people's.
+Kata fix: /run/containerd/s (shim sockets) and /run/kata-shim, /run/kata, /run/kata-containers (sandboxes:
+`key`, `state_dir`, `share_dir`). Processes that descend from it carry the variable KATA_TEST_TAG=<tag> in
+their environment, and container names made by `new_id` carry the tag, so that what a run leaves behind can
+be told from other people's.
 """
 
 from __future__ import annotations
@@ -223,6 +224,24 @@ class Containerd:
         self._overrides = overrides
         self._process: subprocess.Popen[bytes] | None = None
 
+    # -- where its sandboxes are -----------------------------------------------------------------
+
+    def key(self, name: str, namespace: str = "") -> str:
+        """What names the sandbox of the container `name` on the host."""
+        return leaks.sandbox_key(self.address, namespace or self.namespace, name)
+
+    def state_dir(self, name: str, namespace: str = "") -> Path:
+        """Its journal and private sockets."""
+        return Path("/run/kata-shim", self.key(name, namespace))
+
+    def share_dir(self, name: str, namespace: str = "") -> Path:
+        """What it shares with its guest."""
+        return Path("/run/kata-containers/shared/sandboxes", self.key(name, namespace))
+
+    def processes(self) -> list[leaks.Process]:
+        """Its own, those of its shims and of their children."""
+        return leaks.own_processes(self.tag, str(self.root), [self.key(name) for name in self.ids])
+
     # -- life ------------------------------------------------------------------------------------
 
     @property
@@ -323,9 +342,9 @@ class Containerd:
                     self.remove(line.split()[0])
         self.halt()
         for name in self.ids:
-            if os.path.exists(f"/run/kata/{name}"):  # cut off while it started or ended
+            if self.state_dir(name).exists():  # cut off while it started or ended
                 self._undo(name)
-        for process in leaks.own_processes(self.tag, str(self.root)):
+        for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGKILL)
         for path in leaks.mounts_below(str(self.root)):

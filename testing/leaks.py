@@ -2,8 +2,8 @@
 
 What: `snapshot` lists processes, mounts, sockets, directories, network devices and cgroups that shims,
 VMMs and their helpers make; `difference` says what came and did not go.
-Why by name and by tag: on a machine that others use too, only what carries our tag may be counted
-(`tag=`); on a machine of one's own everything of these kinds is.
+Why by name and by tag: on a machine that others use too, only what carries our tag, or the key of a sandbox
+of ours, may be counted (`tag=`); on a machine of one's own everything of these kinds is.
 Invariants: reading only; an object that vanishes while it is read was not left behind.
 """
 
@@ -17,11 +17,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Process", "difference", "mounts_below", "own_processes", "settle", "snapshot"]
+__all__ = [
+    "Process",
+    "difference",
+    "mounts_below",
+    "own_processes",
+    "sandbox_key",
+    "settle",
+    "shim_socket",
+    "snapshot",
+]
 
 _PROGRAMS = ("qemu-system", "virtiofsd", "vhost-device-vsock", "containerd-shim", "crun", "passt")
 _DIRECTORIES = (
     "/run/kata",
+    "/run/kata-shim",
+    "/var/lib/kata-containers/sandboxes",
     "/run/kata-containers/shared/sandboxes",
     "/run/kata-containers/shared/containers",
     "/run/vc/sbs",
@@ -59,14 +70,17 @@ def _processes() -> Iterator[tuple[Process, bytes]]:
             )
 
 
-def own_processes(tag: str, root: str) -> list[Process]:
-    """Processes that descend from the daemon with this tag, or name its directory, but this one."""
+def own_processes(tag: str, root: str, keys: Iterable[str] = ()) -> list[Process]:
+    """Processes that descend from the daemon with this tag, or name its directory or a sandbox with one of
+    these keys, but this one."""
+    names = [tag, *([root] if root else []), *keys]
+    marks = [f"KATA_TEST_TAG={tag}".encode(), *(f"KATA_SHIM_CHILD={key}.".encode() for key in keys)]
     found = []
     for process, environ in _processes():
         if process.pid == os.getpid():
             continue
-        if f"KATA_TEST_TAG={tag}".encode() in environ or any(
-            tag in word or root in word for word in process.argv
+        if any(mark in environ for mark in marks) or any(
+            name in word for name in names for word in process.argv
         ):
             found.append(process)
     return found
@@ -118,19 +132,25 @@ def shim_socket(address: str, namespace: str, group: str) -> str:
     return f"/run/containerd/s/{digest}"
 
 
+def sandbox_key(address: str, namespace: str, group: str) -> str:
+    """What names a sandbox on the host: the beginning of its socket's name."""
+    return os.path.basename(shim_socket(address, namespace, group))[:32]
+
+
 def snapshot(
     *, tag: str = "", root: str = "", sockets: Iterable[str] = (), ignore: Iterable[int] = ()
 ) -> dict[str, set[str]]:
     """What is there now, by kind.
 
-    With `tag` only what carries it (or lies below `root`, or is one of `sockets`); without, everything of
-    the kinds a shim makes. `ignore`: pids that are the harness's own.
+    With `tag` only what carries it (or lies below `root`, or is that of a sandbox whose socket is one of
+    `sockets`); without, everything of the kinds a shim makes. `ignore`: pids that are the harness's own.
     """
     ignored = {os.getpid(), *ignore}
-    own_sockets = set(sockets)
-    mine: Callable[[str], bool] = lambda text: not tag or tag in text or bool(root and root in text)  # noqa: E731
+    keys = [os.path.basename(socket)[:32] for socket in sockets]
+    names = [tag, *([root] if root else []), *keys]
+    mine: Callable[[str], bool] = lambda text: not tag or any(name in text for name in names)  # noqa: E731
     if tag:
-        candidates = [p for p in own_processes(tag, root) if p.pid not in ignored]
+        candidates = [p for p in own_processes(tag, root, keys) if p.pid not in ignored]
     else:
         candidates = [p for p, _ in _processes() if p.pid not in ignored and _is_program(p)]
     found = {
@@ -144,13 +164,8 @@ def snapshot(
         "network devices": {
             name for name in os.listdir("/sys/class/net") if name.startswith(_NETWORK_PREFIXES)
         },
-        "cgroups": {path for path in _cgroups() if (tag in path if tag else "kata" in path)},
-        "files": {
-            path
-            for directory in _DIRECTORIES
-            for path in _listing(directory)
-            if mine(path) or path in own_sockets
-        },
+        "cgroups": {path for path in _cgroups() if (mine(path) if tag else "kata" in path)},
+        "files": {path for directory in _DIRECTORIES for path in _listing(directory) if mine(path)},
     }
     if root:
         tasks = Path(root)

@@ -32,17 +32,19 @@ from devices.undo import Entry, UndoLog
 
 __all__ = ["JAIL_BASE", "Den", "jail_id"]
 
-JAIL_BASE = "/run/kata"
+JAIL_BASE = "/run/kata-shim"
 _JAIL_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,30}")
 _SIZE = 16 << 20  # bytes of the jail's tmpfs: the jailer copies Firecracker's executable into it
 
 
-def jail_id(sandbox_id: str) -> str:
-    """The sandbox's id if the jailer takes it (letters, digits, hyphens), else a digest of it."""
-    if _JAIL_ID.fullmatch(sandbox_id):
-        return sandbox_id
-    return hashlib.sha256(sandbox_id.encode()).hexdigest()[:32]
+def jail_id(state_dir: str) -> str:
+    """The last part of the state directory's path, which names the sandbox on this host and no other, if the
+    jailer takes it (letters, digits, hyphens), else a digest of it."""
+    name = os.path.basename(state_dir)
+    if _JAIL_ID.fullmatch(name):
+        return name
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 @dataclass(slots=True)
@@ -68,11 +70,12 @@ class Den:
 
     @classmethod
     def jail(
-        cls, sandbox_id: str, executable: str, undo: UndoLog, *, uid: int, gid: int, base: str = JAIL_BASE
+        cls, name: str, executable: str, undo: UndoLog, *, uid: int, gid: int, base: str = JAIL_BASE
     ) -> Den:
-        """Make the jail for the program `executable`. Raises HostError; then nothing of it is left."""
+        """Make the jail `name` (see `jail_id`) for the program `executable`. Raises HostError; then nothing
+        of it is left."""
         program = os.path.join(base, os.path.basename(executable))
-        home = os.path.join(program, jail_id(sandbox_id))
+        home = os.path.join(program, name)
         den = cls(os.path.join(home, "root"), True, undo, uid, gid)
         try:
             _own_directory(base)

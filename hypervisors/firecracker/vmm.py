@@ -353,7 +353,7 @@ class Firecracker:
             return Den.plain(self._state_dir, self._undo)
         section = self._section
         return Den.jail(
-            self._sandbox_id, section.path, self._undo, uid=section.jailer_uid, gid=section.jailer_gid
+            jail_id(self._state_dir), section.path, self._undo, uid=section.jailer_uid, gid=section.jailer_gid
         )
 
     async def _spawn(self, timeout: float) -> None:
@@ -361,7 +361,7 @@ class Firecracker:
         den, parts, section = self._den(), self._parts, self._section
         await acquire(self._make_files, den)
         parts.report.open(den)
-        jail = jail_id(self._sandbox_id) if den.jailed else ""
+        jail = jail_id(self._state_dir) if den.jailed else ""
         version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
         if jail and section.jailer_cgroups:
             for path in cgroup_paths(section, jail, version):

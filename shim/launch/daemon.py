@@ -8,6 +8,8 @@ Invariants:
 - The process has a mount namespace of its own: what it mounts dies with the last process of the pod.
 - SIGTERM and SIGINT end an idle daemon only: service managers send them to whole cgroups, and a pod
   ends when containerd says so. SIGPIPE and SIGHUP are ignored.
+- The state directory is locked from before the journal to the exit; socket and link are removed only while
+  they are this daemon's: the next one of the same sandbox may be there before this one is gone.
 - Shutdown, in this order: the socket's path goes (the sign for `delete` that we are on our way),
   containers and VM end, events are flushed (5 s), connections close, the journal is undone, exit 0.
 - A daemon that has no container for two minutes ends by itself: containerd died before Create.
@@ -27,7 +29,8 @@ import structlog
 from google.protobuf.empty_pb2 import Empty
 
 from devices import syscalls
-from devices.errors import CallerError, KataError
+from devices.errors import CallerError, HostError, KataError
+from devices.mark import mark_children
 from devices.mounts import make_private
 from devices.threads import acquire
 from proto import task_v2_pb2, task_v3_pb2
@@ -35,9 +38,11 @@ from shim.launch.flags import Flags
 from shim.launch.reaper import Reaper
 from shim.protocols import DaemonContext, ShimService
 from shim.state import logs
-from shim.state.bundle import state_dir
+from shim.state.identity import Identity
 from shim.state.journal import Journal
+from shim.state.names import make_link, remove_link, socket_facts, unlink_socket
 from shim.state.procfs import start_time
+from shim.state.statedir import Owned, StateDir
 from shim.tasks.events import EventPublisher
 from ttrpc import CallContext, Server
 
@@ -49,6 +54,7 @@ _FLUSH_LIMIT = 5.0  # seconds for the last events
 _CLOSE_LIMIT = 30.0  # seconds for containers and VM; they have deadlines of their own underneath
 _REPLY_GRACE = 1.0  # seconds for replies in flight
 _REFUSAL_LIMIT = 60.0  # seconds that a daemon which cannot work stays to say so
+_OWNER_LIMIT = 10.0  # seconds for an earlier daemon of the same sandbox, or a `delete`, to finish
 
 _log = structlog.get_logger("daemon")
 
@@ -71,16 +77,31 @@ def run(
         bundle, debug=flags.debug, foreground=foreground, sandbox=sandbox_id, namespace=flags.namespace
     )
     code = 1
+    place = _Place(address.removeprefix("unix://"))
     try:
         host_mounts = _prepare_process()
         # Never closed: that would wait for threads which look at file systems that do not answer.
         runner = asyncio.Runner()
-        code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
+        code = runner.run(_serve(flags, sandbox_id, bundle, place, listener, config_path, host_mounts))
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
-        _unlink(address)
+        place.leave()
     finally:
         os._exit(code)
+
+
+class _Place:
+    """Where the daemon listens. `leave` removes the socket, unless it is somebody else's by now."""
+
+    def __init__(self, path: str) -> None:
+        self.address = f"unix://{path}"
+        self.facts = socket_facts(path)
+
+    def leave(self) -> None:
+        """Be found by nobody any more. Idempotent."""
+        facts = self.facts
+        with contextlib.suppress(OSError):
+            unlink_socket(str(facts["path"]), int(facts["inode"]), int(facts["made"]))
 
 
 def _prepare_process() -> int | None:
@@ -101,7 +122,7 @@ async def _serve(
     flags: Flags,
     sandbox_id: str,
     bundle: str,
-    address: str,
+    place: _Place,
     listener: int,
     config_path: str,
     host_mounts: int | None,
@@ -113,14 +134,14 @@ async def _serve(
     stop = asyncio.Event()
     try:
         return await _serve_tasks(
-            flags, sandbox_id, bundle, address, config_path, server, sock, stop, host_mounts
+            flags, sandbox_id, bundle, place, config_path, server, sock, stop, host_mounts
         )
     except KataError as error:
         # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
         # so it stays for the Create that will come and answers that.
         _log.error("cannot serve", error=str(error))
         await _serve_refusal(error, server, sock, stop)
-        _unlink(address)
+        place.leave()
         return 1
 
 
@@ -186,7 +207,7 @@ async def _serve_tasks(
     flags: Flags,
     sandbox_id: str,
     bundle: str,
-    address: str,
+    place: _Place,
     config_path: str,
     server: Server,
     sock: socket.socket,
@@ -195,18 +216,27 @@ async def _serve_tasks(
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_stray)
-    directory = state_dir(sandbox_id)
-    if os.path.exists(directory):
-        await acquire(_recover, sandbox_id, address)
-    journal = Journal.create(directory, sandbox_id)
-    # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
+    identity = Identity(flags.address, flags.namespace, sandbox_id)
     own = {"pid": os.getpid(), "start": start_time(os.getpid())}
-    journal.record("process", lambda: None, name="shim", **own)
-    listening = journal.record("socket", path=address.removeprefix("unix://"))
+    mark_children(identity.key, own["start"])
+    home = await _own(identity)
+    try:
+        if os.listdir(home.path) or (os.path.isdir(identity.link) and not os.path.islink(identity.link)):
+            await acquire(_recover, identity, home, own["start"])
+        journal = Journal.create(home.path, identity, bundle)
+        # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
+        journal.record("process", lambda: None, name="shim", **own)
+        listening = journal.record("socket", place.leave, **place.facts)
+        linked = await _link(identity, journal)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.rmdir(home.path)  # if nothing is in it
+        home.close()
+        raise
 
     def ask() -> None:
         # Before the answer: `delete` comes right after it, and waits for whoever has no socket any more.
-        _unlink(address)
+        place.leave()
         stop.set()
 
     events = EventPublisher(flags.namespace, os.environ.get("TTRPC_ADDRESS", ""))
@@ -214,11 +244,15 @@ async def _serve_tasks(
         namespace=flags.namespace,
         id=flags.id,
         sandbox_id=sandbox_id,
+        containerd=flags.address,
+        key=identity.key,
+        alias=sandbox_id if linked else identity.key,
         bundle=bundle,
-        address=address,
+        address=place.address,
         config_path=config_path,
         publish_binary=flags.publish_binary,
-        state_dir=directory,
+        state_dir=home.path,
+        share_dir=identity.share_dir,
         debug=flags.debug,
         events=events,
         undo=journal,
@@ -236,7 +270,7 @@ async def _serve_tasks(
     idle = asyncio.create_task(_end_when_idle(service, stop), name="idle timer")
     gc.freeze()  # what is loaded now stays; the collector need not walk it again
     gc.enable()
-    _log.info("serving", address=address, pid=os.getpid(), container=flags.id)
+    _log.info("serving", address=place.address, pid=os.getpid(), container=flags.id)
 
     stopping = asyncio.create_task(stop.wait(), name="stop")
     await asyncio.wait([stopping, serving], return_when=asyncio.FIRST_COMPLETED)
@@ -257,9 +291,10 @@ async def _serve_tasks(
     await events.close()
     reaper.close()
     errors = await journal.release_all()
+    journal.close()
     if not errors:
         try:
-            await acquire(journal.remove)
+            await acquire(home.remove)
         except OSError as error:
             errors.append(error)
     for left in errors:
@@ -268,15 +303,58 @@ async def _serve_tasks(
     return 1 if failed or errors else 0
 
 
-def _recover(sandbox_id: str, address: str) -> None:
+async def _own(identity: Identity) -> StateDir:
+    """The sandbox's state directory, which is this daemon's from now on. Raises HostError."""
+    try:
+        try:
+            return StateDir.make(identity.state_dir, 0)
+        except Owned:
+            _log.warning("an earlier shim of this sandbox is still there: waiting for its end")
+        return await acquire(StateDir.make, identity.state_dir, _OWNER_LIMIT, lost=StateDir.close)
+    except OSError as error:
+        raise HostError(
+            f"cannot make {identity.state_dir}: {error.strerror}",
+            phase="journal",
+            hint="the shim needs root's rights and a writable /run",
+        ) from error
+    except Owned:
+        raise HostError(
+            f"another shim of {identity} still has {identity.state_dir} after {_OWNER_LIMIT:.0f} s",
+            phase="journal",
+            hint="see `kata-ctl list`; end it, then try again",
+            code="ALREADY_EXISTS",
+        ) from None
+
+
+def _recover(identity: Identity, home: StateDir, start: int) -> None:
     """Clean up after an earlier shim of this sandbox that was killed, if `delete` never came. Blocks.
 
     What cannot be cleaned up stays in the journal, and `Journal.create` refuses.
     """
-    from shim.launch.delete import clear_remains
+    from shim.launch.remains import clear
 
-    problems = clear_remains(sandbox_id, keep=address.removeprefix("unix://"))
-    _log.warning("remains of an earlier shim", problems=problems)
+    problems = clear(identity, home, start)
+    if problems is not None:
+        _log.warning("remains of an earlier shim", problems=problems)
+
+
+async def _link(identity: Identity, journal: Journal) -> bool:
+    """Let Kata's tools find us by the id, if nobody else has that name here; whether they do."""
+    link, target = identity.link, identity.state_dir
+
+    async def remove() -> None:
+        await acquire(remove_link, link, target)
+
+    entry = journal.record("link", remove, path=link, target=target)
+    try:
+        made = await acquire(make_link, link, target)
+    except OSError as error:
+        _log.warning("no link for Kata's tools", link=link, error=error.strerror)
+        made = False
+    if not made:
+        journal.forget(entry)
+        _log.info("another sandbox of this host has that id, and the link", link=link)
+    return made
 
 
 def _handle_signals(loop: asyncio.AbstractEventLoop, service: ShimService, stop: asyncio.Event) -> None:
@@ -309,8 +387,3 @@ async def _bounded(what: str, work: object, limit: float) -> None:
             await work  # type: ignore[misc]
     except Exception as error:  # noqa: BLE001  (shutdown goes on past every error)
         _log.error("shutdown step failed", step=what, error=str(error) or type(error).__name__)
-
-
-def _unlink(address: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(address.removeprefix("unix://"))

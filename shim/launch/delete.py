@@ -5,14 +5,21 @@ places, and prints DeleteResponse (pid, 137, now).
 Why: containerd runs it at the end of *every* container, after a clean shutdown as after kill -9, and
 it is the last one who looks.
 Invariants:
-- Idempotent; works with any part of the state missing; under containerd's 5 seconds.
+- Only what belongs to the sandbox that the command line names is touched: containerd's address, namespace and
+  id together (`shim.state.identity`). Whose something else is, is said.
+- Idempotent; works with any part of the state missing; under containerd's 5 seconds. When the time is up the
+  rest stays in the journal for the next one.
 - Per id: for a member of a pod whose sandbox lives on, only that member's share goes, and only when
   the daemon (which undoes its own containers) is dead.
 - A daemon on its way out (its socket's path is gone) is waited for; one that is not on its way out is
   killed: containerd has forgotten it, so nobody can reach it any more.
 - No process is killed by its pid alone, no tree removed across a mount.
-- stdout carries the response only. What could not be undone is told on stderr with exit code 1, and
-  containerd logs it; a second `delete` tries again.
+- stdout carries the response only. Where nothing is left, which is the rule, hardly anything is loaded.
+
+Exit code 0: nothing of this container is left. 1, with the reason on stderr, which containerd logs: something
+could not be undone, or may still be held (a damaged journal), and a second `delete` tries again; or it is
+refused because what is here is another containerd's or namespace's. containerd keeps the bundle then. It is
+not refused, only told, where containerd removes a bundle whose `start` failed: nothing was made for it.
 """
 
 from __future__ import annotations
@@ -23,63 +30,100 @@ import time
 
 from shim.launch.flags import FlagError, check_id
 from shim.state import bundle
-from shim.state.journalfile import JournalError, Record, load
+from shim.state.identity import RUN_DIR, Identity, key_of_socket
 
-__all__ = ["clear_remains", "delete"]
+__all__ = ["delete"]
 
 _EXIT_STATUS = 128 + 9
-_WAIT_FOR_DAEMON = 3.0  # seconds that a daemon may take to finish by itself
 _BUDGET = 4.5  # seconds in total; containerd gives up at 5
+
+
+class Refused(Exception):  # noqa: N818  (the answer to whoever asked)
+    """What is here is another's; the text says whose."""
 
 
 def delete(namespace: str, container_id: str, grpc_address: str, where: str) -> int:
     """Clean up after `container_id`, whose bundle is the directory `where`. Returns the exit code."""
-    started = time.monotonic()
-    group = _group(where, namespace, container_id, grpc_address)
+    until = time.monotonic() + _BUDGET
     problems: list[str] = []
+    told = _socket_of(where)
     pid = _read_pid(where)
-    if group.is_member:
-        _delete_member(group.sandbox_id, container_id, problems)
-    else:
-        path = bundle.socket_path(grpc_address, namespace, group.sandbox_id)
-        told = _socket_of(where)  # containerd 2.3 may have put it elsewhere, under the same name
-        if os.path.basename(told) == os.path.basename(path):
-            path = told
-        pid = _delete_sandbox(group.sandbox_id, path, started, problems) or pid
+    try:
+        sandbox, is_member = _sandbox(where, told, namespace, container_id, grpc_address)
+        note = _somebody_elses(sandbox, told, container_id, where)
+    except Refused as refused:
+        sys.stderr.write(f"delete {namespace}/{container_id}: refused: {refused}\n")
+        return 1
+    # containerd 2.3 may have put the socket elsewhere, under the same name.
+    ours = os.path.basename(told) == sandbox.digest
+    socket = told if ours else os.path.join(bundle.SOCKET_DIR, sandbox.digest)
+    if _is_something_left(sandbox, socket, pid):
+        from shim.launch import cleanup
+
+        if is_member:
+            cleanup.member(sandbox, container_id, until, problems)
+        else:
+            pid = cleanup.sandbox(sandbox, container_id, socket, pid, until, problems) or pid
     _unmount(os.path.join(where, "rootfs"), problems)
     os.write(1, _response(pid, time.time()))
-    for problem in problems:
-        sys.stderr.write(f"delete {container_id}: {problem}\n")
+    for text in [note, *problems] if note else problems:
+        sys.stderr.write(f"delete {container_id}: {text}\n")
     return 1 if problems else 0
 
 
-def _group(where: str, namespace: str, container_id: str, grpc_address: str) -> bundle.Group:
-    """The sandbox of the container; its own when the bundle does not tell (any more)."""
+def _sandbox(
+    where: str, told: str, namespace: str, container_id: str, grpc_address: str
+) -> tuple[Identity, bool]:
+    """(the sandbox of the container, whether it is a member only); its own if the bundle does not tell."""
+    own = Identity(grpc_address, namespace, container_id)
     try:
         group = bundle.find_group(where, container_id)
         check_id("sandbox-id", group.sandbox_id)
-        return group
+        return Identity(grpc_address, namespace, group.sandbox_id), group.is_member
     except (bundle.BundleError, FlagError):
         pass
-    told = os.path.basename(_socket_of(where))
-    for sandbox_id in sorted({*_list(bundle.KATA_RUN), *_list(bundle.SHARED_ROOT)} - {container_id}):
+    from shim.state.sandboxes import all_sandboxes
+
+    for found in all_sandboxes():
+        pod = found.identity
+        if pod is None or pod == own or pod != Identity(grpc_address, namespace, pod.sandbox_id):
+            continue
         # It has our address, or a place for the container in what it shares with its guest.
-        socket = os.path.basename(bundle.socket_path(grpc_address, namespace, sandbox_id))
-        if told == socket or any(map(os.path.isdir, _member_dirs(sandbox_id, container_id))):
-            return bundle.Group(sandbox_id, True)
-    return bundle.Group(container_id, False)
+        if pod.digest == os.path.basename(told) or found.has_place_for(container_id):
+            return pod, True
+    return own, False
 
 
-def _member_dirs(sandbox_id: str, container_id: str) -> list[str]:
-    share = bundle.share_dir(sandbox_id)
-    return [os.path.join(share, mode, "passthrough", container_id) for mode in ("rw", "ro")]
+def _somebody_elses(own: Identity, told: str, container_id: str, where: str) -> str:
+    """What to say of another sandbox that is meant, or could be, when nothing here is ours; "" if none is.
+
+    Raises Refused unless the bundle is one that containerd made for this very container.
+    """
+    if os.path.lexists(own.state_dir) or os.path.basename(told) == own.digest:
+        return ""  # ours is here, or was and has ended
+    from shim.launch.remains import old_home
+    from shim.state.journalfile import read_identity
+    from shim.state.sandboxes import owners_of
+
+    if old_home(own):
+        return ""
+    if told:
+        _, owner = read_identity(os.path.join(RUN_DIR, key_of_socket(told)))
+        if owner is not None:
+            raise Refused(f"the shim of this bundle is that of {owner}; it is left alone")
+    others = ", ".join(map(str, owners_of(own.sandbox_id)))
+    if not others:
+        return ""
+    text = f"nothing here is that of {own}; left alone: {others}"
+    if os.path.realpath(where).endswith(f"/{own.namespace}/{container_id}"):
+        return text
+    raise Refused(text)
 
 
-def _list(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:
-        return []
+def _is_something_left(sandbox: Identity, socket: str, pid: int) -> bool:
+    """Whether there is anything of the sandbox, or may be: `pid` is that which its bundle names."""
+    places = (sandbox.state_dir, sandbox.share_dir, sandbox.link, socket)
+    return any(map(os.path.lexists, places)) or (pid > 1 and os.path.exists(f"/proc/{pid}"))
 
 
 def _read_pid(where: str) -> int:
@@ -104,145 +148,6 @@ def _socket_of(where: str) -> str:
     return ""
 
 
-def _delete_member(sandbox_id: str, container_id: str, problems: list[str]) -> None:
-    """Clean one container of a pod, unless the pod's own daemon is alive and does it better."""
-    try:
-        records = load(bundle.state_dir(sandbox_id))
-    except JournalError as error:
-        problems.append(str(error))
-        return
-    if _daemon(records) is not None:
-        return
-    mine = [record for record in records if record.facts.get("container") == container_id]
-    _release_all(mine, problems)
-    for path in _member_dirs(sandbox_id, container_id):
-        _remove(path, problems)
-
-
-def _delete_sandbox(sandbox_id: str, socket: str, started: float, problems: list[str]) -> int:
-    """Clean everything of a sandbox; returns the VMM's pid if it is known."""
-    directory = bundle.state_dir(sandbox_id)
-    records = _load(directory, problems)
-    daemon = _daemon(records)
-    if daemon is not None:
-        pid, start = int(daemon.facts["pid"]), int(daemon.facts["start"])
-        if not os.path.lexists(socket):
-            _wait_gone(pid, start, _WAIT_FOR_DAEMON)
-        from shim.state.procfs import kill_process
-
-        if not kill_process(pid, start, 1.0):
-            problems.append(f"the shim (pid {pid}) did not end after SIGKILL")
-        records = _load(directory, problems)  # it may have written until now
-    vmm = [record for record in records if record.kind == "process" and record.facts.get("name") != "shim"]
-    pid = next((int(record.facts["pid"]) for record in vmm if "pid" in record.facts), 0)
-    _release_all(records, problems, started)
-    if problems or any(record.kind == "process" and "pid" not in record.facts for record in records):
-        _kill_strays(sandbox_id, problems)
-    _unlink(socket, problems)
-    for path in (bundle.share_dir(sandbox_id), directory):
-        _remove(path, problems)
-    return pid
-
-
-def clear_remains(sandbox_id: str, keep: str) -> list[str]:
-    """Undo what a shim that is gone has left of this sandbox; returns what could not be undone.
-
-    `keep` is the socket of the caller, the next shim of the same sandbox: it has the same path. While
-    the earlier shim lives nothing is touched.
-    """
-    directory = bundle.state_dir(sandbox_id)
-    problems: list[str] = []
-    records = _load(directory, problems)
-    if problems or _daemon(records) is not None:
-        return problems or [f"the shim of sandbox {sandbox_id} still runs"]
-    _release_all([record for record in records if record.facts.get("path") != keep], problems)
-    if not problems:
-        for path in (bundle.share_dir(sandbox_id), directory):
-            _remove(path, problems)
-    return problems
-
-
-def _load(directory: str, problems: list[str]) -> list[Record]:
-    try:
-        return load(directory)
-    except JournalError as error:
-        problems.append(str(error))
-        return []
-
-
-def _daemon(records: list[Record]) -> Record | None:
-    """The record of the daemon if it still runs."""
-    for record in records:
-        if record.kind == "process" and record.facts.get("name") == "shim":
-            from shim.state.procfs import is_running
-
-            pid, start = record.facts.get("pid"), record.facts.get("start")
-            if isinstance(pid, int) and isinstance(start, int) and is_running(pid, start):
-                return record
-    return None
-
-
-def _wait_gone(pid: int, start: int, timeout: float) -> None:
-    """Wait for the end of a process that is about to end."""
-    import select
-
-    from shim.state.procfs import is_running
-
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        if is_running(pid, start):
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll(timeout * 1000)
-    finally:
-        os.close(fd)
-
-
-def _release_all(records: list[Record], problems: list[str], started: float | None = None) -> None:
-    """Release in reverse. All processes first: they hold what the other records name."""
-    from shim.launch.undo_kinds import release
-    from shim.state.releases import ReleaseError
-
-    processes = [record for record in records if record.kind == "process"]
-    others = [record for record in records if record.kind != "process"]
-    for record in [*reversed(processes), *reversed(others)]:
-        left = _BUDGET if started is None else _BUDGET - (time.monotonic() - started)
-        try:
-            release(record, max(0.1, min(2.0, left)))
-        except (ReleaseError, OSError) as error:
-            problems.append(f"{record.kind}: {error}")
-
-
-def _kill_strays(sandbox_id: str, problems: list[str]) -> None:
-    """Kill what was started for this sandbox but never reached the journal.
-
-    Between fork and the journal's next line a helper runs whose pid nobody wrote down. Such a one is
-    known by its command line: it names a directory of this sandbox (0700), or, a VMM whose sockets
-    are passed as descriptors, the sandbox itself as its `-name`.
-    """
-    from shim.state.procfs import kill_process, start_time
-
-    directories = (bundle.state_dir(sandbox_id), bundle.share_dir(sandbox_id))
-    needles = [f"{path}/".encode() for path in directories] + [f"\0sandbox-{sandbox_id},".encode()]
-    for name in _list("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
-        try:
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                words = file.read(1 << 16)
-            if not any(needle in words for needle in needles):
-                continue
-            if os.stat(f"/proc/{name}").st_uid not in (0, os.geteuid()):
-                continue
-            if not kill_process(int(name), start_time(int(name)), 1.0):
-                problems.append(f"process {name} did not end after SIGKILL")
-        except (OSError, ValueError):
-            continue
-
-
 def _unmount(target: str, problems: list[str]) -> None:
     if not os.path.ismount(target):
         return
@@ -252,29 +157,6 @@ def _unmount(target: str, problems: list[str]) -> None:
         unmount(target)
     except OSError as error:
         problems.append(f"cannot unmount {target}: {error.strerror}")
-
-
-def _remove(path: str, problems: list[str]) -> None:
-    """Remove a tree of ours, and what is still mounted in it."""
-    if not os.path.lexists(path):
-        return
-    from devices.mounts import unmount_below
-    from shim.state.safefs import remove_tree
-
-    try:
-        unmount_below(path)
-        remove_tree(path)
-    except OSError as error:
-        problems.append(str(error))
-
-
-def _unlink(path: str, problems: list[str]) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        problems.append(f"cannot remove {path}: {error.strerror}")
 
 
 def _varint(value: int) -> bytes:

@@ -9,7 +9,8 @@ Invariants:
 - stdout carries the answer (the address) and nothing else, stderr stays empty when `start` succeeds: both are
   one pipe to containerd, which reads it until every holder has closed it. The child therefore gives
   up fds 0, 1 and 2 before anything else.
-- The socket listens before the address is printed: containerd dials once and at once.
+- The socket listens before it has its name, and before the address is printed: containerd dials once and at
+  once, and of two `start`s at the same time one is the other's.
 - A failed `start` removes what it made and exits 1 with one paragraph on stderr.
 
     start: flags -> sandbox of ./config.json -> bind -> address -> fork -> shim.pid -> print
@@ -34,7 +35,8 @@ BACKLOG = 128
 """Connections that may wait: containerd opens one per container, while the daemon still imports."""
 _ALIVE_TIMEOUT = 0.1  # seconds; what containerd's own shims grant a socket that already exists
 _CGROUP_ROOT = "/sys/fs/cgroup"
-_EADDRINUSE = 98  # the module errno costs a tenth of a millisecond
+_ATTEMPTS = 8  # at a name that others take and leave at the same time
+_ENOENT, _EADDRINUSE = 2, 98  # the module errno costs a tenth of a millisecond
 
 
 class StartError(Exception):
@@ -106,8 +108,12 @@ def _start(flags: Flags) -> "NoReturn":
     except BaseException:
         if pid:
             os.kill(pid, 9)
+        elif listener >= 0:
+            os.close(listener)
         if listener >= 0:
-            _unlink(path)
+            from shim.state.names import unlink_dead
+
+            unlink_dead(path)
         raise
     os.write(1, answer(address, options))
     os._exit(0)  # nothing is left to do, and to take the interpreter down costs 2 ms
@@ -154,31 +160,52 @@ def _require_alive(path: str, sandbox_id: str) -> None:
 
 
 def _bind(path: str) -> int:
-    """A listening socket at `path`, mode 0600; -1 when a live shim listens there already."""
+    """A listening socket at `path`, mode 0600; -1 when a live shim listens there already.
+
+    It is bound and listens under a name of this process's, and then gets its own: nobody ever finds it deaf.
+    """
     import _socket
 
     directory = os.path.dirname(path)
-    if len(path) > 106:
+    temporary = os.path.join(directory, f".{os.path.basename(path)[:16]}-{os.getpid()}")
+    if len(path) > 106 or len(temporary) > 106:
         raise StartError(f"start: socket path {path} has {len(path)} characters; the kernel allows 106")
-    if not os.path.isdir(directory):
-        os.makedirs(directory, 0o700, exist_ok=True)
     listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-    for attempt in (1, 2):
+    try:
+        os.umask(0o177)  # the mode that a socket is bound with: 0600
         try:
-            os.umask(0o177)  # the mode that a socket is bound with: 0600
-            listener.bind(path)
-            break
+            listener.bind(temporary)
         except OSError as error:
-            if error.errno != _EADDRINUSE or attempt == 2:
-                raise StartError(f"start: cannot bind {path}: {error.strerror}") from None
-            if _connect(path) == 0:
+            os.umask(0o077)
+            if error.errno == _ENOENT:
+                os.makedirs(directory, 0o700, exist_ok=True)
+            elif error.errno == _EADDRINUSE:
+                os.unlink(temporary)  # of one with our pid, which was killed
+            else:
+                raise
+            os.umask(0o177)
+            listener.bind(temporary)
+    except OSError as error:
+        raise StartError(f"start: cannot bind {path}: {error.strerror}") from None
+    finally:
+        os.umask(0o077)
+    try:
+        listener.listen(BACKLOG)
+        for _ in range(_ATTEMPTS):
+            try:
+                os.link(temporary, path)
+                return listener.detach()
+            except FileExistsError:
+                number = _connect(path)
+            if number == 0:
                 listener.close()
                 return -1
-            _unlink(path)  # left by a shim that was killed
-        finally:
-            os.umask(0o077)
-    listener.listen(BACKLOG)
-    return listener.detach()
+            from shim.state.names import unlink_dead
+
+            unlink_dead(path)  # left by a shim that was killed; or by now it is another start's, and lives
+        raise StartError(f"start: cannot bind {path}: what is there answers {os.strerror(number)!r}")
+    finally:
+        _unlink(temporary)
 
 
 def _unlink(path: str) -> None:

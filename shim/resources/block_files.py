@@ -49,11 +49,11 @@ class _Container:
 
 
 class BlockFiles:
-    """By disks and copies. `agent` answers the agent once the VM runs."""
+    """By disks and copies, for the sandbox with this key. `agent` answers the agent once the VM runs."""
 
     def __init__(
         self,
-        sandbox_id: str,
+        key: str,
         devices: DeviceManager,
         hypervisor: Hypervisor,
         undo: UndoLog,
@@ -64,7 +64,7 @@ class BlockFiles:
     ) -> None:
         self._style = style
         self._data_dir = data_dir
-        self._folder = f"{data_dir}/sandboxes/{sandbox_id}"
+        self._folder = f"{data_dir}/sandboxes/{key}"
         self._devices = devices
         self._hypervisor = hypervisor
         self._undo = undo

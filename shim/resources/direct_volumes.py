@@ -217,7 +217,8 @@ class _Used:
 
 
 class DirectVolumes:
-    """The plugged ones of one sandbox. `directory`: see `find`."""
+    """The plugged ones of one sandbox. `alias`: the name that Kata's tools find its socket by (see
+    `shim.protocols.DaemonContext`). `directory`: see `find`."""
 
     def __init__(
         self,
@@ -225,14 +226,14 @@ class DirectVolumes:
         holdings: Holdings,
         undo: UndoLog,
         *,
-        sandbox_id: str,
+        alias: str,
         style: DiskStyle,
         directory: str = DIRECTORY,
     ) -> None:
         self._devices = devices
         self._holdings = holdings
         self._undo = undo
-        self._sandbox_id = sandbox_id
+        self._alias = alias
         self._style = style
         self._directory = directory
         self._used: dict[str, _Used] = {}  # by the volume's path
@@ -259,8 +260,8 @@ class DirectVolumes:
         return await self._style.disk(name, volume.device, read_only=volume.read_only)
 
     async def _note(self, volume: Assigned) -> Entry:
-        """Leave the sandbox's id with the volume, as Kata does: by it `kata-ctl direct-volume` finds us."""
-        path = f"{volume_directory(volume.source, self._directory)}/{self._sandbox_id}"
+        """Leave our name with the volume, as Kata does: by it `kata-ctl direct-volume` finds us."""
+        path = f"{volume_directory(volume.source, self._directory)}/{self._alias}"
 
         def remove() -> None:
             with contextlib.suppress(OSError):

@@ -46,11 +46,11 @@ class SwapAgent(Protocol):
 
 
 class GuestSwap:
-    """The swap of one sandbox."""
+    """The swap of the sandbox with this key."""
 
-    def __init__(self, settings: SwapSettings, sandbox_id: str, undo: UndoLog) -> None:
+    def __init__(self, settings: SwapSettings, key: str, undo: UndoLog) -> None:
         self._settings = settings
-        self._path = f"{settings.directory}/{sandbox_id}.swap"
+        self._path = f"{settings.directory}/{key}.swap"
         self._undo = undo
         self._entry: Entry | None = None
 

@@ -37,7 +37,7 @@ from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_devices import HostDevice, host_devices
 from shim.spec.guest_spec import guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.spec.oci import Rest, spec_from_json
-from shim.state.bundle import MEMBER, OWN, state_dir
+from shim.state.bundle import MEMBER, OWN
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class ContainerResources:
         self._hooks: dict[str, HostHooks] = {}
         self._holdings = Holdings(devices, hypervisor)
         self._direct = DirectVolumes(
-            devices, self._holdings, undo, sandbox_id=settings.sandbox_id, style=settings.disks
+            devices, self._holdings, undo, alias=settings.alias, style=settings.disks
         )
         self._management: Management | None = None  # from the first direct volume on
         self._vfio: VfioDevices | None = None  # once a container wants such a device
@@ -175,7 +175,7 @@ class ContainerResources:
             from shim.sandbox.management import Management  # not on the usual start path
 
             self._management = Management(self._direct, self._hypervisor, self._agent)
-            await self._management.start(state_dir(self._settings.sandbox_id), self._undo)
+            await self._management.start(self._settings.state_dir, self._undo)
 
     async def _add_devices(
         self, container_id: str, disks: Sequence[HostDevice], passed: Wanted | None

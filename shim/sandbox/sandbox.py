@@ -45,7 +45,7 @@ from shim.sandbox.oom_watch import watch_oom
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM
 from shim.spec.limits import Size
-from shim.state.bundle import OWN, state_dir
+from shim.state.bundle import OWN
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class VirtSandbox:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 
             self._files = BlockFiles(
-                settings.sandbox_id, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
+                settings.key, self._devices, hypervisor, undo, lambda: self.agent, style=settings.disks
             )
         self._containers = ContainerResources(
             settings,
@@ -111,7 +111,7 @@ class VirtSandbox:
         self._loss = Loss(hypervisor)
         self._health = Health(
             settings.health,
-            state_dir(settings.sandbox_id),
+            settings.state_dir,
             evidence=hypervisor.diagnostics,
             give_up=self._loss.give_up,
         )
@@ -317,7 +317,7 @@ class VirtSandbox:
         if settings.swap is not None:
             from shim.resources.guest_swap import GuestSwap  # not on the usual start path
 
-            self._swap = GuestSwap(settings.swap, self.id, self._undo)
+            self._swap = GuestSwap(settings.swap, settings.key, self._undo)
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(watch_oom(self._agent, self._on_oom), "oom")

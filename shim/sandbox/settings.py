@@ -31,7 +31,8 @@ __all__ = ["SandboxSettings"]
 class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
-    `network`: see `shim.resources.network`. `shm_size` is in bytes.
+    `key`, `alias`, `state_dir`: see `shim.protocols.DaemonContext`. `network`: see `shim.resources.network`.
+    `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
@@ -40,6 +41,9 @@ class SandboxSettings:
     """
 
     sandbox_id: str
+    key: str
+    alias: str
+    state_dir: str
     container_type: str
     network: NetworkSettings
     hostname: str

@@ -1,7 +1,8 @@
 """Paths and small files that `start`, the daemon and `delete` agree on.
 
 What: the sandbox a bundle belongs to and what its container is to it, the socket address by containerd's
-convention, and the files `address` and `shim.pid`.
+convention, and the files `address` and `shim.pid`. (What else follows from the three that name a sandbox:
+`shim.state.identity`.)
 Why apart: all three actions need the same answers, two of them in a few milliseconds; so this
 module imports nothing that a bare interpreter has not loaded already.
 Invariants: every path is made of constants, checked ids and hex digits.
@@ -10,30 +11,24 @@ Invariants: every path is made of constants, checked ids and hex digits.
 import os
 
 __all__ = [
-    "KATA_RUN",
     "MEMBER",
     "OWN",
-    "SHARED_ROOT",
+    "PREFIX",
     "SINGLE",
     "SOCKET_DIR",
     "BundleError",
     "Group",
     "address_of",
+    "digest",
     "find_group",
     "pod_role",
-    "share_dir",
     "socket_path",
-    "state_dir",
     "write_atomically",
 ]
 
-_PREFIX = os.environ.get("KATA_SHIM_PREFIX", "")  # puts all three elsewhere: for tests
-
-KATA_RUN = _PREFIX + "/run/kata"
-"""State of all sandboxes, one directory each."""
-SHARED_ROOT = _PREFIX + "/run/kata-containers/shared/sandboxes"
-"""What sandboxes share with their guests, one directory each."""
-SOCKET_DIR = _PREFIX + "/run/containerd/s"
+PREFIX = os.environ.get("KATA_SHIM_PREFIX", "")
+"""Before all paths below /run: for tests."""
+SOCKET_DIR = PREFIX + "/run/containerd/s"
 """containerd's convention for the sockets of shims."""
 
 MAX_CONFIG = 4 << 20
@@ -179,22 +174,23 @@ def _folded(key: str) -> str:
 
 
 def socket_path(grpc_address: str, namespace: str, group_id: str, directory: str = "") -> str:
-    """The shim's socket: <directory>/<sha256 of containerd's address, namespace and group id>.
+    """The shim's socket: <directory>/<digest of the three>."""
+    return os.path.join(directory or SOCKET_DIR, digest(grpc_address, namespace, group_id))
+
+
+def digest(grpc_address: str, namespace: str, group_id: str) -> str:
+    """64 hex digits of containerd's address, the namespace and the sandbox's id.
 
     Source: containerd's runtime/v2/shim SocketAddress; the three are joined like a cleaned path.
     """
     joined = os.path.normpath("/".join(part for part in (grpc_address, namespace, group_id) if part))
-    return os.path.join(directory or SOCKET_DIR, _sha256_hex(joined.encode()))
-
-
-def _sha256_hex(data: bytes) -> str:
     try:
         # CPython 3.11's own; hashlib would load OpenSSL: 3 ms.
         from _sha256 import sha256  # type: ignore[import-not-found]
     except ImportError:
         from hashlib import sha256
-    digest: str = sha256(data).hexdigest()
-    return digest
+    found: str = sha256(os.fsencode(joined)).hexdigest()
+    return found
 
 
 def address_of(path: str) -> str:
@@ -202,19 +198,9 @@ def address_of(path: str) -> str:
     return "unix://" + path
 
 
-def state_dir(sandbox_id: str) -> str:
-    """Directory (0700) of a sandbox's journal and private sockets."""
-    return os.path.join(KATA_RUN, sandbox_id)
-
-
-def share_dir(sandbox_id: str) -> str:
-    """Directory of what a sandbox shares with its guest."""
-    return os.path.join(SHARED_ROOT, sandbox_id)
-
-
 def write_atomically(directory: str, name: str, text: str) -> None:
     """Write a small file so that a reader sees the old text or the new one, never a part."""
-    temporary = os.path.join(directory, "." + name)
+    temporary = os.path.join(directory, f".{name}.{os.getpid()}")  # others may be writing theirs
     final = os.path.join(directory, name)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(temporary, flags, 0o600)

@@ -58,7 +58,7 @@ def _logger(facts: Facts, timeout: float) -> None:
 def _end(facts: Facts, timeout: float, function: Callable[[int, int, float], bool]) -> None:
     pid, start = facts.get("pid"), facts.get("start")
     if not isinstance(pid, int) or not isinstance(start, int):
-        return  # recorded, but never seen to run: `cleanup` looks for such by their command line
+        return  # recorded, but never seen to run: `shim.launch.strays` finds such by their mark
     if pid <= 1:
         raise ReleaseError(f"pid {pid} is not a process of ours")
     if not function(pid, start, timeout):
@@ -73,6 +73,23 @@ def _file(facts: Facts, _timeout: float) -> None:
         os.unlink(path)
     except (FileNotFoundError, NotADirectoryError):
         pass
+
+
+def _socket(facts: Facts, timeout: float) -> None:
+    """One whose place others may take is removed only if it is the one that was recorded."""
+    path, inode, made = _path(facts), facts.get("inode"), facts.get("made")
+    if not isinstance(inode, int) or not isinstance(made, int):
+        _file(facts, timeout)
+        return
+    from shim.state.names import unlink_socket
+
+    unlink_socket(path, inode, made)
+
+
+def _link(facts: Facts, _timeout: float) -> None:
+    from shim.state.names import remove_link
+
+    remove_link(_path(facts), str(facts.get("target")))
 
 
 def _dir(facts: Facts, _timeout: float) -> None:
@@ -130,7 +147,8 @@ KINDS: Mapping[str, Release] = {
     "pci-driver": _pci_driver,
     "process": _process,
     "logger": _logger,
-    "socket": _file,
+    "socket": _socket,
+    "link": _link,
     "file": _file,
     "dir": _dir,
     "mount": _mount,

@@ -3,9 +3,10 @@
 What: `Trace` collects (phase, start, end, id) in memory and writes them as JSON lines:
 `{"phase": "vmm.boot", "start": 12.25, "end": 13.5, "id": "c1"}`, times in seconds of
 CLOCK_MONOTONIC, so that the lines of several processes of one host can be laid side by side. A
-phase that failed also has `"error": "<class of the exception>"`.
+phase that failed also has `"error": "<class of the exception>"`. The first line says whose it is:
+`{"trace": 1, "sandbox": ID, "namespace": NAMESPACE, "containerd": address of its socket}`.
 Where: `<state_dir>/trace.jsonl` while the sandbox lives; `close` moves it to
-/var/log/kata-shim/trace/<sandbox id>.jsonl and keeps the newest 50 there.
+/var/log/kata-shim/trace/<name>.jsonl, by the sandbox's key, and keeps the newest 50 there.
 Invariants: recording costs microseconds and never fails; at most MAX_ENTRIES are kept per sandbox,
 so a pod with a probe each second does not grow; files that cannot be written are done without,
 because a container must not fail for its trace. Imports nothing that the daemon would not anyway.
@@ -17,7 +18,7 @@ import os
 from time import monotonic
 from types import TracebackType
 
-__all__ = ["ARCHIVE_DIR", "KEEP", "MAX_ENTRIES", "TRACE_FILE", "Trace"]
+__all__ = ["ARCHIVE_DIR", "KEEP", "MAX_ENTRIES", "TRACE_FILE", "Trace", "owner_of"]
 
 ARCHIVE_DIR = "/var/log/kata-shim/trace"
 TRACE_FILE = "trace.jsonl"
@@ -54,11 +55,23 @@ class Trace:
     """The recorder of one sandbox.
 
     `state_dir` is where `flush` appends (it need not exist before the first flush); an empty one
-    records in memory only.
+    records in memory only. `name`: that of the file which is kept (default: the sandbox's id).
     """
 
-    def __init__(self, sandbox_id: str, state_dir: str = "", *, archive_dir: str = ARCHIVE_DIR) -> None:
+    def __init__(
+        self,
+        sandbox_id: str,
+        state_dir: str = "",
+        *,
+        name: str = "",
+        namespace: str = "",
+        containerd: str = "",
+        archive_dir: str = ARCHIVE_DIR,
+    ) -> None:
         self.sandbox_id = sandbox_id
+        self._name = name or os.path.basename(sandbox_id)
+        self._owner = {"trace": 1, "sandbox": sandbox_id, "namespace": namespace, "containerd": containerd}
+        self._flushed = False
         self._path = os.path.join(state_dir, TRACE_FILE) if state_dir else ""
         self._archive_dir = archive_dir
         self._pending: list[dict[str, str | float]] = []
@@ -101,6 +114,7 @@ class Trace:
         except OSError:
             return False
         self._pending.clear()
+        self._flushed = True
         return True
 
     def durations(self) -> dict[str, float]:
@@ -111,7 +125,7 @@ class Trace:
         try:
             for line in self._content().splitlines():
                 entry = json.loads(line)
-                if entry["id"] == self.sandbox_id:
+                if entry.get("id") == self.sandbox_id:
                     found[entry["phase"]] = round(entry["end"] - entry["start"], 6)
         except (OSError, ValueError, KeyError):
             pass  # somebody spoilt the file; what was read is right
@@ -123,7 +137,7 @@ class Trace:
         The two are usually on different file systems, so this copies: some kilobytes, no fsync. The
         state directory may be gone already; then only what was not flushed before is left to keep.
         """
-        name = f"{os.path.basename(self.sandbox_id)}.jsonl"
+        name = f"{self._name}.jsonl"
         target = os.path.join(self._archive_dir, name)
         try:
             content = self._content()
@@ -146,7 +160,8 @@ class Trace:
     def _lines(self) -> str:
         import json
 
-        return "".join(json.dumps(entry) + "\n" for entry in self._pending)
+        head = [] if self._flushed or not self._pending else [self._owner]
+        return "".join(json.dumps(entry) + "\n" for entry in [*head, *self._pending])
 
     def _content(self) -> str:
         """What was flushed and what was not."""
@@ -156,8 +171,24 @@ class Trace:
                 with open(self._path, encoding="utf-8") as file:
                     content = file.read()
             except FileNotFoundError:
-                pass
+                self._flushed = False
         return content + self._lines()
+
+
+def owner_of(path: str) -> tuple[str, str, str]:
+    """(sandbox id, namespace, containerd's address) as the file's first line says; "" for what it does not.
+    Raises OSError."""
+    import json
+
+    with open(path, encoding="utf-8", errors="replace") as file:
+        line = file.readline(1 << 16)
+    try:
+        head = json.loads(line)
+        texts = [head.get(key) for key in ("sandbox", "namespace", "containerd")] if "trace" in head else []
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        texts = []
+    sandbox, namespace, containerd = (text if isinstance(text, str) else "" for text in texts or [""] * 3)
+    return sandbox, namespace, containerd
 
 
 def _prune(directory: str) -> None:

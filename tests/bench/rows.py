@@ -177,8 +177,9 @@ def _processes(containerd: Containerd, name: str, word: str = "") -> list[leaks.
     """Those of the container `name` whose program is called `word...`."""
     return [
         process
-        for process in leaks.own_processes(containerd.tag, str(containerd.root))
-        if any(name in part for part in process.argv) and (not word or word in process.argv[0])
+        for process in containerd.processes()
+        if any(name in part or containerd.key(name) in part for part in process.argv)
+        and (not word or word in process.argv[0])
     ]
 
 

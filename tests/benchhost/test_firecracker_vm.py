@@ -54,7 +54,7 @@ async def _vm(
     section: FirecrackerConfig, name: str, *cards: NetworkConfig, netns: str | None = None
 ) -> AsyncIterator[Firecracker]:
     """A running VM; afterwards nothing of it is left."""
-    state = Path("/run/kata") / name
+    state = Path("/run/kata-shim") / name
     state.mkdir(parents=True)
     undo = MemoryUndo()
     vm = plugin.create(section, sandbox_id=name, state_dir=str(state), undo=undo)
@@ -75,7 +75,7 @@ async def _vm(
         shutil.rmtree(state)
     assert left == []
     assert undo.entries == []
-    assert not Path("/run/kata/firecracker").exists()
+    assert not Path("/run/kata-shim/firecracker").exists()
     assert not Path("/sys/fs/cgroup/firecracker", name).exists()
 
 
@@ -97,7 +97,7 @@ async def test_a_jailed_vm_in_a_namespace(section: FirecrackerConfig, tap: str, 
     card = NetworkConfig(id="net0", mac=_MAC, tap="tap0")
     async with _vm(limited, "t1", card, netns=tap) as vm:
         assert os.stat(await vm.get_ns_path()).st_ino == os.stat(tap).st_ino
-        assert await vm.get_jailer_root() == "/run/kata/firecracker/t1/root"
+        assert await vm.get_jailer_root() == "/run/kata-shim/firecracker/t1/root"
         assert list((await vm.get_thread_ids()).vcpus) == [0]
 
         assert _MAC in await _interfaces(vm)
@@ -154,22 +154,22 @@ async def test_a_snapshot_becomes_another_vm(section: FirecrackerConfig, tmp_pat
 
 @pytest.mark.benchhost
 async def test_a_planted_link_is_refused(section: FirecrackerConfig) -> None:
-    os.makedirs("/run/kata/firecracker", 0o700)
-    os.symlink("/etc", "/run/kata/firecracker/t3")
-    vm = plugin.create(section, sandbox_id="t3", state_dir="/run/kata", undo=MemoryUndo())
+    os.makedirs("/run/kata-shim/firecracker", 0o700)
+    os.symlink("/etc", "/run/kata-shim/firecracker/t3")
+    vm = plugin.create(section, sandbox_id="t3", state_dir="/run/kata-shim/t3", undo=MemoryUndo())
     try:
-        with pytest.raises(HostError, match="/run/kata/firecracker/t3 exists already"):
+        with pytest.raises(HostError, match="/run/kata-shim/firecracker/t3 exists already"):
             await vm.prepare_vm("t3", None)
         await vm.cleanup()
     finally:
-        os.unlink("/run/kata/firecracker/t3")
-        os.rmdir("/run/kata/firecracker")
+        os.unlink("/run/kata-shim/firecracker/t3")
+        os.rmdir("/run/kata-shim/firecracker")
 
 
 @pytest.mark.benchhost
 async def test_its_death_is_told_with_its_last_words(section: FirecrackerConfig) -> None:
     broken = dataclasses.replace(section, kernel_params="init=/nope panic=-1")
-    state = Path("/run/kata/t4")
+    state = Path("/run/kata-shim/t4")
     state.mkdir(parents=True)
     undo = MemoryUndo()
     vm = plugin.create(broken, sandbox_id="t4", state_dir=str(state), undo=undo)

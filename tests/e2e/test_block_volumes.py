@@ -103,13 +103,15 @@ def test_after_kill_9_of_the_shim_nothing_of_volume_and_swap_is_left(
     mount = ("--mount", f"type=bind,src={path},dst=/vol,options=rbind")
     run = ("run", "--detach", "--runtime", KATA, *options, *mount, IMAGE, name, "sleep", "100000")
     containerd.ctr(*run, timeout=120)
-    assert (swap / f"{name}.swap").exists()
+    assert (swap / f"{containerd.key(name)}.swap").exists()
     assert Path(f"/run/kata/{name}/shim-monitor.sock").exists()
     assert (_assignment(path) / name).exists()
     with pytest.raises(CallerError, match="another VM's"):
         probe(str(image), read_only=False)
 
-    (journal,) = (record for record in load(f"/run/kata/{name}") if record.facts.get("name") == "shim")
+    (journal,) = (
+        record for record in load(f"/run/kata/{name}").records if record.facts.get("name") == "shim"
+    )
     os.kill(int(journal.facts["pid"]), signal.SIGKILL)
     containerd.remove(name)
     no_leaks()
@@ -144,7 +146,7 @@ def test_a_container_without_a_shared_file_system(
     first, size, root = result.text.splitlines()
     assert (first, size) == ("from the host", "3000000")
     assert root.startswith("overlay / overlay rw,")
-    assert not Path("/var/lib/kata-containers/sandboxes", name).exists()
+    assert not Path("/var/lib/kata-containers/sandboxes", containerd.key(name)).exists()
 
 
 def test_a_snapshotters_image_file_is_the_disk(tmp_path: Path) -> None:

@@ -146,9 +146,10 @@ def test_as_many_routes_as_a_guest_is_told(
 
 def _unsettled(containerd: Containerd, name: str) -> list[str]:
     """What the host still has of a container that has gone."""
-    paths = [f"/run/kata/{name}", f"/run/kata-containers/shared/sandboxes/{name}"]
-    mounts = [mount for mount in leaks.mounts_below("/run/kata-containers") if name in mount]
-    processes = [str(one) for one in leaks.own_processes(containerd.tag, "") if name in one.argv]
+    paths = [f"/run/kata/{name}", str(containerd.state_dir(name)), str(containerd.share_dir(name))]
+    key = containerd.key(name)
+    mounts = [mount for mount in leaks.mounts_below("/run/kata-containers") if key in mount]
+    processes = [str(one) for one in containerd.processes() if name in one.argv]
     return [path for path in paths if os.path.lexists(path)] + mounts + processes
 
 
@@ -230,7 +231,7 @@ def test_killed_while_it_boots_it_leaves_nothing(plain: Containerd, lab: NetLab)
 def _shim_of(containerd: Containerd, name: str) -> int:
     (pid,) = [
         one.pid
-        for one in leaks.own_processes(containerd.tag, "")
+        for one in containerd.processes()
         if name in one.argv and any("containerd-shim-kata-v2" in word for word in one.argv)
     ]
     return pid

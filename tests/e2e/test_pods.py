@@ -29,7 +29,7 @@ MIB = 1 << 20
 def programs(pod: Pod) -> list[str]:
     """The names of the processes that serve this pod: shim and VMM, of all that this containerd started."""
     found = []
-    for process in leaks.own_processes(pod.cri.containerd.tag, str(pod.cri.containerd.root)):
+    for process in pod.cri.containerd.processes():
         name = os.path.basename(process.argv[0])
         if name.startswith("qemu") and any(pod.id in word for word in process.argv):
             found.append("vmm")
@@ -46,9 +46,11 @@ def left_of(pod: Pod) -> list[str]:
     paths = [
         leaks.shim_socket(containerd.address, containerd.namespace, pod.id),
         f"/run/kata/{pod.id}",
-        f"/run/kata-containers/shared/sandboxes/{pod.id}",
+        str(containerd.state_dir(pod.id)),
+        str(containerd.share_dir(pod.id)),
     ]
-    mounts = [mount for mount in leaks.mounts_below("/run/kata-containers") if pod.id in mount]
+    key = containerd.key(pod.id)
+    mounts = [mount for mount in leaks.mounts_below("/run/kata-containers") if key in mount]
     return [path for path in paths if os.path.lexists(path)] + mounts + programs(pod)
 
 
@@ -191,7 +193,7 @@ def test_the_pod_outlives_a_container_which_can_be_started_again(pod: Pod, pair:
     assert boot_id(pod, second) == boot
     pod.stop_container(second, grace=30)
     assert pod.status(second).exit_code == 7, "it got the time to end by itself"
-    share = Path("/run/kata-containers/shared/sandboxes", pod.id, "rw/passthrough")
+    share = pod.cri.containerd.share_dir(pod.id) / "rw/passthrough"
     left = os.listdir(share)
     assert not [name for name in left if first in name or second in name], "CRI deletes the task at its exit"
     assert [name for name in left if pair[0] in name], "the others keep theirs"

@@ -184,8 +184,9 @@ def test_kill_9_of_the_shim_ends_the_pod_and_leaves_nothing(
             if topic in {"/tasks/exit", "/tasks/delete"} and event.container_id in pods.names:
                 seen.add((topic, event.container_id))
                 assert event.exit_status == 137
-    for path in (f"/run/kata/{pod.container}", f"/run/kata-containers/shared/sandboxes/{pod.container}"):
-        assert not os.path.exists(path)
+    for path in (containerd.state_dir(pod.container), containerd.share_dir(pod.container)):
+        assert not path.exists()
+    assert not os.path.lexists(f"/run/kata/{pod.container}")
     socket = leaks.shim_socket(containerd.address, containerd.namespace, pod.container)
     assert not os.path.exists(socket)
     with pytest.raises(grpc.RpcError, match=f"the shim of sandbox {pod.container} does not answer"):

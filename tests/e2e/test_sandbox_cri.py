@@ -197,9 +197,7 @@ def test_containerd_killed_while_a_pod_boots(cri: Cri) -> None:
 
 
 def _programs(daemon: Containerd) -> list[str]:
-    return [
-        os.path.basename(process.argv[0]) for process in leaks.own_processes(daemon.tag, str(daemon.root))
-    ]
+    return [os.path.basename(process.argv[0]) for process in daemon.processes()]
 
 
 def _pods(cri: Cri) -> list[Any]:

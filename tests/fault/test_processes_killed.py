@@ -65,10 +65,10 @@ def no_leaks(containerd: Containerd) -> Iterator[None]:
 
 def _pid(containerd: Containerd, name: str, program: str) -> int:
     """The process of that program that serves the container `name`; 0 if there is none (yet)."""
-    for process in leaks.own_processes(containerd.tag, str(containerd.root)):
+    for process in containerd.processes():
         words = " ".join(process.argv)
         # The shim itself has the id as a word of its own, its helpers have our directory in a path.
-        helper = f"/{name}/" in words or f" sandbox-{name}," in words
+        helper = f"/{containerd.key(name)}/" in words or f" sandbox-{name}," in words
         mine = f"-id {name} " in words if program == "containerd-shim" else helper
         if not mine or not any(os.path.basename(word).startswith(program) for word in process.argv[:3]):
             continue

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 
 from devices.mounts import bind, mounts_below
 from proto import sandbox_v1_pb2, task_v2_pb2
-from shim.state.journalfile import encode
+from shim.state.journalfile import encode, header_of, load
 from shim.state.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError
@@ -115,7 +117,7 @@ async def test_delete_waits_for_a_clean_end(shims: Shims) -> None:
 
     _response(shims.delete(bundle))
 
-    assert "done" in shims.log("c1")
+    assert "done" in shims.log(bundle)
     assert shims.leftovers() == []
 
 
@@ -151,13 +153,14 @@ async def test_member_of_a_live_pod(shims: Shims) -> None:
     _response(shims.delete(pod))
 
 
-async def test_member_of_a_dead_pod(shims: Shims) -> None:
+@pytest.mark.parametrize("folder", ["rw/passthrough", "roots/rw"])
+async def test_member_of_a_dead_pod(shims: Shims, folder: str) -> None:
     """With the shim dead, a member's share goes with the member, the rest with the pod."""
     pod = shims.bundle("p1", {_KEY + "container-type": "sandbox", _KEY + "sandbox-id": "p1"})
     member = shims.bundle("c1", {_KEY + "container-type": "container", _KEY + "sandbox-id": "p1"})
     shims.start(pod)
     helper = await _create(pod)
-    share = shims.root / "run/kata-containers/shared/sandboxes/p1/rw/passthrough"
+    share = shims.share_dir(pod) / folder
     for name in ("p1", "c1"):
         (share / name / "rootfs").mkdir(parents=True)
     os.kill(pod.pid, signal.SIGKILL)
@@ -181,27 +184,40 @@ def test_nothing_there(shims: Shims) -> None:
 
 @pytest.mark.parametrize("journal", [b"garbage\n", encode({"journal": 99, "sandbox": "c1"})])
 def test_unreadable_journal(shims: Shims, journal: bytes) -> None:
-    """A journal that cannot be read is told, by exit code and text; what lies at known places goes."""
+    """A journal that tells nothing stays, and is told by exit code and text each time, until a person removes
+    it; what lies at known places goes."""
     bundle = shims.bundle("c1")
-    directory = shims.state_dir("c1")
+    directory = shims.state_dir(bundle)
     directory.mkdir(parents=True)
     (directory / "journal").write_bytes(journal)
+    (directory / "qmp.sock").touch()
+    (shims.share_dir(bundle) / "rw").mkdir(parents=True)
 
-    result = shims.delete(bundle)
+    for _ in range(2):
+        result = shims.delete(bundle)
+        assert result.returncode == 1
+        assert f"{directory}/journal".encode() in result.stderr
+        assert f"then remove {directory}".encode() in result.stderr
+        assert task_v2_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
+        assert [path.name for path in directory.iterdir()] == ["journal"]
+        assert (directory / "journal").read_bytes() == journal
+        assert not shims.share_dir(bundle).exists()
 
-    assert result.returncode == 1
-    assert b"journal" in result.stderr
-    assert task_v2_pb2.DeleteResponse.FromString(result.stdout).exit_status == 137
-    assert shims.leftovers() == []
+    shutil.rmtree(directory)
     _response(shims.delete(bundle))
 
 
-def _write_journal(shims: Shims, *changes: dict[str, object]) -> Path:
-    directory = shims.state_dir("c1")
+def _write_journal(shims: Shims, bundle: Bundle, *changes: dict[str, object] | bytes) -> Path:
+    directory = shims.state_dir(bundle)
     directory.mkdir(parents=True)
-    lines = [encode({"journal": 1, "sandbox": "c1"}), *map(encode, changes)]
-    (directory / "journal").write_bytes(b"".join(lines))
+    lines = [change if isinstance(change, bytes) else encode(change) for change in changes]
+    header = encode(header_of(shims.identity(bundle), str(bundle.path)))
+    (directory / "journal").write_bytes(header + b"".join(lines))
     return directory
+
+
+def _record(number: int, kind: str, **facts: str | int) -> dict[str, object]:
+    return {"op": "record", "n": number, "kind": kind, "facts": facts}
 
 
 @pytest.fixture
@@ -214,51 +230,88 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 def test_pid_of_somebody_else(shims: Shims, sleeper: subprocess.Popen[bytes]) -> None:
     """A recorded pid that now belongs to another process is left alone."""
-    facts = {"name": "qemu", "pid": sleeper.pid, "start": start_time(sleeper.pid) - 1}
-    _write_journal(shims, {"op": "record", "n": 1, "kind": "process", "facts": facts})
+    bundle = shims.bundle("c1")
+    start = start_time(sleeper.pid) - 1
+    _write_journal(shims, bundle, _record(1, "process", name="qemu", pid=sleeper.pid, start=start))
 
-    _response(shims.delete(shims.bundle("c1")))
+    _response(shims.delete(bundle))
 
     assert sleeper.poll() is None
 
 
-@pytest.mark.parametrize("argument", ["{directory}/journal", "sandbox-c1,debug-threads=on"])
-@pytest.mark.parametrize("recorded", [False, True])
-def test_helper_that_never_reached_the_journal(shims: Shims, recorded: bool, argument: str) -> None:
-    """Recorded without a pid: the process is known by our name in its command line, else untouched."""
-    bundle = shims.bundle("c1")
-    changes = [{"op": "record", "n": 1, "kind": "process", "facts": {"name": "x"}}] if recorded else []
-    directory = _write_journal(shims, *changes)
-    argv = [sys.executable, "-c", "import time; time.sleep(1000)", argument.format(directory=directory)]
-    with subprocess.Popen(argv) as helper:
-        try:
-            _response(shims.delete(bundle))
-            if recorded:
-                assert helper.wait(5) == -9
-            else:
-                assert helper.poll() is None
-        finally:
-            helper.kill()
+def test_helper_that_never_reached_the_journal(shims: Shims) -> None:
+    """Recorded without a pid: the process is known by its mark, whatever it is called; another sandbox's, and
+    an administrator who looks at this one's files, go on."""
+    bundle, other = shims.bundle("c1"), shims.bundle("c1", namespace="other")
+    directory = _write_journal(shims, bundle, _record(1, "process", name="x"))
+    key = shims.identity(bundle).key
+    sleep = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    with contextlib.ExitStack() as processes:
+
+        def start(argv: list[str], *, leads: bool = True, **env: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(
+                argv, env={**os.environ, **env}, stdin=subprocess.DEVNULL, start_new_session=leads
+            )
+            processes.callback(process.wait)
+            processes.callback(process.kill)
+            return process
+
+        strays = [
+            start(sleep, KATA_SHIM_CHILD=f"{key}.12345"),
+            start([*sleep, "--id", key]),  # a jail's environment is empty
+            start([*sleep, f"--id={key}"]),
+        ]
+        innocent = [
+            start(["tail", "-f", str(directory / "journal")]),
+            start([*sleep, f"{directory}/qmp.sock", "sandbox-c1,debug-threads=on"]),
+            start(sleep, KATA_SHIM_CHILD=f"{shims.identity(other).key}.12345"),
+            start(sleep, OTHER=key),
+            start([*sleep, key, "-id", "c1"]),
+            start([*sleep, "--id", key], leads=False),
+        ]
+        _wait_for_exec([*strays, *innocent])
+
+        _response(shims.delete(bundle))
+
+        assert [process.wait(5) for process in strays] == [-9] * 3
+        assert [process.poll() for process in innocent] == [None] * 6
+
+
+def _wait_for_exec(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Popen may return before exec: until then it has our own environment and command line."""
+    own = Path("/proc/self/cmdline").read_bytes()
+    until = time.monotonic() + 10
+    while any(Path(f"/proc/{process.pid}/cmdline").read_bytes() in (b"", own) for process in processes):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_hostile_journal_paths(shims: Shims, tmp_path: Path) -> None:
-    """Records that do not name what they should are reported; nothing else happens."""
+    """Records that do not name what they should are reported, stay recorded, and nothing else happens."""
     precious = tmp_path / "precious"
     precious.mkdir()
-    _write_journal(
+    bundle = shims.bundle("c1")
+    gone = tmp_path / "gone"
+    gone.touch()
+    directory = _write_journal(
         shims,
-        {"op": "record", "n": 1, "kind": "file", "facts": {"path": str(precious)}},
-        {"op": "record", "n": 2, "kind": "dir", "facts": {"path": f"{tmp_path}/x/../precious"}},
-        {"op": "record", "n": 3, "kind": "process", "facts": {"pid": 1, "start": 0}},
-        {"op": "record", "n": 4, "kind": "unheard-of", "facts": {}},
+        bundle,
+        _record(1, "file", path=str(precious)),
+        _record(2, "dir", path=f"{tmp_path}/x/../precious"),
+        _record(3, "process", pid=1, start=0),
+        _record(4, "unheard-of"),
+        _record(5, "file", path=str(gone)),
     )
 
-    result = shims.delete(shims.bundle("c1"))
-
-    assert result.returncode == 1
-    for text in (b"recorded as a file", b"not an absolute path", b"pid 1", b"unheard-of"):
-        assert text in result.stderr
-    assert precious.exists()
+    for _ in range(2):
+        result = shims.delete(bundle)
+        assert result.returncode == 1
+        for text in (b"recorded as a file", b"not an absolute path", b"pid 1", b"unheard-of"):
+            assert text in result.stderr
+        assert precious.exists()
+        assert not gone.exists()
+        assert [record.number for record in load(str(directory)).records] == [1, 2, 3, 4]
+    shutil.rmtree(directory)
 
 
 def test_mount_of_a_volume_survives(shims: Shims) -> None:
@@ -267,7 +320,7 @@ def test_mount_of_a_volume_survives(shims: Shims) -> None:
     volume = shims.root / "volume"
     volume.mkdir()
     (volume / "data").write_text("precious")
-    target = shims.root / "run/kata-containers/shared/sandboxes/c1/rw/passthrough/c1/data"
+    target = shims.share_dir(bundle) / "rw/passthrough/c1/data"
     target.mkdir(parents=True)
     bind(str(volume), str(target))
 
@@ -290,17 +343,18 @@ async def test_next_start_without_a_delete(shims: Shims) -> None:
     await _create(bundle)
 
     assert helper not in shims.processes()
-    assert "remains of an earlier shim" in shims.log("c1")
+    assert "remains of an earlier shim" in shims.log(bundle)
     _response(shims.delete(bundle))
 
 
 async def test_daemon_that_cannot_work_says_why(shims: Shims) -> None:
     """A journal of another version: Create is answered with the reason, Shutdown ends the daemon."""
     bundle = shims.bundle("c1")
-    _write_journal(shims).joinpath("journal").write_bytes(encode({"journal": 99, "sandbox": "c1"}))
+    directory = _write_journal(shims, bundle)
+    (directory / "journal").write_bytes(encode({"journal": 99, "sandbox": "c1"}))
     shims.start(bundle)
 
-    with pytest.raises(RpcError, match=r"version 99.*try: remove") as caught:
+    with pytest.raises(RpcError, match=r"version 99.*try: see what it records.*then remove") as caught:
         await _create(bundle)
     assert caught.value.code is Code.FAILED_PRECONDITION
     method = sandbox_v1_pb2.DESCRIPTOR.services_by_name["Sandbox"].methods_by_name["CreateSandbox"]
@@ -314,3 +368,4 @@ async def test_daemon_that_cannot_work_says_why(shims: Shims) -> None:
     assert shims.wait_gone(bundle.pid)
     assert not bundle.socket.exists()
     assert shims.delete(bundle).returncode == 1
+    shutil.rmtree(directory)

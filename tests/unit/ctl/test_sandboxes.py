@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ctl import sandboxes
 from ctl.sandboxes import read_sandboxes
 from shim.state import healthfile, procfs
-from shim.state.journalfile import encode
+from shim.state.identity import Identity
+from shim.state.journalfile import encode, header_of
+
+CONTAINERD = "/run/containerd/containerd.sock"
 
 
-def journal(directory: Path, name: str, processes: list[tuple[str, int, int]]) -> Path:
-    path = directory / name
+def owner(name: str, namespace: str = "default", address: str = CONTAINERD) -> Identity:
+    return Identity(address, namespace, name)
+
+
+def journal(run: Path, who: Identity, processes: list[tuple[str, int, int]]) -> Path:
+    """The state directory of such a sandbox."""
+    path = run / who.key
     path.mkdir(parents=True)
-    lines: list[dict[str, object]] = [{"journal": 1, "sandbox": name}]
+    lines: list[dict[str, object]] = [header_of(who)]
     for number, (process, pid, start) in enumerate(processes, 1):
         facts: dict[str, object] = {"name": process, "pid": pid, "start": start}
         lines.append({"op": "record", "n": number, "kind": "process", "facts": facts})
@@ -29,48 +38,86 @@ def test_states(tmp_path: Path) -> None:
     pid, parent = os.getpid(), os.getppid()
     start = procfs.start_time(pid)
     daemon = ("virtiofsd", parent, procfs.start_time(parent))
-    journal(tmp_path, "alive", [daemon, ("qemu", pid, start)])
-    journal(tmp_path, "dead", [("qemu", pid, start + 1)])  # the pid was reused
-    journal(tmp_path, "half", [daemon, ("qemu", pid, start + 1)])
-    journal(tmp_path, "new", [])
-    (tmp_path / "bare").mkdir()
-    (journal(tmp_path, "broken", []) / "journal").write_text("nonsense\n")
-    (tmp_path / "a-file").write_text("")
-    share = tmp_path / "share"
-    for folder in ("alive/rw/passthrough/c1/rootfs", "alive/rw/passthrough/a-volume"):
-        (share / folder).mkdir(parents=True)
-    state = tmp_path / "state"
-    state.mkdir()
-    for name in ("alive", "dead", "half", "new", "bare", "broken", "a-file"):
-        (tmp_path / name).rename(state / name)
-    found = {each.id: each for each in read_sandboxes(str(state), str(share))}
+    run, share = tmp_path / "run", tmp_path / "share"
+    journal(run, owner("alive"), [daemon, ("qemu", pid, start)])
+    journal(run, owner("dead"), [("qemu", pid, start + 1)])  # the pid was reused
+    journal(run, owner("half"), [daemon, ("qemu", pid, start + 1)])
+    journal(run, owner("new"), [])
+    with (journal(run, owner("broken"), [("qemu", pid, start)]) / "journal").open("a") as file:
+        file.write("nonsense\n")
+    (run / ("0" * 32)).mkdir()  # nothing says whose: it is known by its key
+    (run / "firecracker").mkdir()  # the jails'
+    (run / "a-file").write_text("")
+    for folder in ("c1/rootfs", "a-volume"):
+        (share / owner("alive").key / "rw/passthrough" / folder).mkdir(parents=True)
+
+    found = {each.id: each for each in read_sandboxes(str(run), str(tmp_path / "none"), str(share))}
+
     assert {name: each.state for name, each in found.items()} == {
         "alive": "running",
         "dead": "dead",
         "half": "dead",
         "new": "starting",
-        "bare": "starting",
+        "0" * 32: "starting",
         "broken": "damaged",
     }
     alive = found["alive"]
+    assert (alive.namespace, alive.containerd) == ("default", CONTAINERD)
+    assert alive.directory == str(run / owner("alive").key)
     assert alive.pid == pid
     assert alive.processes == (f"virtiofsd={parent}", f"qemu={pid}")
     assert alive.containers == ("c1",)
     assert alive.memory > 1024
     assert found["half"].processes == (f"virtiofsd={parent}",)
     assert found["half"].pid == 0
+    assert found["broken"].pid == pid  # what comes before the damage is known
+    assert (found["0" * 32].namespace, found["0" * 32].containerd) == ("", "")
+
+
+def test_sandboxes_of_older_shims_are_listed(tmp_path: Path) -> None:
+    """Their directories are in Kata's place, where links to today's are no sandboxes of their own."""
+    pid = os.getpid()
+    run, kata = tmp_path / "run", tmp_path / "kata"
+    new = journal(run, owner("new"), [])
+    (kata / "old").mkdir(parents=True)
+    (kata / "new").symlink_to(new)
+    record = {"name": "qemu", "pid": pid, "start": procfs.start_time(pid)}
+    lines = [{"journal": 1, "sandbox": "old"}, {"op": "record", "n": 1, "kind": "process", "facts": record}]
+    (kata / "old/journal").write_bytes(b"".join(map(encode, lines)))
+
+    found = read_sandboxes(str(run), str(kata), str(tmp_path))
+
+    assert sorted((each.id, each.namespace, each.state) for each in found) == [
+        ("new", "default", "starting"),
+        ("old", "", "running"),
+    ]
 
 
 def test_the_table_and_the_json_say_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pid = os.getpid()
-    journal(tmp_path, "pod", [("qemu", pid, procfs.start_time(pid))])
-    assert sandboxes.run(state_dir=str(tmp_path), share_dir="/none") == 0
+    journal(tmp_path, owner("pod"), [("qemu", pid, procfs.start_time(pid))])
+    where: dict[str, Any] = {"run_dir": str(tmp_path), "kata_dir": "/none", "shared": "/none"}
+    assert sandboxes.run(as_json=False, **where) == 0
     head, row = capsys.readouterr().out.splitlines()
     assert head.split()[:2] == ["SANDBOX", "STATE"]
-    assert row.split()[:3] == ["pod", "running", str(pid)]
-    sandboxes.run(as_json=True, state_dir=str(tmp_path), share_dir="/none")
+    assert row.split()[:3] == ["default/pod", "running", str(pid)]
+    sandboxes.run(as_json=True, **where)
     (each,) = json.loads(capsys.readouterr().out)
     assert (each["id"], each["state"], each["pid"]) == ("pod", "running", pid)
+    assert (each["namespace"], each["containerd"]) == ("default", CONTAINERD)
+
+
+def test_twins_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By namespace, and by containerd where that is not enough."""
+    for who in (owner("twin"), owner("twin", "b"), owner("twin", "b", "/run/second.sock")):
+        journal(tmp_path, who, [])
+    sandboxes.run(run_dir=str(tmp_path), kata_dir="/none", shared="/none")
+    out = capsys.readouterr().out
+    assert sorted(line.partition("  ")[0] for line in out.splitlines()[1:]) == [
+        "b/twin (/run/containerd/containerd.sock)",
+        "b/twin (/run/second.sock)",
+        "default/twin",
+    ]
 
 
 def test_a_guest_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,24 +125,25 @@ def test_a_guest_that_does_not_answer(tmp_path: Path, capsys: pytest.CaptureFixt
     pid = os.getpid()
     start = procfs.start_time(pid)
     for name, began in (("pod", start), ("gone", start + 1)):
-        journal(tmp_path, name, [("qemu", pid, began)])
-        healthfile.write(str(tmp_path / name), healthfile.Silence(12.5, "it said \x1b[2J\nnothing"))
-    sandboxes.run(state_dir=str(tmp_path), share_dir="/none")
+        directory = journal(tmp_path, owner(name), [("qemu", pid, began)])
+        healthfile.write(str(directory), healthfile.Silence(12.5, "it said \x1b[2J\nnothing"))
+    where: dict[str, Any] = {"run_dir": str(tmp_path), "kata_dir": "/none", "shared": "/none"}
+    sandboxes.run(**where)
     out = capsys.readouterr().out
     rows = {
         line.split()[0]: line.split()[1] for line in out.splitlines() if str(pid) in line or "dead" in line
     }
-    assert rows == {"pod": "unresponsive", "gone": "dead"}
+    assert rows == {"default/pod": "unresponsive", "default/gone": "dead"}
     assert "its guest does not answer, for " in out
     assert "it said  [2J nothing" in out
-    sandboxes.run(as_json=True, state_dir=str(tmp_path), share_dir="/none")
+    sandboxes.run(as_json=True, **where)
     found = {each["id"]: each for each in json.loads(capsys.readouterr().out)}
     assert (found["pod"]["since"], found["pod"]["why"]) == (12.5, "it said \x1b[2J\nnothing")
     assert (found["gone"]["since"], found["gone"]["why"]) == (0, "")
 
 
 def test_a_host_without_sandboxes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sandboxes.run(state_dir=str(tmp_path / "none")) == 0
+    assert sandboxes.run(run_dir=str(tmp_path / "none"), kata_dir="/none") == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
 
 

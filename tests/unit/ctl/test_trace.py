@@ -7,13 +7,17 @@ import os
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ctl import chart, trace
 from ctl.chart import draw_svg, draw_text
 from ctl.trace import Phase, choose, find_runs, read_phases, stretches
+from ctl.which import Which, which
 from devices.errors import CallerError
+from shim.state.identity import Identity
+from shim.state.journalfile import encode, header_of
 
 
 def line(phase: str, start: float, end: float, id_: str = "pod", **more: str) -> str:
@@ -86,31 +90,68 @@ def test_an_idle_second_ends_the_start() -> None:
 # --- which run
 
 
+def head(sandbox: str, namespace: str = "default", containerd: str = "/c.sock") -> str:
+    return json.dumps({"trace": 1, "sandbox": sandbox, "namespace": namespace, "containerd": containerd})
+
+
+def live(run: Path, sandbox: str, written: int) -> None:
+    """A running sandbox with a trace."""
+    who = Identity("/c.sock", "default", sandbox)
+    write(run / who.key / "trace.jsonl", [head(sandbox), *START], written)
+    (run / who.key / "journal").write_bytes(encode(header_of(who)))
+
+
 def test_runs_are_found_among_the_living_and_the_kept_newest_first(state: Path, archive: Path) -> None:
-    write(state / "pod2" / "trace.jsonl", START, 300)
-    (state / "no-trace").mkdir()
-    write(archive / "pod1.jsonl", START, 100)
-    write(archive / "pod3.jsonl", START, 200)
+    live(state, "pod2", 300)
+    (state / ("1" * 32)).mkdir()  # without a trace
+    write(archive / ("2" * 32 + ".jsonl"), [head("pod1", "b"), *START], 100)
+    write(archive / "pod3.jsonl", START, 200)  # of an older shim, which named them by the id
     write(archive / ".pod4.jsonl.7", START, 900)
-    runs = find_runs(str(state), str(archive))
-    assert [(run.id, run.alive) for run in runs] == [("pod2", True), ("pod3", False), ("pod1", False)]
-    assert find_runs(str(state / "none"), str(archive / "none")) == []
+    runs = find_runs(str(state), "/none", str(archive))
+    assert [(run.id, run.namespace, run.alive) for run in runs] == [
+        ("pod2", "default", True),
+        ("pod3", "", False),
+        ("pod1", "b", False),
+    ]
+    assert read_phases(runs[0].path)[1] == 0  # the first line is none of the bad ones
+    assert find_runs(str(state / "none"), "/none", str(archive / "none")) == []
 
 
 def test_a_run_is_named_by_its_id_or_the_beginning_of_one_or_a_file(state: Path, archive: Path) -> None:
     for name, written in (("abc", 100), ("abd", 200), ("ab", 50)):
-        write(archive / f"{name}.jsonl", START, written)
-    runs = find_runs(str(state), str(archive))
-    assert choose(runs, None).id == "abd"
-    assert choose(runs, "ab").id == "ab"  # exactly, though it begins others
-    assert choose(runs, "abc").id == "abc"
-    assert choose(runs, str(archive / "abc.jsonl")).id == "abc"
-    with pytest.raises(CallerError, match="begins several runs: ab, abc, abd"):
-        choose(runs, "a")
+        write(archive / f"{name}.jsonl", [head(name), *START], written)
+    runs = find_runs(str(state), "/none", str(archive))
+    assert choose(runs, Which()).id == "abd"
+    assert choose(runs, which("ab")).id == "ab"  # exactly, though it begins others
+    assert choose(runs, which("default/abc")).id == "abc"
+    assert choose(runs, Which(), str(archive / "abc.jsonl")).id == "abc"
+    with pytest.raises(CallerError, match=r"'a' begins several runs: default/\w+, default/\w+, default/\w+"):
+        choose(runs, which("a"))
     with pytest.raises(CallerError, match="no trace of 'x'"):
-        choose(runs, "x")
+        choose(runs, which("x"))
+    with pytest.raises(CallerError, match="no trace of 'other/abc'"):
+        choose(runs, which("abc", "other"))
     with pytest.raises(CallerError, match="no trace in"):
-        choose([], None)
+        choose([], Which())
+
+
+def test_of_twins_one_must_be_named(state: Path, archive: Path) -> None:
+    """Two sandboxes with one id: the newest is not guessed, but the namespace tells, or the containerd."""
+    write(archive / "1.jsonl", [head("twin", "a"), *START], 100)
+    write(archive / "2.jsonl", [head("twin", "b"), *START], 200)
+    write(archive / "3.jsonl", [head("twin", "b", "/d.sock"), *START], 300)
+    runs = find_runs(str(state), "/none", str(archive))
+    text = r"several runs: b/twin \(/d.sock\), b/twin \(/c.sock\), a/twin; try: name one as NAMESPACE/ID"
+    with pytest.raises(CallerError, match=text):
+        choose(runs, which("twin"))
+    with pytest.raises(CallerError, match="several runs"):
+        choose(runs, which("b/twin"))
+    assert choose(runs, which("a/twin")).path.endswith("1.jsonl")
+    assert choose(runs, which("twin", "a")).path.endswith("1.jsonl")
+    assert choose(runs, which("b/twin", "", "unix:///d.sock")).path.endswith("3.jsonl")
+    assert choose(runs, which(None, "b")).path.endswith("3.jsonl")
+    with pytest.raises(CallerError, match="not of the namespace a"):
+        which("b/twin", "a")
 
 
 # --- printing
@@ -120,14 +161,15 @@ def test_only_the_start_is_printed_unless_all_is_wanted(
     state: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(archive / "pod.jsonl", [*START, *LATER])
-    assert trace.run(None, state_dir=str(state), archive_dir=str(archive)) == 0
+    where: dict[str, Any] = {"run_dir": str(state), "kata_dir": "/none", "archive_dir": str(archive)}
+    assert trace.run(Which(), **where) == 0
     out = capsys.readouterr().out
     assert out.startswith("pod: 2000 ms to start, written ")
     assert re.search(r"^vmm.boot pod\s+250\.0\s+1750\.0 ", out, re.MULTILINE)
     assert re.search(r"^rootfs c1\s+100\.0\s+100\.0 ", out, re.MULTILINE)
     assert "exec" not in out
     assert "2 more phases came later (--all shows them)" in out
-    trace.run(None, everything=True, state_dir=str(state), archive_dir=str(archive))
+    trace.run(Which(), everything=True, **where)
     out = capsys.readouterr().out
     assert "pod: 700 ms, 50.0 s after the start" in out
     assert re.search(r"^exec c1\s+0\.0\s+500\.0 ", out, re.MULTILINE)
@@ -136,13 +178,14 @@ def test_only_the_start_is_printed_unless_all_is_wanted(
 def test_the_list_tells_what_there_is(state: Path, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(archive / "kept.jsonl", [*START, *LATER], 100)
     write(archive / "empty.jsonl", [], 50)
-    write(state / "lives" / "trace.jsonl", START, 200)
-    assert trace.run(None, listing=True, state_dir=str(state), archive_dir=str(archive)) == 0
+    live(state, "lives", 200)
+    where: dict[str, Any] = {"run_dir": str(state), "kata_dir": "/none", "archive_dir": str(archive)}
+    assert trace.run(Which(), listing=True, **where) == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
     assert [(row[0], row[3], row[4]) for row in rows[1:]] == [
-        ("lives", "running", "2000"),
-        ("kept", "ended", "2000"),
-        ("empty", "ended", "-"),
+        ("default/lives", "running", "2000"),
+        ("?/kept", "ended", "2000"),
+        ("?/empty", "ended", "-"),
     ]
 
 
@@ -150,21 +193,23 @@ def test_bad_lines_are_told_and_an_empty_file_is_an_error(
     state: Path, archive: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(archive / "pod.jsonl", [START[0], "{"])
-    trace.run("pod", state_dir=str(state), archive_dir=str(archive))
+    where: dict[str, Any] = {"run_dir": str(state), "kata_dir": "/none", "archive_dir": str(archive)}
+    trace.run(which("pod"), **where)
     assert capsys.readouterr().err == f"kata-ctl: 1 lines of {path} could not be read\n"
     write(archive / "pod.jsonl", [])
     with pytest.raises(CallerError, match="has no phase in it"):
-        trace.run("pod", state_dir=str(state), archive_dir=str(archive))
+        trace.run(which("pod"), **where)
 
 
 def test_svg_goes_to_its_file(state: Path, archive: Path, tmp_path: Path) -> None:
     write(archive / "pod.jsonl", [*START, *LATER])
     target = tmp_path / "chart.svg"
-    trace.run(None, svg=str(target), state_dir=str(state), archive_dir=str(archive))
+    where: dict[str, Any] = {"run_dir": str(state), "kata_dir": "/none", "archive_dir": str(archive)}
+    trace.run(Which(), svg=str(target), **where)
     assert "vmm.boot" in target.read_text()
     assert "exec" not in target.read_text()
     with pytest.raises(CallerError, match="No such file"):
-        trace.run(None, svg="/no/such/dir/x.svg", state_dir=str(state), archive_dir=str(archive))
+        trace.run(Which(), svg="/no/such/dir/x.svg", **where)
 
 
 # --- drawing

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from devices import mark
 from devices.child import Child, describe_exit, process_start_time
 from devices.errors import HostError
-from devices.undo import MemoryUndo
+from devices.mark import mark_children, mark_of, marked
+from devices.undo import Entry, MemoryUndo
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -72,6 +74,42 @@ async def test_kill_is_idempotent_and_forgets_the_entry() -> None:
     await child.kill()
     assert undo.entries == []
     assert not Path(f"/proc/{child.pid}").exists()
+
+
+async def test_a_child_carries_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose it is, in its environment and that of what it starts; nobody's has any without a mark set."""
+    monkeypatch.setattr(mark, "_mark", {})
+    assert marked({"A": "1"}) == {"A": "1"}
+    mark_children("0123abcd" * 4, 77)
+    for env in (None, {"A": "1"}):
+        child = await Child.spawn(
+            ["/bin/sh", "-c", "sleep 100 & echo $!; wait"], name="sh", undo=MemoryUndo(), env=env
+        )
+        await until(lambda child=child: bool(child.stderr_tail()))  # type: ignore[misc]
+        for pid in (child.pid, int(child.stderr_tail())):
+            assert mark_of(pid) == ("0123abcd" * 4, 77)
+        os.kill(int(child.stderr_tail()), signal.SIGKILL)
+        await child.kill()
+    assert mark_of(os.getpid()) == ("", 0)
+    with pytest.raises(OSError, match="No such"):
+        mark_of(child.pid)
+
+
+async def test_a_child_that_cannot_be_written_down_is_ended() -> None:
+    """The journal's file system may be full just when its pid is known."""
+
+    class Full(MemoryUndo):
+        def update(self, entry: Entry, **facts: str | int) -> None:
+            pids.append(int(facts["pid"]))
+            raise HostError("cannot write the journal")
+
+    pids: list[int] = []
+    undo = Full()
+    with pytest.raises(HostError, match="cannot write"):
+        await shell("exec sleep 100", undo)
+
+    assert not Path(f"/proc/{pids[0]}").exists()
+    assert undo.entries == []
 
 
 async def test_the_undo_log_can_end_it() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shim.state import bundle as bundles
+from shim.state.identity import Identity
 
 REPO = Path(__file__).parents[3]
 STUB = Path(__file__).parent / "stub"
@@ -38,10 +38,12 @@ sys.exit(main())
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """A bundle directory and the id that it is for."""
+    """A bundle directory, the id that it is for, and whose that is."""
 
     id: str
     path: Path
+    namespace: str = NAMESPACE
+    address: str = GRPC
 
     def read(self, name: str) -> str:
         return (self.path / name).read_text()
@@ -59,7 +61,8 @@ class Shims:
     """See the module."""
 
     def __init__(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/tmp"))  # short: sockets live below
+        # Short: sockets live below. A tmpfs, as /run is: where each fsync goes to a disk, journals are slow.
+        self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/dev/shm"))
         self.program = self.root / "containerd-shim-kata-v2"
         site = [path for path in sys.path if path.endswith("site-packages")]
         text = _SCRIPT.format(python=sys.executable, paths=[str(REPO), *site], stub=str(STUB))
@@ -71,25 +74,33 @@ class Shims:
         }
         self._fifos: dict[str, int] = {}
 
-    def bundle(self, container_id: str, annotations: dict[str, str] | None = None) -> Bundle:
+    def bundle(
+        self,
+        container_id: str,
+        annotations: dict[str, str] | None = None,
+        *,
+        namespace: str = NAMESPACE,
+        address: str = GRPC,
+    ) -> Bundle:
         """A bundle as containerd makes it, with its log FIFO."""
-        path = self.root / "b" / container_id
+        path = self.root / "b" / address.replace("/", "_") / namespace / container_id
         path.mkdir(parents=True)
         spec = {"ociVersion": "1.0.2", "annotations": annotations or {}}
         (path / "config.json").write_text(json.dumps(spec))
         os.mkfifo(path / "log", 0o700)
-        self._fifos[container_id] = os.open(path / "log", os.O_RDWR | os.O_NONBLOCK)
-        return Bundle(container_id, path)
+        self._fifos[str(path)] = os.open(path / "log", os.O_RDWR | os.O_NONBLOCK)
+        return Bundle(container_id, path, namespace, address)
 
-    def log(self, container_id: str) -> str:
+    def log(self, bundle: Bundle) -> str:
         """What the shim has logged since the last call."""
         try:
-            return os.read(self._fifos[container_id], 1 << 16).decode()
+            return os.read(self._fifos[str(bundle.path)], 1 << 16).decode()
         except BlockingIOError:
             return ""
 
     def argv(self, bundle: Bundle, action: str, *more: str) -> list[str]:
-        flags = ["-namespace", NAMESPACE, "-address", GRPC, "-publish-binary", "/usr/bin/containerd"]
+        flags = ["-namespace", bundle.namespace, "-address", bundle.address]
+        flags += ["-publish-binary", "/usr/bin/containerd"]
         return [str(self.program), *flags, "-id", bundle.id, *more, action]
 
     def start(
@@ -113,7 +124,7 @@ class Shims:
             input=stdin or b"",
         )
 
-    def delete(self, bundle: Bundle) -> subprocess.CompletedProcess[bytes]:
+    def delete(self, bundle: Bundle, timeout: float = 5) -> subprocess.CompletedProcess[bytes]:
         """Run `delete` within containerd's five seconds."""
         return subprocess.run(
             self.argv(bundle, "delete", "-bundle", str(bundle.path)),
@@ -121,12 +132,23 @@ class Shims:
             env=self.env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=5,
+            timeout=timeout,
             check=False,
         )
 
-    def state_dir(self, sandbox_id: str) -> Path:
-        return Path(str(self.root) + bundles.state_dir(sandbox_id))
+    def identity(self, bundle: Bundle) -> Identity:
+        """The sandbox that it makes."""
+        return Identity(bundle.address, bundle.namespace, bundle.id)
+
+    def state_dir(self, bundle: Bundle) -> Path:
+        return Path(str(self.root) + self.identity(bundle).state_dir)
+
+    def share_dir(self, bundle: Bundle) -> Path:
+        return Path(str(self.root) + self.identity(bundle).share_dir)
+
+    def link(self, bundle: Bundle) -> Path:
+        """Where Kata's tools look."""
+        return Path(str(self.root) + self.identity(bundle).link)
 
     def processes(self) -> list[int]:
         """Live processes that were started with this object's environment."""
@@ -154,7 +176,12 @@ class Shims:
     def leftovers(self) -> list[str]:
         """Everything that shims made and that is still there: processes, sockets, directories."""
         left = [f"process {pid}" for pid in self.processes()]
-        for where in ("/run/containerd/s", "/run/kata", "/run/kata-containers/shared/sandboxes"):
+        for where in (
+            "/run/containerd/s",
+            "/run/kata",
+            "/run/kata-shim",
+            "/run/kata-containers/shared/sandboxes",
+        ):
             with contextlib.suppress(FileNotFoundError):
                 left += [f"{where}/{name}" for name in os.listdir(f"{self.root}{where}")]
         return left

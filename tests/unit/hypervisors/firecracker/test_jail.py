@@ -30,10 +30,11 @@ def _jail(undo: MemoryUndo, base: str, uid: int = 0) -> Den:
 
 
 def test_ids_that_the_jailer_would_refuse() -> None:
-    assert jail_id("abc-1") == "abc-1"
-    assert len(jail_id("a_b.c")) == 32
-    assert len(jail_id("a" * 70)) == 32
-    assert jail_id("a_b") != jail_id("a.b")
+    """A jail is named by its sandbox's state directory, which no other sandbox of the host has."""
+    assert jail_id("/run/kata-shim/abc-1") == "abc-1"
+    assert len(jail_id("/run/kata-shim/a_b.c")) == 32
+    assert len(jail_id("/run/kata-shim/" + "a" * 70)) == 32
+    assert jail_id("/x/a_b") != jail_id("/x/a.b")
 
 
 def test_a_jails_life(tmp_path: Path) -> None:

@@ -83,14 +83,14 @@ async def test_daemon_serves_and_ends(shims: Shims) -> None:
     with pytest.raises(RpcError) as caught:
         await _call(bundle, "state", task_v2_pb2.StateRequest(id="c1"))
     assert caught.value.code is Code.NOT_FOUND
-    assert shims.state_dir("c1").stat().st_mode & 0o777 == 0o700
+    assert shims.state_dir(bundle).stat().st_mode & 0o777 == 0o700
     pid = bundle.pid
 
     await _shut_down(shims, bundle)
 
     assert pid not in shims.processes()
     assert shims.leftovers() == []
-    messages = [json.loads(line)["msg"] for line in shims.log("c1").splitlines()]
+    messages = [json.loads(line)["msg"] for line in shims.log(bundle).splitlines()]
     assert messages[0] == "serving"
     assert messages[-1] == "done"
 
@@ -270,7 +270,7 @@ async def test_signals(shims: Shims) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         os.kill(bundle.pid, number)
     await _call(bundle, "state", task_v2_pb2.StateRequest(id="c1"))
-    assert "signal ignored" in shims.log("c1")
+    assert "signal ignored" in shims.log(bundle)
 
     await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
     os.kill(bundle.pid, signal.SIGTERM)

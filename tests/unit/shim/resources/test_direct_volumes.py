@@ -186,7 +186,7 @@ def volumes_of(given: Assignments, manager: DeviceManager, holdings: Holdings) -
         manager,
         holdings,
         MemoryUndo(),
-        sandbox_id="sandbox1",
+        alias="sandbox1",
         style=DiskStyle(),
         directory=str(given.directory),
     )

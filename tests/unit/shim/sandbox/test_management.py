@@ -6,18 +6,23 @@ import asyncio
 import json
 import os
 import stat
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ctl import direct_volume
+from ctl.which import which
 from devices.errors import CallerError, GuestError, HostError
 from devices.undo import MemoryUndo
 from proto import csi_pb2
+from shim.resources.direct_volumes import volume_directory
 from shim.sandbox import management
 from shim.sandbox.management import SOCKET, Management
+from shim.state.identity import Identity
+from shim.state.journalfile import encode, header_of
 
 
 class Volumes:
@@ -39,6 +44,13 @@ class Volumes:
         self.asked.append(("resize", name, size))
         if self.error is not None:
             raise self.error
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose path leaves room for a key and a socket's name."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture
@@ -159,25 +171,54 @@ async def test_kata_ctl_asks_the_sandbox_that_has_the_volume(
     direct_volume.add("/var/vol", info, directory)
     with pytest.raises(CallerError, match="is assigned already"):
         direct_volume.add("/var/vol", info, directory)
+    where: dict[str, Any] = {"directory": directory, "run": str(tmp_path / "run"), "kata": str(tmp_path)}
     with pytest.raises(CallerError, match="no sandbox uses /var/vol"):
-        direct_volume.stats("/var/vol", directory, str(tmp_path))
+        direct_volume.stats("/var/vol", **where)
     (folder,) = (tmp_path / "volumes").iterdir()
     (folder / "s1").touch()
 
-    await asyncio.to_thread(direct_volume.stats, "/var/vol", directory, str(tmp_path))
+    await asyncio.to_thread(direct_volume.stats, "/var/vol", **where)
     assert json.loads(capsys.readouterr().out)["usage"][0]["total"] == 3
-    await asyncio.to_thread(direct_volume.resize, "/var/vol", 8192, directory, str(tmp_path))
+    await asyncio.to_thread(direct_volume.resize, "/var/vol", 8192, **where)
     assert volumes.asked == [("stats", "/var/vol"), ("resize", "/var/vol", 8192)]
     volumes.error = CallerError("it is read-only", code="INVALID_ARGUMENT")
     with pytest.raises(CallerError, match="the shim answers 400: it is read-only"):
-        await asyncio.to_thread(direct_volume.resize, "/var/vol", 8192, directory, str(tmp_path))
+        await asyncio.to_thread(direct_volume.resize, "/var/vol", 8192, **where)
     (folder / "s1").rename(folder / "s2")
     with pytest.raises(HostError, match="no answer from the shim"):
-        direct_volume.stats("/var/vol", directory, str(tmp_path))
+        direct_volume.stats("/var/vol", **where)
     direct_volume.remove("/var/vol", directory)
     assert not folder.exists()
     with pytest.raises(CallerError, match="is not assigned"):
         direct_volume.remove("/var/vol", directory)
+
+
+async def test_of_several_sandboxes_that_have_a_volume_one_must_be_named(
+    volumes: Volumes, tmp_path: Path, short: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two with the same id: one by its id and Kata's link, the other by its key. Nothing is guessed."""
+    run, kata, directory = short / "run", short / "kata", tmp_path / "volumes"
+    ours, other = Identity("/c.sock", "a", "twin"), Identity("/c.sock", "b", "twin")
+    kata.mkdir()
+    for who in (ours, other):
+        (run / who.key).mkdir(parents=True)
+        (run / who.key / "journal").write_bytes(encode(header_of(who)))
+    (run / other.key / SOCKET).symlink_to(tmp_path / "s1" / SOCKET)
+    (kata / "twin").symlink_to(f"../run/{ours.key}")
+    folder = Path(volume_directory("/var/vol", str(directory)))
+    folder.mkdir(parents=True)
+    for name in ("mountInfo.json", "twin", other.key, "f" * 32):
+        (folder / name).touch()
+    where: dict[str, Any] = {"directory": str(directory), "run": str(run), "kata": str(kata)}
+
+    with pytest.raises(CallerError, match=r"several sandboxes have /var/vol: b/twin, a/twin; try: name one"):
+        direct_volume.stats("/var/vol", **where)
+    with pytest.raises(CallerError, match=r"no sandbox that is nope uses /var/vol; b/twin, a/twin have it"):
+        direct_volume.stats("/var/vol", which("nope"), **where)
+    await asyncio.to_thread(direct_volume.stats, "/var/vol", which("b/twin"), **where)
+    await asyncio.to_thread(direct_volume.resize, "/var/vol", 8192, which(None, "b"), **where)
+    assert volumes.asked == [("stats", "/var/vol"), ("resize", "/var/vol", 8192)]
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("info", ["{", "{}", '{"volume-type": "block", "device": "/nope", "fstype": "ext4"}'])

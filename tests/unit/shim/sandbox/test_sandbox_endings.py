@@ -27,7 +27,6 @@ from shim.sandbox.health import HealthSettings
 from shim.sandbox.sandbox import VirtSandbox
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.limits import Size
-from shim.state import bundle
 from shim.state.trace import Trace
 from ttrpc import Server
 
@@ -41,7 +40,8 @@ class Vm:
     `silent`: the agent answers nothing any more. `log`: what was done with it, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state_dir: str) -> None:
+        self.state_dir = state_dir
         loop = asyncio.get_running_loop()
         self.log: list[str] = []
         self.silent = False
@@ -157,6 +157,9 @@ class Started(VirtSandbox):
         size = Size(1.0, 256 << 20)
         settings = SandboxSettings(
             sandbox_id="s",
+            key="0" * 32,
+            alias="s",
+            state_dir=vm.state_dir,
             container_type="single_container",
             network=NetworkSettings(),
             hostname="h",
@@ -180,12 +183,10 @@ class Started(VirtSandbox):
 
 @pytest.fixture
 async def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vm:
-    monkeypatch.setattr(bundle, "KATA_RUN", str(tmp_path))
-    os.makedirs(bundle.state_dir("s"))
     monkeypatch.setattr(loss_module, "_GATHER", 0.2)
     monkeypatch.setattr(sandbox_module, "_SILENT", 0.1)
     monkeypatch.setattr(sandbox_module, "_PULSE", 1.0)
-    return Vm()
+    return Vm(str(tmp_path))
 
 
 @contextlib.asynccontextmanager
@@ -282,4 +283,4 @@ async def test_a_silent_guest_is_ended_where_that_is_wanted(vm: Vm, monkeypatch:
         reason = await asyncio.wait_for(asyncio.shield(sandbox.died), BUSY)
         assert "the guest does not answer: it did not answer 3 questions for its health" in reason
         assert vm.log == ["stop_vm"]
-        assert os.listdir(bundle.state_dir("s")) == ["health.json"]
+        assert os.listdir(vm.state_dir) == ["health.json"]

@@ -16,8 +16,11 @@ from shim.state import trace as trace_module
 from shim.state.trace import KEEP, MAX_ENTRIES, Trace
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def lines(path: Path, owner: str = "pod") -> list[dict[str, Any]]:
+    """Those after the first, which says whose they are."""
+    head, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (head["trace"], head["sandbox"]) == (1, owner)
+    return rest
 
 
 def test_a_phase_is_a_line_with_monotonic_seconds(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from shim.resources.network.endpoint import Endpoint
 from shim.resources.network.netns import Netns
 from shim.resources.network.scan import scan
 from shim.resources.network.settings import MACVTAP, NO_MODEL, NetworkSettings
+from shim.state.identity import Identity
 from shim.state.journal import Journal
 from shim.state.journalfile import Record, load
 from tests.netlab import NetLab
@@ -73,12 +74,12 @@ async def test_made_joined_and_released(lab: NetLab, keys: dict[str, Any]) -> No
 @pytest.mark.parametrize("keys", VARIANTS)
 async def test_released_by_the_journal_alone(lab: NetLab, tmp_path: Path, keys: dict[str, Any]) -> None:
     """As `delete` does it after a crash; again it does nothing."""
-    journal = Journal.create(str(tmp_path), "s")
+    journal = Journal.create(str(tmp_path), Identity("/c.sock", "n", "s"))
     endpoint = _endpoint(lab, journal, **keys)
     await endpoint.make()
     await endpoint.join()
     endpoint.handed_over()
-    (record,) = load(str(tmp_path))
+    (record,) = load(str(tmp_path)).records
     release(record)
     assert lab.traces() == ""
     release(record)
@@ -86,12 +87,12 @@ async def test_released_by_the_journal_alone(lab: NetLab, tmp_path: Path, keys: 
 
 async def test_a_namespace_that_is_gone_is_fine(lab: NetLab, tmp_path: Path) -> None:
     """As is another one at the same path."""
-    journal = Journal.create(str(tmp_path), "s")
+    journal = Journal.create(str(tmp_path), Identity("/c.sock", "n", "s"))
     endpoint = _endpoint(lab, journal)
     await endpoint.make()
     await endpoint.join()
     endpoint.handed_over()
-    (record,) = load(str(tmp_path))
+    (record,) = load(str(tmp_path)).records
     release(Record(1, "tap", {**record.facts, "netns": "/proc/self/nowhere"}))
     release(Record(1, "tap", {**record.facts, "namespace": "1:2"}))
     assert "ingress" in lab.traces()
