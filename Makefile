@@ -13,7 +13,7 @@ CMD ?=
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the guest (as root)
+setup: ## install what is missing: Debian packages, .venv, what confines children, the vsock daemon, the guest (as root)
 	@scripts/setup.sh
 
 demo: setup ## run containers in VMs under a containerd of its own, with the time of each phase
@@ -72,4 +72,4 @@ uninstall: ## take away what `make install` put there
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
 
 clean: ## remove what was built here (not .venv)
-	rm -rf build
+	rm -rf build devices/kata-confine

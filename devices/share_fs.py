@@ -5,10 +5,10 @@ starts it sandboxed on a socket that listens already, and connects for the VMM.
 Why: containers' root file systems and volumes reach the guest through it.
 Invariants:
 - Its seccomp filter and its sandbox are always on.
-- `sandbox=chroot`, not `namespace`: containers' mounts appear below the shared directory after
-  virtiofsd has started, and it must see them. It stays in the shim's (private) mount namespace, so it
-  does; with a namespace of its own a later mount was an empty directory in the guest, unless the
-  shim's mounts are shared (tried with QEMU 7.2's: private and slave no, shared yes).
+- `sandbox=chroot`, not `namespace`: its namespaces are ours, made before it runs. In its view there is the
+  shared directory, and what the shim mounts below that later: the directory's propagation is shared
+  (`shim.resources.shared_dir`), and the view's a slave of it.
+- It is root, since files get the owners that the guest's users have, with the capabilities for that.
 - It has no CAP_MKNOD unless its directory's config says so: a device node that a guest makes in a volume is
   the host's. FIFOs, sockets and the whiteouts of an overlay need no capability (Linux 5.8).
 - announce_submounts is on: each mount below the directory is a file system of its own in the guest,
@@ -23,16 +23,24 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from devices.child import Child
 from devices.config import CacheMode, ShareFsConfig
+from devices.confine import CAPABILITIES, Bind, Confinement, View
 from devices.errors import BugError, HostError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 
-__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "is_noise", "virtiofsd_arguments"]
+__all__ = [
+    "Flavour",
+    "Virtiofsd",
+    "find_virtiofsd",
+    "is_noise",
+    "virtiofsd_arguments",
+    "virtiofsd_confinement",
+]
 
 _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
@@ -40,6 +48,13 @@ _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/l
 _NOISE = ("virtio_loop: Unexpected poll revents", "fv_remove_watch: TODO!")
 _NO_MKNOD = "-mknod"
 _MODCAPS = re.compile(r"(?:^|,|^-o|^--)modcaps=")
+_GIVEN = re.compile(r"\+([a-z_]+)")  # in its value
+# To act as the guest's users do, and to confine itself further: chroot, and capabilities away.
+_CAPABILITIES = (
+    *("chown", "dac_override", "fowner", "fsetid", "setgid", "setuid", "setfcap"),
+    *("sys_chroot", "setpcap"),
+)
+_FILES = 1 << 20  # what a guest has open is open here
 _PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
 
 
@@ -67,7 +82,7 @@ async def flavour_of(path: str, undo: UndoLog) -> Flavour:
     """Which of the two it is, asking only where the path does not tell. Raises HostError."""
     if os.path.realpath(path) == _C_PATH:
         return Flavour.C
-    child = await Child.spawn([path, "--version"], name="virtiofsd", undo=undo)
+    child = await Child.spawn([path, "--version"], name="virtiofsd", undo=undo, confinement=Confinement())
     try:
         await child.wait(_PROBE_TIMEOUT)
     except TimeoutError:
@@ -111,16 +126,36 @@ def _extra_arguments(config: ShareFsConfig, flavour: Flavour) -> list[str]:
     extra = list(config.extra_args)
     if config.mknod:
         return extra
-    found = False
-    for index, word in enumerate(extra):
-        if index and extra[index - 1] == "--modcaps":
-            extra[index], found = f"{_NO_MKNOD}:{word}", True
-        elif _MODCAPS.search(word):
-            extra[index], found = _MODCAPS.sub(rf"\g<0>{_NO_MKNOD}:", word), True
-    if found:
+    his = _modcaps(extra)
+    for index in his:
+        word = extra[index]
+        ours = _MODCAPS.sub(rf"\g<0>{_NO_MKNOD}:", word)
+        extra[index] = ours if ours != word else f"{_NO_MKNOD}:{word}"
+    if his:
         return extra
     own = ["-o", f"modcaps={_NO_MKNOD}"] if flavour is Flavour.C else [f"--modcaps={_NO_MKNOD}"]
     return own + extra
+
+
+def _modcaps(arguments: Sequence[str]) -> list[int]:
+    """Which of the arguments say what capabilities it is to keep."""
+    return [
+        index
+        for index, word in enumerate(arguments)
+        if _MODCAPS.search(word) or (index and arguments[index - 1] == "--modcaps")
+    ]
+
+
+def virtiofsd_confinement(config: ShareFsConfig) -> Confinement:
+    """What it may: to a capability that the administrator adds by name it is let, and to no other."""
+    words = [config.extra_args[index].lower() for index in _modcaps(config.extra_args)]
+    more = {name for word in words for name in _GIVEN.findall(word) if name in CAPABILITIES}
+    more |= {"mknod"} if config.mknod else set()
+    return Confinement(
+        capabilities=(*_CAPABILITIES, *sorted(more - set(_CAPABILITIES))),
+        view=View(binds=(Bind(path=config.source, follows=True), Bind(path="/sys/devices/system"))),
+        files=_FILES,
+    )
 
 
 def is_noise(line: str) -> bool:
@@ -159,6 +194,7 @@ class Virtiofsd:
                     [program, *virtiofsd_arguments(config, flavour, listener.fileno())],
                     name="virtiofsd",
                     undo=undo,
+                    confinement=virtiofsd_confinement(config),
                     pass_fds=[listener.fileno()],
                     on_output=on_output,
                 )

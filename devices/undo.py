@@ -36,6 +36,7 @@ class UndoLog(Protocol):
     - `socket`, `file`: path. Released by unlink.
     - `dir`: path. Released by removing the tree without ever crossing a mount.
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).
+    - `user`: uid, directory, mark: see `devices.users`.
     - `tap`: netns, namespace, link, index, devices, qdiscs: see `shim.resources.network.endpoint`.
     - `cgroup`, ...: as their owners say.
     """

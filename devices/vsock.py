@@ -217,16 +217,18 @@ class HybridVsock(_Channel):
         *,
         home_call: bool = True,
         tells_port: bool = False,
+        user: int = 0,
         diagnostics: Diagnostics = dict,
     ) -> None:
         """`path`: the VMM's or daemon's unix socket; at most 100 bytes. Binds `<path>_1028` now, before
         the guest boots. `tells_port`: the number after OK is the host's port (vhost-device-vsock gives
-        the guest's)."""
+        the guest's). `user`: whom the one at `path` runs as."""
         home = None
         if home_call:
             home = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             home.setblocking(False)
             home.bind(f"{path}_{HOME_PORT}")
+            os.chown(f"{path}_{HOME_PORT}", user, user, follow_symlinks=False)  # to connect is to write
             home.listen(4)
         super().__init__(home, diagnostics)
         self._path = path
@@ -261,7 +263,7 @@ class HybridVsock(_Channel):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.setblocking(False)
-            connect_to(sock, self._path)  # a jailed VMM may write there
+            connect_to(sock, self._path)  # who is there may write to the directory
             sock.send(f"CONNECT {port}\n".encode())  # in one piece, as the daemon parses it in one read
             reply = bytearray()
             while not reply.endswith(b"\n"):

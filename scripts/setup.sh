@@ -1,9 +1,9 @@
 #!/bin/bash
 # Set up everything that `make demo` and `make test` need, on a plain Debian 12, as root.
 #
-# What: Debian packages (scripts/packages.txt), a virtual environment (.venv) with the locked
-# dependencies, single packages of other Debian releases (the vsock device daemon, two more containerds
-# for the tests), unpacked beside the project, and the guest's kernel and image.
+# What: Debian packages (scripts/packages.txt), a virtual environment (.venv) with the locked dependencies,
+# the program that confines each child, single packages of other Debian releases (the vsock device daemon,
+# two more containerds for the tests), unpacked beside the project, and the guest's kernel and image.
 # Why in shell: before it has run there may be no Python.
 # Invariants: idempotent; each step is skipped when its stamp (a hash of all that the step depends on)
 # matches what is there; nothing outside the project is changed but installed Debian packages, and no
@@ -83,7 +83,25 @@ step_venv() {
     stamp venv "$key"
 }
 
-# --- 3. What only other Debian releases have --------------------------------------------------------
+# --- 3. What confines each child (devices/confine.c) ------------------------------------------------
+make_confine() {
+    # Without a C library: it is executed before each child, and like this that costs nothing.
+    gcc -std=c11 -O2 -static -nostdlib -ffreestanding -fno-stack-protector -fno-asynchronous-unwind-tables \
+        -fno-tree-loop-distribute-patterns -Wall -Wextra -Wconversion -Werror -s \
+        -Wl,-z,noexecstack,--build-id=none -o devices/kata-confine.new devices/confine.c
+    mv devices/kata-confine.new devices/kata-confine
+}
+
+step_confine() {
+    local key
+    key=$(cat devices/confine.c scripts/setup.sh | sha256sum | cut -c1-64)
+    fresh confine "$key" && [[ -x devices/kata-confine ]] && return
+    rm -f "$STAMPS/confine"
+    run confine make_confine
+    stamp confine "$key"
+}
+
+# --- 4. What only other Debian releases have --------------------------------------------------------
 # vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.2, the peer of the interop
 # tests for streams; and the containerds of the compatibility tests: trixie's 1.7 and sid's 2.x beside
 # Debian 12's own 1.6 (each with its ctr; runc is the host's); and passt, the vhost-user network's back end of
@@ -190,7 +208,7 @@ step_firecracker() {
     stamp firecracker "$key"
 }
 
-# --- 4. The guest -----------------------------------------------------------------------------------
+# --- 5. The guest -----------------------------------------------------------------------------------
 step_guest() {
     [[ -f guest/build.py ]] || { say "guest: no builder yet"; return; }
     local key
@@ -204,7 +222,7 @@ step_guest() {
 
 [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "this needs Debian on amd64"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv vsock peers firecracker guest)
+((${#steps[@]})) || steps=(packages venv confine vsock peers firecracker guest)
 for step in "${steps[@]}"; do "step_$step"; done
 rm -rf "$APT"
 say "ready (${SECONDS} s)"

@@ -23,6 +23,7 @@ from devices.config import (
     ShareFsConfig,
     VsockConfig,
 )
+from devices.confine import Bind, Confinement, View
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import YES, Kind, Op, Support
@@ -61,6 +62,7 @@ class TinyVm:
         self._accelerator = ""
         self._argv: dict[str, list[str]] = {}  # of each device, by its id
         self._fds: list[int] = []  # that QEMU inherits
+        self._disks: dict[str, Bind] = {}  # files that QEMU opens itself, likewise
         self._vsock: VsockDaemon | None = None
         self._vhost_fd = -1
         self._share_fs: Virtiofsd | None = None
@@ -96,6 +98,7 @@ class TinyVm:
                 file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
                 argv = ["-blockdev", json.dumps({**node, "file": file})]
                 argv += ["-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id}"]
+                self._disks[device.id] = Bind(path=device.path, writable=not device.read_only)
             case VsockConfig():
                 argv = await self._add_vsock(device)
             case ShareFsConfig():
@@ -191,7 +194,7 @@ class TinyVm:
         """Disks, and before the start only."""
         if self._ended is not None or "-blockdev" not in self._argv.get(device_id, ()):
             self._cannot(f"taking {device_id} away")
-        del self._argv[device_id]
+        del self._argv[device_id], self._disks[device_id]
 
     async def update_device(self, device: DeviceConfig) -> None:
         """Unsupported."""
@@ -336,7 +339,7 @@ class TinyVm:
                 [self._section.path, *self._arguments(theirs.fileno())],
                 name="qemu",
                 undo=self._undo,
-                netns=self._netns,
+                confinement=self._confinement(),
                 pass_fds=[theirs.fileno(), *self._fds],
             )
         if self._console is not None:
@@ -347,6 +350,14 @@ class TinyVm:
         if self._stopping:
             raise HypervisorError("the VM was stopped while it started", phase="boot")
         return ours
+
+    def _confinement(self) -> Confinement:
+        """What QEMU may: see the files that its arguments name, and the pod's network. Nothing else is said,
+        so the rest is as strict as can be (`devices.confine`)."""
+        files = (self._section.kernel, self._section.initrd, "/sys/devices/system")
+        binds = (*(Bind(path=path) for path in files if path), *self._disks.values())
+        nodes = (*(["/dev/kvm"] if self._accelerator == "kvm" else []), self._section.entropy_source)
+        return Confinement(network=self._netns, view=View(binds=binds, nodes=nodes))
 
     async def _end(self) -> None:
         """Kill what runs, and see that the end is told."""

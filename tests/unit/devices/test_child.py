@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from devices.child import Child, describe_exit, process_start_time
+from devices.confine import Confinement
 from devices.errors import HostError
 from devices.undo import MemoryUndo
+
+OPEN = Confinement(view=None, own_pids=False)
+"""For children that are not looked at for what they may."""
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -25,7 +29,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def shell(script: str, undo: MemoryUndo | None = None) -> Child:
-    return await Child.spawn(["/bin/sh", "-c", script], name="sh", undo=undo or MemoryUndo())
+    return await Child.spawn(
+        ["/bin/sh", "-c", script], name="sh", undo=undo or MemoryUndo(), confinement=OPEN
+    )
 
 
 @pytest.mark.parametrize("code", [0, 1, 42, 255])
@@ -106,7 +112,7 @@ async def test_a_cancelled_waiter_harms_nobody() -> None:
 async def test_a_program_that_is_not_there_is_named() -> None:
     undo = MemoryUndo()
     with pytest.raises(HostError, match="cannot start tool: /nope/tool does not exist"):
-        await Child.spawn(["/nope/tool"], name="tool", undo=undo)
+        await Child.spawn(["/nope/tool"], name="tool", undo=undo, confinement=OPEN)
 
     assert undo.entries == []
 
@@ -115,7 +121,9 @@ async def test_a_namespace_that_is_not_there_is_named() -> None:
     undo = MemoryUndo()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="network namespace /nope/netns"):
-        await Child.spawn(["/bin/true"], name="true", undo=undo, netns="/nope/netns")
+        await Child.spawn(
+            ["/bin/true"], name="true", undo=undo, confinement=Confinement(network="/nope/netns")
+        )
 
     assert undo.entries == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -131,7 +139,10 @@ async def test_only_the_child_enters_the_namespace() -> None:
         undo = MemoryUndo()
         for path, expected in ((netns, os.readlink(netns)), (None, os.readlink("/proc/self/ns/net"))):
             child = await Child.spawn(
-                ["/bin/readlink", "/proc/self/ns/net"], name="readlink", undo=undo, netns=path
+                ["/bin/readlink", "/proc/self/ns/net"],
+                name="readlink",
+                undo=undo,
+                confinement=Confinement(network=path),
             )
             await child.wait(10)
 
@@ -149,6 +160,7 @@ async def test_passed_descriptors_arrive_and_others_do_not() -> None:
             ["/bin/sh", "-c", f"echo hello >/proc/self/fd/{writer}; ls /proc/self/fd | wc -l"],
             name="sh",
             undo=MemoryUndo(),
+            confinement=OPEN,
             pass_fds=[writer],
         )
         await child.wait(10)
@@ -171,7 +183,9 @@ async def test_nothing_is_leaked_by_many_children() -> None:
 
 async def test_a_cancelled_spawn_leaves_no_process() -> None:
     undo = MemoryUndo()
-    spawning = asyncio.create_task(Child.spawn(["/bin/sleep", "987"], name="sleep", undo=undo))
+    spawning = asyncio.create_task(
+        Child.spawn(["/bin/sleep", "987"], name="sleep", undo=undo, confinement=OPEN)
+    )
     await asyncio.sleep(0)
     spawning.cancel()
     await asyncio.gather(spawning, return_exceptions=True)
@@ -185,9 +199,11 @@ def test_children_die_with_the_process_that_made_them(tmp_path: Path) -> None:
     script = (
         "import asyncio, os, signal\n"
         "from devices.child import Child\n"
+        "from devices.confine import Confinement\n"
         "from devices.undo import MemoryUndo\n"
         "async def main():\n"
-        "    child = await Child.spawn(['/bin/sleep', '100'], name='sleep', undo=MemoryUndo())\n"
+        "    child = await Child.spawn(['/bin/sleep', '100'], name='sleep', undo=MemoryUndo(),"
+        "        confinement=Confinement(user=2000000123))\n"
         "    await asyncio.sleep(0.2)\n"
         "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -10,7 +10,14 @@ import pytest
 
 from devices.config import CacheMode, ShareFsConfig
 from devices.errors import BugError, HostError
-from devices.share_fs import Flavour, Virtiofsd, find_virtiofsd, flavour_of, virtiofsd_arguments
+from devices.share_fs import (
+    Flavour,
+    Virtiofsd,
+    find_virtiofsd,
+    flavour_of,
+    virtiofsd_arguments,
+    virtiofsd_confinement,
+)
 from devices.undo import MemoryUndo
 
 SHARE = ShareFsConfig(source="/share", extra_args=("--thread-pool-size=1",))
@@ -64,6 +71,28 @@ def test_capabilities_that_the_administrator_changes_stay_without_mknod(
     able = virtiofsd_arguments(ShareFsConfig(source="/s", extra_args=tuple(given), mknod=True), flavour, 3)
     assert able[-len(given) :] == given
     assert not any("-mknod" in word for word in able)
+
+
+@pytest.mark.parametrize(
+    ("given", "mknod", "more"),
+    [
+        ([], False, set()),
+        ([], True, {"mknod"}),
+        (["-o", "modcaps=+sys_admin:-chown"], False, {"sys_admin"}),
+        (["--modcaps", "+SYS_ADMIN:+mknod"], False, {"sys_admin", "mknod"}),
+        (["--modcaps=+mknod"], True, {"mknod"}),
+        (["--modcaps=+of_the_moon"], False, set()),  # it says so itself
+        (["-o", "xattrmap=:map:+sys_admin:user.modcaps=.:"], False, set()),
+    ],
+)
+def test_it_may_have_the_capabilities_that_are_named_for_it(
+    given: list[str], mknod: bool, more: set[str]
+) -> None:
+    none = virtiofsd_confinement(ShareFsConfig(source="/s"))
+    some = virtiofsd_confinement(ShareFsConfig(source="/s", extra_args=tuple(given), mknod=mknod))
+    assert "mknod" not in none.capabilities
+    assert set(some.capabilities) == {*none.capabilities, *more}
+    assert len(some.capabilities) == len(set(some.capabilities))
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,10 @@ async def test_the_oldest_unused_goes_first(
 async def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     undo = MemoryUndo()
     store = ImageStore(undo, str(tmp_path / "store"))
-    with pytest.raises(HostError, match=r"mkfs\.erofs exited with code"):
-        await store.image(str(tmp_path / "missing"), "d1")
+    (tmp_path / "file").touch()
+    for tree, words in (("file", r"mkfs\.erofs exited with code"), ("missing", "missing cannot be used")):
+        with pytest.raises(HostError, match=words):
+            await store.image(str(tmp_path / tree), "d1")
     assert os.listdir(tmp_path / "store") == []
     assert undo.entries == []
 
