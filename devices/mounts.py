@@ -40,6 +40,7 @@ __all__ = [
     "failed",
     "is_mountpoint",
     "make_private",
+    "mount_table",
     "mounts_below",
     "parse_mountinfo",
     "seal",
@@ -73,7 +74,7 @@ class MountError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of mountinfo: where, what, from where."""
+    """One line of mountinfo: where, what, from where; `super_options` are the file system's own."""
 
     mount_id: int
     parent_id: int
@@ -83,6 +84,7 @@ class MountEntry:
     options: str
     fstype: str
     source: str
+    super_options: str = ""
 
 
 def make_private() -> int:
@@ -193,15 +195,16 @@ def unmount_below(directory: str) -> None:
 def mounts_below(directory: str) -> list[MountEntry]:
     """The mounts at or below `directory` (an absolute path without links), outermost first."""
     prefix = directory.rstrip("/") + "/"
-    return [entry for entry in _mountinfo() if entry.target == directory or entry.target.startswith(prefix)]
+    return [entry for entry in mount_table() if entry.target == directory or entry.target.startswith(prefix)]
 
 
 def is_mountpoint(path: str) -> bool:
     """Whether something is mounted at `path` (absolute, without links)."""
-    return any(entry.target == path for entry in _mountinfo())
+    return any(entry.target == path for entry in mount_table())
 
 
-def _mountinfo() -> list[MountEntry]:
+def mount_table() -> list[MountEntry]:
+    """All mounts of the calling thread's namespace, in the order of their making."""
     with open("/proc/thread-self/mountinfo", "rb") as file:
         return parse_mountinfo(file.read(_MAX_MOUNTINFO))
 
@@ -220,7 +223,8 @@ def parse_mountinfo(data: bytes) -> list[MountEntry]:
             continue
         device, root, target, options = (_unescape(word) for word in before[2:6])
         fstype, source = _unescape(after[0]), _unescape(after[1])
-        entries.append(MountEntry(mount_id, parent_id, device, root, target, options, fstype, source))
+        own = _unescape(after[2]) if len(after) > 2 else ""
+        entries.append(MountEntry(mount_id, parent_id, device, root, target, options, fstype, source, own))
     return entries
 
 

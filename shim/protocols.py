@@ -229,6 +229,7 @@ class DaemonContext:
     `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
     `shim.config.find`.
     `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
+    `placed`: whoever started the shim named the cgroup that it is in.
     """
 
     namespace: str
@@ -245,6 +246,7 @@ class DaemonContext:
     shutdown: Callable[[], None]
     runtime_class: str = ""
     host_mounts: int | None = None
+    placed: bool = False
 
 
 class ShimService(Protocol):

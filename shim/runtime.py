@@ -32,8 +32,9 @@ from shim.config.options import config_path
 from shim.protocols import DaemonContext, Deadlines
 from shim.resources.direct_volumes import check as check_direct
 from shim.resources.disks import disk_style
+from shim.resources.host_cgroup import cgroup_settings
 from shim.resources.network.settings import network_settings
-from shim.resources.sizing import sized
+from shim.resources.sizing import sized, spec_wants
 from shim.resources.vfio_settings import vfio_settings, wants
 from shim.sandbox.cold_devices import cold_devices, key, swap, with_agent_params
 from shim.sandbox.host_files import HostFiles, read_host_files
@@ -231,6 +232,13 @@ class VirtContainer:
             swap=swap(section),
             first_spec=None if container_type(spec) == OWN else spec,
             host_mounts=context.host_mounts,
+            cgroup=cgroup_settings(
+                spec,
+                context.sandbox_id,
+                only=config.runtime.sandbox_cgroup_only,
+                limited=spec_wants(spec, pod=container_type(spec) != "single_container"),
+                keep_shim=context.placed,
+            ),
         )
         _log.info(
             "sandbox",

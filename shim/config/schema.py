@@ -49,6 +49,7 @@ class RuntimeConfig:
     dan_conf: str = ""  # the directory of files that name a sandbox's cards: <sandbox id>.json
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none; "" is tcfilter
     disable_new_netns: bool = False  # the VMM stays in the host's network, and the pod has none
+    sandbox_cgroup_only: bool = False  # all of a pod in its cgroup on the host; false: its vCPUs, or its VMM
     static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
     vfio_mode: str = (
         "guest-kernel"  # who has a device of VFIO in the guest: its kernel, or "vfio": the container
@@ -185,7 +186,6 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "passfd_listener_port": 1027,
     "pod_resource_api_sock": "",
     "sandbox_bind_mounts": (),
-    "sandbox_cgroup_only": False,
     "shared_mounts": [],
 }
 

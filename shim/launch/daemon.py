@@ -224,6 +224,7 @@ async def _serve_tasks(
         shutdown=ask,
         runtime_class=flags.runtime_class,
         host_mounts=host_mounts,
+        placed=flags.placed,
     )
     from shim.runtime import build_service
 

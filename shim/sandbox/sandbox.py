@@ -33,6 +33,7 @@ from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
+from shim.resources.host_cgroup import HostCgroup
 from shim.resources.network.pod import PodNetwork
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
@@ -77,8 +78,14 @@ class VirtSandbox:
         self._network: PodNetwork | DanNetwork = PodNetwork(
             settings.network, hypervisor, self._devices, undo, trace
         )
+        self._cgroup = HostCgroup(settings.cgroup, undo) if settings.cgroup is not None else None
+        self._emulated = False
         self._sizing = Sizing(
-            settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
+            settings.bounds,
+            hypervisor,
+            lambda: self.agent,
+            lambda work: self._watch(work, "shrink"),
+            self._make_room,
         )
         self._files: ContainerFiles
         shares = [device for device in settings.devices if isinstance(device, ShareFsConfig)]
@@ -178,7 +185,11 @@ class VirtSandbox:
         self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
     ) -> GuestContainer:
         """See `shim.sandbox.container_resources.ContainerResources.prepare`."""
-        return await self._containers.prepare(container_id, bundle, spec, rootfs)
+        before = self.size.vcpus
+        made = await self._containers.prepare(container_id, bundle, spec, rootfs)
+        if self.size.vcpus > before:
+            self._watch(self._follow(), "cgroup")
+        return made
 
     async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
         """See `shim.protocols.Sandbox.container_starting`."""
@@ -194,7 +205,10 @@ class VirtSandbox:
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
+        before = self.size.vcpus
         await self._sizing.fit(container_id, resources, strict=True)
+        if self.size.vcpus > before:
+            self._watch(self._follow(), "cgroup")
 
     @property
     def is_pod(self) -> bool:
@@ -255,6 +269,9 @@ class VirtSandbox:
 
     async def _start_phases(self) -> None:
         settings, hypervisor = self.settings, self._hypervisor
+        if self._cgroup is not None:
+            with self._trace.phase("cgroup"):
+                await self._cgroup.open()
         with self._trace.phase("share"):
             await self._files.set_up()
         if settings.network.dan:
@@ -268,6 +285,7 @@ class VirtSandbox:
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
         self._watch(self._watch_vm(), "vm")
+        self._watch(self._follow(), "cgroup")
         self._channel = await hypervisor.get_agent_socket()
         await self._network.join()
         with self._trace.phase("vmm.boot"):
@@ -292,6 +310,23 @@ class VirtSandbox:
             with self._trace.phase("swap"):
                 await self._swap.start(self._devices, hypervisor, self._agent)
         self._watch(self._watch_oom(self._agent), "oom")
+        await self._make_room(self._sizing.share)
+
+    async def _follow(self) -> None:
+        """Whatever of the VM is not charged to the pod yet."""
+        if self._cgroup is None:
+            return
+        try:
+            vcpus = (await self._hypervisor.get_thread_ids()).vcpus.values()
+            self._emulated = (await self._hypervisor.save_state()).accelerator == "tcg"
+            await self._cgroup.follow(await self._hypervisor.get_pids(), vcpus)
+        except KataError as error:
+            _log.debug("not charged to the pod's cgroup: the VM is gone", error=str(error))
+
+    async def _make_room(self, size: Size) -> None:
+        """The VM is to have this size: its cgroup must not stand in the way."""
+        if self._cgroup is not None:
+            await self._cgroup.limit(size, emulated=self._emulated)
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
@@ -364,6 +399,7 @@ class VirtSandbox:
             *await self._containers.close(),
             *await self._network.close(),
             *await self._files.tear_down(),
+            *(await self._cgroup.close() if self._cgroup is not None else []),
         ]:
             _log.error("not released", error=str(error))
 

@@ -20,6 +20,7 @@ from shim.resources.vfio_settings import VfioSettings
 
 if TYPE_CHECKING:
     from shim.resources.guest_swap import SwapSettings
+    from shim.resources.host_cgroup import CgroupSettings
     from shim.resources.vfio_devices import Wanted
     from shim.sandbox.pod_config import PodDefaults
 
@@ -33,6 +34,7 @@ class SandboxSettings:
     `network`: see `shim.resources.network`. `shm_size` is in bytes.
     `bounds`: the sizes that its VM can have.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
+    `cgroup`: the host's; None leaves everything where it is.
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
     are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
     starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
@@ -57,5 +59,6 @@ class SandboxSettings:
     vfio: VfioSettings = field(default_factory=VfioSettings)
     passed: Wanted | None = None
     swap: SwapSettings | None = None
+    cgroup: CgroupSettings | None = None
     first_spec: Mapping[str, Any] | None = None
     host_mounts: int | None = None  # see `shim.protocols.DaemonContext`
