@@ -89,8 +89,10 @@ def lend_nodes(pid: int, device: VfioConfig, user: int) -> None:
     """Make its nodes in the /dev of the running QEMU. Raises HostError, OSError. Blocks."""
     for path in _nodes(device):
         number = os.stat(path).st_rdev
-        inside = f"/proc/{pid}/root{path}"
-        os.makedirs(os.path.dirname(inside), mode=0o755, exist_ok=True)
+        inside = _inside(pid, path)
+        folder = os.path.dirname(inside)
+        os.makedirs(folder, exist_ok=True)
+        os.chmod(folder, 0o755)  # noqa: S103  (QEMU's user passes through)
         if os.path.lexists(inside):
             continue
         os.mknod(inside, 0o600 | stat.S_IFCHR, number)
@@ -99,6 +101,11 @@ def lend_nodes(pid: int, device: VfioConfig, user: int) -> None:
 
 def take_back_nodes(pid: int, device: VfioConfig) -> None:
     """Remove the node of the device; what all devices need stays. Raises OSError. Blocks."""
-    path = _nodes(device)[1]
-    if os.path.lexists(f"/proc/{pid}/root{path}"):
-        os.unlink(f"/proc/{pid}/root{path}")
+    path = _inside(pid, _nodes(device)[1])
+    if os.path.lexists(path):
+        os.unlink(path)
+
+
+def _inside(pid: int, path: str) -> str:
+    """The way to what QEMU sees at this path."""
+    return f"/proc/{pid}/root{path}"

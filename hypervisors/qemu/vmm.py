@@ -106,7 +106,8 @@ class Qemu:
             check_readable(plan)
             users = parse_range(section.rootless_users)
             self._user = await acquire(take, self._undo, users, lost=self._have_user)
-        os.makedirs(meeting_place(self._state_dir), mode=0o711, exist_ok=True)
+        os.makedirs(meeting_place(self._state_dir), exist_ok=True)
+        os.chmod(meeting_place(self._state_dir), 0o711)  # noqa: S103  (QEMU's user passes through)
         self._plan = plan
         _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason)
 

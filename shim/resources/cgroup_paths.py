@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from devices.errors import CallerError
 from devices.mounts import MountEntry, mount_table
 
-__all__ = ["Hierarchy", "hierarchies", "is_systemds", "memberships", "relative_path"]
+__all__ = ["Hierarchy", "hierarchies", "is_scope", "memberships", "relative_path", "scope"]
 
 _MAX_PATH, _MAX_PART = 2048, 255
 _SLICE = ".slice"
+_ROOT = "-.slice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +80,6 @@ def memberships(pid: int | str = "self") -> dict[str, str]:
     return {identity: path for _, identity, path in parts}
 
 
-def is_systemds(path: str) -> bool:
-    """Whether it has systemd's form, slice:prefix:name."""
-    return path.count(":") == 2 and not path.startswith("/")
-
-
 def relative_path(path: str, default: str) -> str:
     """The directory below a hierarchy's mount, without a slash in front. `default`: for no path.
 
@@ -91,7 +87,12 @@ def relative_path(path: str, default: str) -> str:
     """
     if not path:
         return default
-    text = _of_scope(path) if is_systemds(path) else path
+    text = path
+    if is_scope(path):
+        slice_name, unit = scope(path)
+        words = slice_name.removesuffix(_SLICE).split("-")
+        above = ["-".join(words[: end + 1]) + _SLICE for end in range(len(words))]
+        text = "/".join([*(above if slice_name != _ROOT else []), unit])
     parts = [part for part in text.split("/") if part]
     problem = ""
     if not parts:
@@ -111,18 +112,23 @@ def relative_path(path: str, default: str) -> str:
     return "/".join(parts)
 
 
-def _of_scope(path: str) -> str:
-    """Where systemd has the scope (or, for a name that is one, the slice) of slice:prefix:name."""
+def is_scope(path: str) -> bool:
+    """Whether it has systemd's form, slice:prefix:name."""
+    return path.count(":") == 2 and not path.startswith("/")
+
+
+def scope(path: str) -> tuple[str, str]:
+    """The slice and the unit that slice:prefix:name stands for. Raises CallerError (INVALID_ARGUMENT)."""
     slice_name, prefix, name = path.split(":")
     slice_name = slice_name or "system.slice"
     words = slice_name.removesuffix(_SLICE).split("-")
-    is_root = slice_name == f"-{_SLICE}"
-    if "/" in path or not name or not (is_root or (slice_name.endswith(_SLICE) and all(words))):
+    is_slice = slice_name == _ROOT or (slice_name.endswith(_SLICE) and all(words))
+    if "/" in path or not name or not is_slice or not path.isprintable():
         raise CallerError(
             f"config.json: linux.cgroupsPath {path[:200]!a} is not slice:prefix:name",
             phase="bundle",
             code="INVALID_ARGUMENT",
         )
-    above = [] if is_root else ["-".join(words[: end + 1]) + _SLICE for end in range(len(words))]
-    unit = name if name.endswith(_SLICE) else f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
-    return "/".join([*above, unit])
+    if name.endswith(_SLICE):
+        return slice_name, name
+    return slice_name, f"{prefix}-{name}.scope" if prefix else f"{name}.scope"

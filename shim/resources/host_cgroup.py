@@ -33,12 +33,21 @@ import structlog
 from devices.child import place_children
 from devices.threads import acquire
 from devices.undo import Entry, UndoLog
-from shim.resources.cgroup_paths import Hierarchy, hierarchies, memberships, relative_path
+from shim.resources.cgroup_paths import (
+    Hierarchy,
+    hierarchies,
+    is_scope,
+    memberships,
+    relative_path,
+    scope,
+)
+from shim.resources.systemd_scope import manages, start_scope
 from shim.spec.limits import Size
 
 __all__ = ["CgroupSettings", "HostCgroup", "cgroup_settings", "release"]
 
 OVERHEAD = "kata_overhead"
+_OVERHEAD_SLICE = "kata-overhead.slice"
 _DEFAULT = "kata_sandboxed_pod"
 _COUNT_CPU = frozenset({"cpu", "cpuacct", "cpuset"})  # of version 1, by threads
 _WANTED = ("cpuset", "cpu", "io", "memory", "pids", "hugetlb")  # of version 2, for the cgroups below
@@ -53,14 +62,17 @@ _log = structlog.get_logger("cgroup")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupSettings:
-    """`path`: below each hierarchy; `overhead`: the other one, "" if all are in the first. `limited`: the pod
-    says how much memory, or how many CPUs (in `limited.vcpus`), its containers may have together; 0 says
-    nothing. `shares` of the CPU, as of version 1; 0 for the kernel's. `keep_shim`: the shim was put somewhere
-    by its caller, and stays.
+    """`path`: below each hierarchy; `overhead`: the other one, "" if all are in the first. `scope` and
+    `overhead_scope`: the same as slice:prefix:name, if the path is given so: systemd is asked for it.
+    `limited`: the pod says how much memory, or how many CPUs (in `limited.vcpus`), its containers may have
+    together; 0 says nothing. `shares` of the CPU, as of version 1; 0 for the kernel's. `keep_shim`: the shim
+    was put somewhere by its caller, and stays.
     """
 
     path: str
     overhead: str = ""
+    scope: str = ""
+    overhead_scope: str = ""
     limited: Size = field(default_factory=Size)
     shares: int = 0
     keep_shim: bool = False
@@ -71,10 +83,15 @@ def cgroup_settings(
 ) -> CgroupSettings:
     """`only`: the key sandbox_cgroup_only. Raises CallerError."""
     linux = spec.get("linux") or {}
+    path = str(linux.get("cgroupsPath") or "")
     shares = ((linux.get("resources") or {}).get("cpu") or {}).get("shares") or 0
+    scope = path if is_scope(path) else ""
+    rest = f"{_OVERHEAD_SLICE}:kata:{sandbox_id}" if scope else f"{OVERHEAD}/{sandbox_id}"
     return CgroupSettings(
-        path=relative_path(str(linux.get("cgroupsPath") or ""), f"{_DEFAULT}/{sandbox_id}"),
-        overhead="" if only else f"{OVERHEAD}/{sandbox_id}",
+        path=relative_path(path, f"{_DEFAULT}/{sandbox_id}"),
+        overhead="" if only else relative_path(rest, ""),
+        scope=scope,
+        overhead_scope=rest if scope and not only else "",
         limited=limited,
         shares=shares if isinstance(shares, int) and 2 <= shares <= 1 << 18 else 0,
         keep_shim=keep_shim,
@@ -83,15 +100,20 @@ def cgroup_settings(
 
 @dataclass(slots=True)
 class _Place:
-    """One cgroup in one hierarchy. `made`: the directory is ours."""
+    """One cgroup in one hierarchy. `made`: the directory is ours; `given`: systemd made it for us."""
 
     hierarchy: Hierarchy
     relative: str
     made: bool = False
+    given: bool = False
 
     @property
     def path(self) -> str:
         return os.path.join(self.hierarchy.mount, self.relative)
+
+    @property
+    def ours(self) -> bool:
+        return self.made or self.given
 
     @property
     def name(self) -> str:
@@ -106,8 +128,10 @@ class HostCgroup:
     undo: UndoLog
     _pods: list[_Place] = field(default_factory=list)
     _rest: list[_Place] = field(default_factory=list)  # the overhead's, if there is one
+    _later: list[_Place] = field(default_factory=list)  # the pod's that systemd makes, with the VMM in it
     _left: dict[str, str] = field(default_factory=dict)  # where the shim came from, by hierarchy
     _entry: Entry | None = None
+    _systemd: bool = False  # it made our homes
 
     async def open(self) -> None:
         """Make it, and have all children begin in it. Never fails: what the host does not give is logged."""
@@ -144,6 +168,11 @@ class HostCgroup:
         self._pods = [_Place(each, self.settings.path) for each in found]
         if self.settings.overhead:
             self._rest = [_Place(each, self.settings.overhead) for each in found]
+        if self.settings.scope and not self.settings.keep_shim and manages():
+            self._systemd = self._ask(self._rest or self._pods, [os.getpid()])
+        if self._rest and self._systemd:
+            self._later, self._pods = self._pods, []
+        elif self._rest:
             # The pod's own is for what is counted there alone.
             self._pods = [
                 place
@@ -154,7 +183,7 @@ class HostCgroup:
         self._pods = [place for place in self._pods if self._make(place) and self._takes(place)]
         self._rest = [place for place in self._rest if self._make(place) and self._takes(place)]
         self._forget_others()
-        if not self._pods:
+        if not self._pods and not self._rest:
             _log.warning("the pod has no cgroup on this host: it is charged to its caller's")
             return
         self._bound()
@@ -166,6 +195,26 @@ class HostCgroup:
             place_children([f"{place.path}/cgroup.procs" for place in homes])
         else:
             self._move(os.getpid(), homes)  # children are where the shim is when it forks
+
+    def _ask(self, places: Sequence[_Place], pids: Sequence[int]) -> bool:
+        """Have systemd make them, in its hierarchies, with the processes in them; False: it does not."""
+        text = self.settings.overhead_scope if places is self._rest else self.settings.scope
+        slice_name, unit = scope(text)
+        if not unit.endswith(".scope"):
+            return False
+
+        def arrived() -> bool:
+            now = memberships(pids[0])
+            return any(now.get(place.hierarchy.identity) == place.name for place in places)
+
+        try:
+            start_scope(unit, slice_name, pids, arrived=arrived)
+        except OSError as error:
+            _log.warning("systemd does not make the pod's scope", unit=unit, error=str(error))
+            return False
+        for place in places:
+            place.given = os.path.isdir(place.path)
+        return True
 
     def _record(self) -> None:
         """In the undo log: all that is not there yet, the deepest first."""
@@ -188,6 +237,8 @@ class HostCgroup:
     def _make(self, place: _Place) -> bool:
         """The directory, with all above it; what version 2 needs besides is asked of those above."""
         at = place.hierarchy.mount
+        if place.given:
+            return True
         try:
             for part in place.relative.split("/"):
                 if place.hierarchy.unified:
@@ -238,17 +289,17 @@ class HostCgroup:
     def _bound(self) -> None:
         """Limits that hold from the start."""
         for place in self._pods:
-            if place.made and self.settings.shares:
+            if place.ours and self.settings.shares:
                 _set_shares(place, self.settings.shares)
         for place in self._rest or self._pods:
-            if place.made:
+            if place.ours:
                 _set(place, "pids", {"pids.max": _MOST_TASKS}, {"pids.max": _MOST_TASKS})
 
     def _limit(self, size: Size, emulated: bool) -> None:
         limited = self.settings.limited
         memory = size.memory + _ROOM.memory + (_EMULATION if emulated else 0)
         for place in self._pods:
-            if not place.made:
+            if not place.ours:
                 continue
             if limited.memory:
                 _set(place, "memory", {"memory.limit_in_bytes": memory}, {"memory.max": memory})
@@ -261,17 +312,22 @@ class HostCgroup:
         homes = self._rest or self._pods
         if not self.settings.keep_shim:
             self._move(os.getpid(), homes)
-        for pid in pids:
+        for pid in pids[1:]:
             self._move(pid, homes)
-        if not self._rest:
-            return
-        for place in self._pods:
-            if place.hierarchy.unified:
-                for pid in pids[:1]:
-                    self._move(pid, [place])
-                continue
-            for thread in vcpus:
-                _try_write(f"{place.path}/tasks", thread)
+        if self._later and pids and self._ask(self._later, pids[:1]):
+            self._pods, self._later = [place for place in self._later if place.given], []
+        # Where threads cannot be apart from their process, the VMM is the pod's.
+        whole = (
+            [place for place in self._pods if place.hierarchy.unified or place.given] if self._rest else []
+        )
+        elsewhere = {place.hierarchy.identity for place in whole}
+        for pid in pids[:1]:
+            self._move(pid, [place for place in homes if place.hierarchy.identity not in elsewhere])
+            self._move(pid, whole)
+        for place in self._pods if self._rest else []:
+            if place not in whole:
+                for thread in vcpus:
+                    _try_write(f"{place.path}/tasks", thread)
 
     def _move(self, pid: int, places: Sequence[_Place]) -> None:
         """Each move waits for the kernel, so what is there already is left in peace."""
@@ -294,7 +350,7 @@ class HostCgroup:
             else:
                 self.undo.forget(self._entry)
                 self._entry = None
-        self._pods, self._rest = [], []
+        self._pods, self._rest, self._later = [], [], []
         return errors
 
     def _go_back(self) -> None:

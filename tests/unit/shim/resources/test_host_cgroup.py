@@ -204,6 +204,86 @@ async def test_where_everybody_goes(host: MakeHost, kind: str, only: bool, keep_
     assert children._cgroups == ()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("only", [True, False])
+async def test_under_systemd(host: MakeHost, kind: str, only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for the scope, with the shim in it, or the VMM in the pod's own; where it manages nothing
+    (version 1's other controllers) the same path is made by hand. What systemd made it removes."""
+    world, undo, asked = host(**KINDS[kind]), MemoryUndo(), []
+    managed = [each for each in world.mounts if each.identity in ("", "memory", "name=systemd")]
+
+    def start_scope(unit: str, slice_name: str, pids: list[int], *, arrived: Callable[[], bool]) -> None:
+        asked.append((unit, slice_name, list(pids)))
+        where = relative_path(f"{slice_name}::{unit.removesuffix('.scope')}", "")
+        for each in managed:
+            at = each.mount
+            for part in where.split("/"):
+                host_cgroup._enable(at)  # delegated: with all controllers
+                at = f"{at}/{part}"
+                os.makedirs(at, exist_ok=True)
+            for pid in pids:
+                world.where[pid, each.identity] = f"/{where}"
+        assert arrived()
+
+    monkeypatch.setattr(host_cgroup, "manages", lambda: True)
+    monkeypatch.setattr(host_cgroup, "start_scope", start_scope)
+    spec = {"linux": {"cgroupsPath": "kubepods-pod1.slice:cri-containerd:abc"}}
+    settings = cgroup_settings(spec, "abc", only=only, limited=Size(1, GIB), keep_shim=False)
+    pods = "/kubepods.slice/kubepods-pod1.slice/cri-containerd-abc.scope"
+    home = pods if only else "/kata.slice/kata-overhead.slice/kata-abc.scope"
+    cgroup = HostCgroup(settings, undo)
+    await cgroup.open()
+    qemu, daemon = 1 << 22, (1 << 22) + 1
+    world.start(qemu)
+    world.start(daemon)
+    for _ in range(2):  # also after the VM has got more vCPUs
+        await cgroup.follow([qemu, daemon], [qemu + 7])
+
+    assert set(world.places(ME).values()) == {home}
+    assert set(world.places(daemon).values()) == {home}
+    moved = {each.identity for each in managed}
+    assert world.places(qemu) == {
+        each.identity: pods if each.identity in moved else home for each in world.mounts
+    }
+    first = ("cri-containerd-abc.scope", "kubepods-pod1.slice", [ME])
+    if not only:
+        assert asked == [("kata-abc.scope", "kata-overhead.slice", [ME]), (*first[:2], [qemu])]
+    else:
+        assert asked == [first]
+    await cgroup.limit(Size(2, GIB))
+    file = "unified{}/memory.max" if kind == "version 2" else "memory{}/memory.limit_in_bytes"
+    assert world.written[file.format(pods)] == str(GIB + (512 << 20))
+
+    world.end(qemu, daemon)
+    assert await cgroup.close() == []
+    assert set(world.places(ME).values()) == {"/containerd"}
+    assert {path.split("/")[0] for path in world.directories()} == {
+        os.path.basename(each.mount) for each in managed
+    }
+    assert undo.entries == []
+
+
+async def test_a_systemd_that_does_not_do_it_is_done_without(
+    host: MakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = logged(monkeypatch)
+    world = host(v1=V1, v2=None)
+
+    def start_scope(*_: object, **__: object) -> None:
+        raise OSError("systemd: access denied")
+
+    monkeypatch.setattr(host_cgroup, "manages", lambda: True)
+    monkeypatch.setattr(host_cgroup, "start_scope", start_scope)
+    settings = CgroupSettings(path="a.slice/x-b.scope", scope="a.slice:x:b")
+    cgroup = HostCgroup(settings, MemoryUndo())
+    await cgroup.open()
+    await cgroup.follow([])
+    assert said == ["systemd does not make the pod's scope"]
+    assert set(world.places(ME).values()) == {"/a.slice/x-b.scope"}
+    assert await cgroup.close() == []
+    assert world.directories() == set()
+
+
 async def test_limits_follow_the_vm(host: MakeHost) -> None:
     """What the pod may have is the VM's size and some room; shares and processes from the start."""
     world = host(v1=V1, v2=None)
