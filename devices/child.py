@@ -45,6 +45,7 @@ __all__ = [
     "process_memory",
     "process_start_time",
     "process_stat",
+    "thread_ids",
 ]
 
 _READ_SIZE = 64 << 10
@@ -95,6 +96,23 @@ def process_start_time(pid: int) -> int:
     Raises ProcessLookupError when there is no such process.
     """
     return int(process_stat(pid)[19])
+
+
+def thread_ids(pid: int) -> dict[int, int]:
+    """The threads of the process, by the number that each has in the process's own pid namespace.
+
+    Raises ProcessLookupError when there is no such process.
+    """
+    found = {}
+    try:
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                with open(f"/proc/{pid}/task/{name}/status", encoding="utf-8", errors="replace") as status:
+                    line = next(line for line in status if line.startswith("NSpid:"))
+                found[int(line.split()[-1])] = int(name)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(pid) from error
+    return found
 
 
 def describe_exit(status: int) -> str:

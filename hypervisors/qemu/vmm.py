@@ -21,7 +21,7 @@ from typing import TypeVar
 import structlog
 
 from devices.addresses import FlatSpace, PciTopology
-from devices.child import Child, process_start_time
+from devices.child import Child, process_start_time, thread_ids
 from devices.config import (
     BalloonConfig,
     BlockConfig,
@@ -33,7 +33,7 @@ from devices.config import (
 from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from devices.manager import disk_name
-from devices.threads import acquire
+from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.users import User, parse_range, take
 from devices.vsock import AgentChannel
@@ -323,10 +323,13 @@ class Qemu:
         return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
-        """See `Hypervisor.get_thread_ids`."""
+        """See `Hypervisor.get_thread_ids`. QEMU tells the numbers that they have in its pid namespace."""
         cpus = await self._qmp().execute("query-cpus-fast")
         try:
-            return VcpuThreadIds({int(cpu["cpu-index"]): int(cpu["thread-id"]) for cpu in cpus})
+            known = await look(thread_ids, self._process().pid)
+            return VcpuThreadIds({int(cpu["cpu-index"]): known[int(cpu["thread-id"])] for cpu in cpus})
+        except ProcessLookupError:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION") from None
         except (KeyError, TypeError, ValueError) as error:
             raise HypervisorError(f"QEMU's answer to query-cpus-fast makes no sense: {error!r}") from error
 

@@ -14,7 +14,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from devices.child import Child, process_start_time, process_stat
+from devices.child import Child, process_start_time, process_stat, thread_ids
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -327,7 +327,9 @@ class TinyVm:
             await asyncio.wait({asking})
         if self._ended.done():
             raise self._gone(self._ended.result())
-        self._threads = asking.result()
+        # QEMU is the first process of a pid namespace, and tells its numbers there.
+        known = thread_ids(self._qemu.pid) if self._qemu is not None else {}
+        self._threads = {vcpu: known[thread] for vcpu, thread in asking.result().items()}
 
     async def _spawn(self) -> socket.socket:
         """QEMU with all it inherits; our end of its monitor."""

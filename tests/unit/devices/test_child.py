@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from devices.child import Child, describe_exit, process_start_time
+from devices.child import Child, describe_exit, process_start_time, thread_ids
 from devices.confine import Confinement
 from devices.errors import HostError
 from devices.undo import MemoryUndo
@@ -222,6 +222,18 @@ def test_children_die_with_the_process_that_made_them(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the child outlived its maker")
+
+
+async def test_threads_by_the_numbers_that_the_child_knows() -> None:
+    """A VMM tells its threads by the numbers of its own pid namespace."""
+    child = await Child.spawn(
+        ["/bin/sleep", "100"], name="sleep", undo=MemoryUndo(), confinement=Confinement()
+    )
+    assert thread_ids(child.pid) == {1: child.pid}
+    assert thread_ids(os.getpid())[os.getpid()] == os.getpid()
+    await child.kill()
+    with pytest.raises(ProcessLookupError):
+        thread_ids(child.pid)
 
 
 def test_statuses_in_words() -> None:
