@@ -188,19 +188,41 @@ def _with_version(program: str) -> str:
     return f"{program}: {version}" if version else program
 
 
+_LIMITING = ("cpu", "memory", "pids")  # the controllers that a pod's limits need
+
+
 def _cgroup(host: Host) -> Finding:
+    """What pods can be charged to, and held to, on this host."""
     mount = host.at("/sys/fs/cgroup")
-    if os.path.exists(os.path.join(mount, "cgroup.controllers")):
-        return _ok("cgroup", "version 2 (unified)")
     try:
         names = os.listdir(mount)
     except OSError:
         names = []
-    if "unified" in names:
-        return _ok("cgroup", "version 1, with version 2 beside it (hybrid)")
-    if names:
-        return _ok("cgroup", "version 1")
-    return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
+    if not names:
+        return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
+    unified = "cgroup.controllers" in names
+    if unified:
+        kind, where = "version 2 (unified)", [mount]
+        with open(os.path.join(mount, "cgroup.controllers"), encoding="ascii", errors="replace") as file:
+            have = set(file.read().split())
+    else:
+        kind = f"version 1{', with version 2 beside it (hybrid)' if 'unified' in names else ''}"
+        have = {word for name in names for word in name.split(",")}
+        where = [os.path.join(mount, name) for name in names if name in _LIMITING]
+    closed = [path for path in where if not os.access(path, os.W_OK)]
+    if closed:
+        return Finding(
+            Level.WARN,
+            "cgroup",
+            f"{kind}; {closed[0]} cannot be written: pods are charged to containerd's cgroup",
+            "run the check as root, and mount the cgroups read-write",
+        )
+    missing = [name for name in _LIMITING if name not in have]
+    if missing:
+        hint = "switch them on at boot (cgroup_enable=memory), or in cgroup.subtree_control of what is above"
+        text = f"{kind}; without {', '.join(missing)}: what pods may have of it is not limited on the host"
+        return Finding(Level.WARN, "cgroup", text, hint)
+    return _ok("cgroup", kind)
 
 
 def _state(host: Host) -> Finding:

@@ -61,7 +61,7 @@ class World:
         self.measured = Measured(ratio=1.04)
         self.netns = ""
         self.plugins: dict[str, Any] = {}
-        (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory\n")
+        (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory pids\n")
         (root / "proc/meminfo").write_text("MemTotal: 4096000 kB\nMemAvailable: 2048000 kB\n")
         for name in ("containerd-shim-kata-v2", "virtiofsd", "vsockd", "qemu"):
             self.program(name)
@@ -250,9 +250,13 @@ def test_an_unknown_hypervisor_is_one_failure(world: World) -> None:
 @pytest.mark.parametrize(
     ("entries", "level", "text"),
     [
-        (["cgroup.controllers"], Level.OK, "version 2 (unified)"),
-        (["memory", "unified"], Level.OK, "version 1, with version 2 beside it (hybrid)"),
-        (["memory", "cpu"], Level.OK, "version 1"),
+        (
+            ["memory", "pids", "cpu,cpuacct", "unified"],
+            Level.OK,
+            "version 1, with version 2 beside it (hybrid)",
+        ),
+        (["memory", "cpu", "pids"], Level.OK, "version 1"),
+        (["memory", "cpu"], Level.WARN, "version 1; without pids: what pods may have of it is not limited"),
         ([], Level.FAIL, "nothing is mounted"),
     ],
 )
@@ -263,6 +267,20 @@ def test_cgroup_modes(world: World, entries: list[str], level: Level, text: str)
     found = world.look()["cgroup"]
     assert found.level is level
     assert found.text.startswith(text)
+
+
+def test_cgroups_of_version_2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (world.look()["cgroup"].level, world.look()["cgroup"].text) == (Level.OK, "version 2 (unified)")
+    (world.root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu pids\n")
+    found = world.look()["cgroup"]
+    assert found.level is Level.WARN
+    assert found.text.startswith("version 2 (unified); without memory: ")
+    assert "cgroup_enable=memory" in found.hint
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "cgroup" not in str(path) and access(path, mode))
+    found = world.look()["cgroup"]
+    assert found.level is Level.WARN
+    assert "cannot be written: pods are charged to containerd's cgroup" in found.text
 
 
 def test_memory_below_what_a_vm_takes(world: World) -> None:
