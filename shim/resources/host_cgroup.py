@@ -291,7 +291,7 @@ class HostCgroup:
         for place in self._pods:
             if place.ours and self.settings.shares:
                 _set_shares(place, self.settings.shares)
-        for place in self._rest or self._pods:
+        for place in [*self._pods, *self._rest]:
             if place.ours:
                 _set(place, "pids", {"pids.max": _MOST_TASKS}, {"pids.max": _MOST_TASKS})
 
