@@ -225,6 +225,41 @@ def _cgroup(host: Host) -> Finding:
     return _ok("cgroup", kind)
 
 
+def _confinement(host: Host, config: Config | None) -> Finding:
+    """Whether children can be confined, and whose users the sandboxes' are."""
+    from devices.confine import HELPER
+    from devices.users import RANGE, parse_range
+
+    if not os.access(HELPER, os.X_OK):
+        return Finding(Level.FAIL, "confine", f"{HELPER} is not there: no child can be started", "make setup")
+    section = config.hypervisor if config else None
+    if not getattr(section, "rootless", True):
+        return _ok("confine", "the VMM runs as root without capabilities (rootless = false)")
+    text = getattr(section, "rootless_users", RANGE)
+    numbers = parse_range(text)
+    taken = [
+        name for name, first, count in _users(host) if first < numbers.stop and first + count > numbers.start
+    ]
+    if taken:
+        hint = "choose another range for rootless_users, which nobody on this host has"
+        return Finding(Level.WARN, "confine", f"users {text} are {', '.join(taken[:3])}'s too", hint)
+    return _ok("confine", f"each sandbox has a user of {text}")
+
+
+def _users(host: Host) -> Iterator[tuple[str, int, int]]:
+    """Whoever this host gives numbers to: name, first, how many."""
+    for file in ("/etc/passwd", "/etc/subuid"):
+        try:
+            with open(host.at(file), encoding="utf-8", errors="replace") as lines:
+                rows = [line.strip().split(":") for line in lines]
+        except OSError:
+            continue
+        for name, *numbers in rows:
+            words = numbers[1:2] if file == "/etc/passwd" else numbers[:2]
+            if words and all(word.isdecimal() for word in words):
+                yield name, int(words[0]), int(words[1]) if len(words) > 1 else 1
+
+
 def _state(host: Host) -> Finding:
     path = host.at("/run")
     try:
@@ -349,7 +384,14 @@ def findings(
         if getattr(config.hypervisor, "path", ""):
             found.append(_ok(config.hypervisor_name, _with_version(config.hypervisor.path)))
     own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
-    own += [_memory(host, config), _cgroup(host), *_network(host), _state(host), _shim(host)]
+    own += [
+        _memory(host, config),
+        _cgroup(host),
+        _confinement(host, config),
+        *_network(host),
+        _state(host),
+        _shim(host),
+    ]
     own += _others(config, plugins)
     told = {each.name for each in found + own}
     theirs = [each for each in _hypervisor(config, get_plugin) if each.name not in told]

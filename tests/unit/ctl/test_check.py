@@ -117,6 +117,7 @@ def test_a_good_host_has_a_line_for_everything_and_no_complaint(world: World) ->
         "virtiofsd",
         "memory",
         "cgroup",
+        "confine",
         "netns",
         "tun",
         "state",
@@ -281,6 +282,23 @@ def test_cgroups_of_version_2(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     found = world.look()["cgroup"]
     assert found.level is Level.WARN
     assert "cannot be written: pods are charged to containerd's cgroup" in found.text
+
+
+def test_users_that_somebody_has_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By /etc/passwd and by /etc/subuid; and without the program that confines nothing can be started."""
+    (world.root / "etc").mkdir(exist_ok=True)
+    (world.root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nodd\nx:y:z\n")
+    (world.root / "etc/subuid").write_text("alice:100000:65536\n")
+    found = world.look()["confine"]
+    assert (found.level, found.text) == (Level.OK, "each sandbox has a user of 2000000000-2000065535")
+    (world.root / "etc/passwd").write_text("bob:x:2000000007:5::/:/bin/sh\n")
+    (world.root / "etc/subuid").write_text("alice:1999999999:2\n")
+    found = world.look()["confine"]
+    assert (found.level, found.text) == (Level.WARN, "users 2000000000-2000065535 are bob, alice's too")
+    assert "rootless_users" in found.hint
+    monkeypatch.setattr("devices.confine.HELPER", "/nope/kata-confine")
+    found = world.look()["confine"]
+    assert (found.level, found.hint) == (Level.FAIL, "make setup")
 
 
 def test_memory_below_what_a_vm_takes(world: World) -> None:
