@@ -89,7 +89,13 @@ def make_root(release: str) -> Path:
         # Debian's mirror as apt here knows it may lag behind: an old list is signed all the same.
         subprocess.run(
             [
-                *("mmdebstrap", "--quiet", "--variant=minbase", "--include=make,git,ca-certificates"),
+                *(
+                    "mmdebstrap",
+                    "--quiet",
+                    "--format=tar",
+                    "--variant=minbase",
+                    "--include=make,git,ca-certificates",
+                ),
                 *("--aptopt=Acquire::Check-Valid-Until false", SUITES[release], f"{archive}.new"),
                 "http://deb.debian.org/debian",
             ],

@@ -1,4 +1,4 @@
-"""`make test-hosts` reads what suites and programs say, and lays a host's cgroups out as this one has them."""
+"""`make test-hosts` reads what suites and programs say, and mounts the cgroups that this host has."""
 
 from __future__ import annotations
 
