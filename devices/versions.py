@@ -5,10 +5,10 @@ asked before on this boot.
 Why a file: one daemon serves one pod, so its memory is as short as the pod's life; and asking costs 5 to 30
 ms, of which a start has few. Which arguments and operations a program takes depends on its version
 (devices/share_fs.py, hypervisors/qemu/abilities.py).
-Invariants: a binary is known by device, inode, time and size: one that was replaced is asked again. The file is
-root's, replaced whole, and only ever saves time: one that is missing, broken or too large is nothing but
-empty, and one that cannot be written is no error. A program that does not answer in time, or says no version, has
-version ().
+Invariants: a binary is known by device, inode, time and size: one that was replaced is asked again. The
+file is root's, replaced whole, and only ever saves time: one that is missing, broken or too large is
+nothing but empty, and one that cannot be written is no error. A program that does not answer in time, or
+says no version, has version ().
 """
 
 from __future__ import annotations

@@ -24,6 +24,9 @@ from devices.undo import UndoLog
 __all__ = ["VsockDaemon", "find_vsock_daemon"]
 
 _CID = 3  # private to this VM: the daemon serves no other
+# Bytes that the guest may have on the way, and so the most that a packet of its holds. Linux 6.12.y and later
+# lay larger ones than 32 KiB into several descriptors; 0.3.0 reads the first, and output stops for ever.
+_TX_BUFFER = 28672
 _READY_TIMEOUT = 10.0  # seconds; it takes about 7 ms
 
 
@@ -61,6 +64,7 @@ class VsockDaemon:
         vhost_path, path = f"{state_dir}/vsock.sock", f"{state_dir}/kata.hvsock"
         argv = [find_vsock_daemon(config.daemon)]
         argv += ["--guest-cid", str(_CID), "--socket", vhost_path, "--uds-path", path]
+        argv += ["--tx-buffer-size", str(_TX_BUFFER)]
         child = await Child.spawn(argv, name="vhost-device-vsock", undo=undo, on_output=on_output)
         return cls(child, vhost_path, path)
 

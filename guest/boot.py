@@ -279,7 +279,7 @@ class GuestVM:
         process = await asyncio.create_subprocess_exec(
             find_vsock_daemon(),
             "--vm",
-            f"guest-cid={_GUEST_CID},socket={path},uds-path={self.uds}",
+            f"guest-cid={_GUEST_CID},socket={path},uds-path={self.uds},tx-buffer-size=28672",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
