@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any
 
 from ctl.environment import first_line
+from ctl.known_bad import why_bad
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
 from devices.plain import plain
@@ -168,7 +169,7 @@ def _vsock(host: Host, config: Config | None) -> Finding:
         daemon = find_vsock_daemon(getattr(config.hypervisor, "vsock_daemon", "") if config else "")
     except KataError as error:
         return Finding(Level.FAIL, "vsock", error.cause, error.hint)
-    return _ok("vsock", f"{why}; {daemon} serves instead")
+    return _program("vsock", daemon, f"{why}; ", " serves instead")
 
 
 def _virtiofsd(config: Config | None) -> Finding:
@@ -178,14 +179,17 @@ def _virtiofsd(config: Config | None) -> Finding:
     from devices.share_fs import find_virtiofsd
 
     try:
-        return _ok("virtiofsd", _with_version(find_virtiofsd(getattr(section, "virtio_fs_daemon", ""))))
+        return _program("virtiofsd", find_virtiofsd(getattr(section, "virtio_fs_daemon", "")))
     except KataError as error:
         return Finding(Level.FAIL, "virtiofsd", error.cause, error.hint)
 
 
-def _with_version(program: str) -> str:
-    version = first_line([program, "--version"])
-    return f"{program}: {version}" if version else program
+def _program(name: str, path: str, before: str = "", after: str = "") -> Finding:
+    """Where it is and its version, and whether that is known to be bad."""
+    version = first_line([path, "--version"])
+    text = f"{before}{path}{after}: {version}" if version else f"{before}{path}{after}"
+    bad = why_bad(version)
+    return Finding(Level.WARN, name, f"{text}; {bad.reason}", bad.hint) if bad else _ok(name, text)
 
 
 def _cgroup(host: Host) -> Finding:
@@ -325,7 +329,9 @@ def findings(
         found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
         found += _guest(config)
         if getattr(config.hypervisor, "path", ""):
-            found.append(_ok(config.hypervisor_name, _with_version(config.hypervisor.path)))
+            found.append(_program(config.hypervisor_name, config.hypervisor.path))
+        if getattr(config.hypervisor, "jailer_path", ""):
+            found.append(_program("jailer", config.hypervisor.jailer_path))
     own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
     own += [_memory(host, config), _cgroup(host), *_network(host), _state(host), _shim(host)]
     own += _others(config, plugins)

@@ -209,7 +209,7 @@ def counts(text: str) -> dict[str, int]:
 
 def run_suite(root: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Run it; what came out."""
-    log = OUT / f"{root.name}-{name}.log"
+    log = OUT / f"{root.name}-{name if name in JOBS else 'command'}.log"
     command = JOBS.get(name, name)
     begin = time.monotonic()
     network = options.own_network and name not in {"demo", "check"}

@@ -30,6 +30,7 @@ MICROVM = "microvm"
 PMEM_DRIVER = "virtio-pmem"
 """The block_device_driver that makes disks memory of the guest: Kata's word for it, an NVDIMM with QEMU."""
 _MEMORY_ID = "mem0"
+_MONITOR_OBJECTS = (11, 1)  # since when -mon is deprecated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,10 @@ def arguments(plan: Plan) -> list[str]:
         words += ["-initrd", section.initrd]
     words += ["-append", kernel_command_line(plan)]
     words += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
-    words += ["-mon", "chardev=qmp,mode=control"]
+    if plan.version >= _MONITOR_OBJECTS:
+        words += ["-object", "monitor-qmp,id=control,chardev=qmp"]
+    else:
+        words += ["-mon", "chardev=qmp,mode=control"]
     words += ["-rtc", "base=utc,clock=host"]
     if plan.microvm:
         words += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0

@@ -101,7 +101,7 @@ class Sizer:
         if count > self._plan.max_vcpus:
             raise _too_many(count, self._plan.max_vcpus)
         if count < self._granted:
-            raise UnsupportedByHypervisor("qemu", f"fewer vCPUs than {self._granted}: {TCG_KEEPS_VCPUS}")
+            raise UnsupportedByHypervisor("qemu", f"unplug of a vCPU: {TCG_KEEPS_VCPUS}")
         self._granted = count
         return count
 

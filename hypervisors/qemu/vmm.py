@@ -30,10 +30,18 @@ from devices.config import (
     ProtectionConfig,
     VfioConfig,
 )
-from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.errors import (
+    BugError,
+    CallerError,
+    HostError,
+    HypervisorError,
+    KataError,
+    UnsupportedByHypervisor,
+)
 from devices.kinds import Kind, Op
 from devices.manager import disk_name
 from devices.undo import UndoLog
+from devices.versions import Version, version_of
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
@@ -91,13 +99,16 @@ class Qemu:
     # --- the VM's life
 
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
-        """See `Hypervisor.prepare_vm`. Chooses the accelerator."""
+        """See `Hypervisor.prepare_vm`. Chooses the accelerator, and knows QEMU's version then."""
         if id != self._sandbox_id:
             raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns
         choice = choose_accelerator(self._section.accelerator)
-        self._plan = first_plan(self._section, choice.accelerator, self._sandbox_id)
-        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason)
+        version = Version()
+        with contextlib.suppress(HostError):  # one that cannot be run is told by the start
+            version = await version_of(self._section.path, self._undo)
+        self._plan = first_plan(self._section, choice.accelerator, self._sandbox_id, version.numbers)
+        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason, qemu=str(version))
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
