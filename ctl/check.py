@@ -207,6 +207,31 @@ def _cgroup(host: Host) -> Finding:
     return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
 
 
+def _mounts(host: Host) -> Finding:
+    """The shim has a mount namespace of its own, which receives the host's mounts if they are shared."""
+    try:
+        with open(host.at("/proc/self/mountinfo"), encoding="utf-8", errors="replace") as file:
+            lines = [line.split() for line in file.read(16 << 20).splitlines()]
+    except OSError as error:
+        return Finding(Level.WARN, "mounts", f"/proc/self/mountinfo cannot be read: {error.strerror}")
+    root = next((words for words in reversed(lines) if len(words) > 6 and words[4] == "/"), None)
+    if root is None:
+        return Finding(
+            Level.FAIL,
+            "mounts",
+            "the root directory / is no mount point (a plain chroot)",
+            "mount --bind ROOT ROOT, then chroot ROOT",
+        )
+    if not any(word.startswith("shared:") for word in root[6 : root.index("-")]):
+        return Finding(
+            Level.WARN,
+            "mounts",
+            "the mount at / is not shared: what the host mounts after a pod has started does not reach it",
+            "mount --make-rshared / before containerd starts (systemd does it)",
+        )
+    return _ok("mounts", "the mount at / is shared")
+
+
 def _state(host: Host) -> Finding:
     path = host.at("/run")
     try:
@@ -333,7 +358,7 @@ def findings(
         if getattr(config.hypervisor, "jailer_path", ""):
             found.append(_program("jailer", config.hypervisor.jailer_path))
     own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
-    own += [_memory(host, config), _cgroup(host), *_network(host), _state(host), _shim(host)]
+    own += [_memory(host, config), _cgroup(host), _mounts(host), *_network(host), _state(host), _shim(host)]
     own += _others(config, plugins)
     told = {each.name for each in found + own}
     theirs = [each for each in _hypervisor(config, get_plugin) if each.name not in told]

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 
 from devices.beneath import descriptor_path
+from devices.errors import HostError
 from devices.syscalls import (
     CLONE_NEWNS,
     MOUNT_ATTR_NODEV,
@@ -91,7 +92,8 @@ def make_private() -> int:
     Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks.hooks`).
 
     Call it before any thread or child exists: those keep the namespace that they were made in.
-    Raises PermissionError without CAP_SYS_ADMIN.
+    Raises PermissionError without CAP_SYS_ADMIN, HostError where `/` is no mount point: nothing could keep
+    what is mounted here from the host.
     """
     left = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -99,7 +101,17 @@ def make_private() -> int:
     except BaseException:
         os.close(left)
         raise
-    mount("none", "/", "", MS_SLAVE | MS_REC, "")
+    try:
+        mount("none", "/", "", MS_SLAVE | MS_REC, "")
+    except OSError as error:
+        os.close(left)
+        if error.errno != errno.EINVAL:
+            raise
+        raise HostError(
+            "/ is no mount point here (a plain chroot): mounts cannot be kept to the pod",
+            phase="devices",
+            hint="make it one before containerd starts: mount --bind ROOT ROOT, then chroot ROOT",
+        ) from error
     return left
 
 

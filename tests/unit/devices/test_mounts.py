@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices import mounts
+from devices.errors import HostError
 from devices.syscalls import mount
 from tests.unit.shim.namespaces import in_mount_namespace
 
@@ -64,6 +65,35 @@ def test_private_namespace_sends_nothing(tmp_path: Path) -> None:
     in_mount_namespace(body)
 
     assert not mounts.is_mountpoint(str(tmp_path))
+
+
+def test_a_root_that_is_no_mount_point_is_named(tmp_path: Path) -> None:
+    """A plain chroot: the kernel's "Invalid argument" is told as what it is, and nothing stays open."""
+    (tmp_path / "proc").mkdir()
+
+    def body() -> None:
+        mount("proc", str(tmp_path / "proc"), "proc", 0, "")
+        os.chroot(tmp_path)
+        os.chdir("/")
+        before = sorted(os.listdir("/proc/self/fd"))
+        with pytest.raises(HostError, match="/ is no mount point here") as caught:
+            mounts.make_private()
+        assert "mount --bind ROOT ROOT" in caught.value.hint
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+    in_mount_namespace(body)
+
+
+@pytest.mark.parametrize("propagation", ["private", "shared", "slave", "unbindable"])
+def test_any_propagation_of_the_root_will_do(propagation: str) -> None:
+    """Shared as systemd has it, private as containers do: what is mounted here stays here."""
+
+    def body() -> None:
+        flags = {"unbindable": 1 << 17}.get(propagation) or mounts._PROPAGATION[propagation]
+        mount("none", "/", "", flags, "")
+        os.close(mounts.make_private())
+
+    in_mount_namespace(body)
 
 
 def test_parse_mountinfo() -> None:
