@@ -14,7 +14,9 @@ Invariants:
   go at any moment; of virtio-mem the request is taken back.
 - What the VM was started with stays; DIMMs go whole. Under TCG all vCPUs are there from the start and none
   goes (`Plan.all_vcpus_at_start`): to grow is to let the guest bring more of them online.
-- A DIMM's back end goes with it, or at the next resize if the guest was late.
+- A DIMM's back end goes with it, or at the next resize if the guest was late. No name of one comes twice in
+  a VM's life: QEMU 10 and 11 give a memfd of a name that has just gone the old one's descriptor, and close it
+  a moment later. All vhost-user daemons then lose their connection with the next DIMM (docs/hosts.md).
 - A guest that gives memory back which it needs kills for it: who shrinks asks it first what it can spare.
 Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2; ACPI 6.4, _OST (6.3.5).
 """
@@ -41,7 +43,7 @@ _MAX_GROWTH = 8
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
 
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.2  # seconds between two questions for virtio-mem's size
-_DIMM = "dimm"  # and a number, the highest of all when it came
+_DIMM = "dimm"  # and a number, the highest that ever was
 _BACK_END = "mem-"  # and the DIMM's name
 
 _log = structlog.get_logger("qemu.sizing")
@@ -65,6 +67,7 @@ class Sizer:
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
         self._leaving: set[str] = set()  # asked of the guest, without an answer yet
+        self._last_dimm = -1
         self._granted = plan.vcpus  # of those that are there from the start
         self._back_ends: set[str] = set()  # DIMMs that have one, or may have; noted before they come
 
@@ -152,11 +155,10 @@ class Sizer:
                 return present - await self._unplug_dimms(
                     [dimm for dimm in dimms if dimm not in leaving], present - mib
                 )
-            number = max((dimm.number for dimm in dimms), default=-1)
             while present < mib:
                 step = min(mib - present, max(_STEP, present * _MAX_GROWTH // _STEP * _STEP))
-                number += 1
-                await self._plug_dimm(_Dimm(number, step))
+                self._last_dimm += 1
+                await self._plug_dimm(_Dimm(self._last_dimm, step))
                 present += step
             return present
 
