@@ -288,8 +288,8 @@ def main() -> int:
     wanted = options.suite or (SHORT if options.short else LONG)
     OUT.mkdir(parents=True, exist_ok=True)
     record = OUT / "results.json"
-    results: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     bad = 0
+    results: dict[str, Any] = {}
     for release in options.release or [name for name in SUITES if name != own]:
         root = OUT / release
         if not (options.keep and (root / CLONE.lstrip("/")).exists()):
@@ -297,18 +297,23 @@ def main() -> int:
             clone(root)
         lend_network(root)
         head = _output(["git", "-C", str(root / CLONE.lstrip("/")), "rev-parse", "HEAD"])
-        mine = results.setdefault(release, {"suites": {}})
+        suites = {}
         for name in wanted:
             result = run_suite(root, name, options)
             bad += not result["ok"]
             if name in JOBS:
-                mine["suites"][name] = {**result, "commit": head}
-        mine["versions"] = versions(root)
+                suites[name] = {**result, "commit": head}
+        # Read again: another run may have written of another release meanwhile.
+        results = json.loads(record.read_text()) if record.exists() else {}
+        before = results.get(release, {"suites": {}})
+        results[release] = {"suites": {**before["suites"], **suites}, "versions": versions(root)}
         record.write_text(json.dumps(results, indent=2) + "\n")
         if not options.keep and bad == 0:
             remove_root(root)
-    write_page(results)
-    print(table(results))
+    if record.exists():
+        results = json.loads(record.read_text())
+        write_page(results)
+        print(table(results))
     return 1 if bad else 0
 
 
