@@ -397,7 +397,7 @@ class Containerd:
         """The argv that runs a program in the daemon's network, where CNI's host ends are."""
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net", *argv]
 
-    def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 60, check: bool = True) -> Result:
+    def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 120, check: bool = True) -> Result:
         """Run `ctr args...` to its end, `timeout` seconds at most.
 
         `stdin` is written to its stdin, and closed; without it stdin is empty. Raises CtrError when
@@ -428,7 +428,7 @@ class Containerd:
         runtime: str = KATA,
         options: Sequence[str] = (),
         stdin: bytes | None = None,
-        timeout: float = 60,
+        timeout: float = 120,
         check: bool = True,
         name: str | None = None,
     ) -> Result:
