@@ -107,6 +107,16 @@ def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Pat
     assert find_virtiofsd(program) == program
 
 
+def test_the_rust_program_is_taken_where_a_host_has_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries supplemental groups, and can be moved with its VM."""
+    there = {"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"}
+    monkeypatch.setattr(os, "access", lambda path, _: path in there)
+
+    assert find_virtiofsd() == "/usr/libexec/virtiofsd"
+    there.remove("/usr/libexec/virtiofsd")
+    assert find_virtiofsd() == "/usr/lib/qemu/virtiofsd"
+
+
 @pytest.mark.parametrize(
     ("says", "flavour"),
     [
