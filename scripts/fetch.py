@@ -24,15 +24,15 @@ def fetch(directory: str, wanted: Sequence[str]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     os.makedirs(scratch)
     with tempfile.TemporaryDirectory(dir=os.path.dirname(directory) or ".") as debs:
-        for one in wanted:
-            package, _, suite = one.partition("/")
+        for suite in dict.fromkeys(one.partition("/")[2] for one in wanted):  # apt takes seconds to start
             apt = Apt("" if suite == host_suite() else suite)
             apt.refresh()
-            versions = apt.candidates([package])
+            versions = apt.candidates(one.partition("/")[0] for one in wanted if one.endswith(f"/{suite}"))
             apt.download(versions, debs)
-            print(package, versions[package], suite, flush=True)
-            archive = os.path.join(debs, deb_name(package, versions[package]))
-            subprocess.run(["dpkg-deb", "-x", archive, scratch], check=True)
+            for package, version in versions.items():
+                print(package, version, suite, flush=True)
+                archive = os.path.join(debs, deb_name(package, version))
+                subprocess.run(["dpkg-deb", "-x", archive, scratch], check=True)
     shutil.rmtree(directory, ignore_errors=True)
     os.rename(scratch, directory)
 

@@ -128,9 +128,10 @@ step_peers() { # what the tests speak with
     if [[ ! -d $GO_TTRPC/sid ]]; then
         run go-ttrpc from_release "$GO_TTRPC/sid" golang-github-containerd-ttrpc-dev/sid golang-github-containerd-log-dev/sid
     fi
-    if [[ ! -d $GO_TTRPC/bookworm/usr/share/gocode/src/github.com/gogo ]]; then
-        run go-ttrpc-1.1 from_release "$GO_TTRPC/bookworm" golang-github-containerd-ttrpc-dev/bookworm \
-            golang-github-gogo-protobuf-dev/bookworm
+    # What it is built with comes along: the messages of newer releases are not gogo's any more.
+    if [[ ! -d $GO_TTRPC/bookworm/usr/share/gocode/src/google.golang.org/genproto ]]; then
+        run go-ttrpc-1.1 from_release "$GO_TTRPC/bookworm" golang-github-{containerd-ttrpc,gogo-protobuf}-dev/bookworm \
+            golang-google-{genproto,grpc,protobuf}-dev/bookworm golang-github-golang-protobuf-1-5-dev/bookworm
     fi
     # passt speaks vhost-user since 2024. It needs a newer libc than Debian 12's: it gets its own, and is run
     # by that libc's loader.
