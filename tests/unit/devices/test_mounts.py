@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_any_propagation_of_the_root_will_do(propagation: str) -> None:
     """Shared as systemd has it, private as containers do: what is mounted here stays here."""
 
     def body() -> None:
-        flags = {"unbindable": 1 << 17}.get(propagation) or mounts._PROPAGATION[propagation]
+        flags = {"unbindable": 1 << 17}.get(propagation) or mounts.PROPAGATION[propagation]
         mount("none", "/", "", flags, "")
         os.close(mounts.make_private())
 
@@ -103,7 +104,7 @@ def test_what_the_host_mounts_later_is_seen_or_told(tmp_path: Path, shared: bool
         (tmp_path / name).mkdir()
 
     def body() -> None:
-        mount("none", "/", "", mounts._PROPAGATION["rshared" if shared else "rprivate"], "")
+        mount("none", "/", "", mounts.PROPAGATION["rshared" if shared else "rprivate"], "")
         order, done = os.pipe(), os.pipe()
         host = os.fork()
         if host == 0:  # stays in the mount namespace that the other one leaves
