@@ -228,7 +228,7 @@ def versions(root: Path) -> dict[str, str]:
     log = OUT / f"{root.name}-versions.log"
     found = {}
     for name, command in _VERSIONS.items():
-        enter(root, command, log=log, own_network=False, timeout=60)
+        enter(root, command, log=log, own_network=False, timeout=180)
         words = log.read_text(errors="replace")
         pattern = r'"kernel": "([^"]+)"' if "manifest" in command else r"\b[v]?(\d+\.\d[\w.+~]*)"
         match = re.search(pattern, words)
@@ -306,7 +306,11 @@ def main() -> int:
         # Read again: another run may have written of another release meanwhile.
         results = json.loads(record.read_text()) if record.exists() else {}
         before = results.get(release, {"suites": {}})
-        results[release] = {"suites": {**before["suites"], **suites}, "versions": versions(root)}
+        known = {name: said for name, said in versions(root).items() if said != "-"}
+        results[release] = {
+            "suites": {**before["suites"], **suites},
+            "versions": {**before.get("versions", {}), **known},
+        }
         record.write_text(json.dumps(results, indent=2) + "\n")
         if not options.keep and bad == 0:
             remove_root(root)
