@@ -10,13 +10,13 @@ cannot do answers UNIMPLEMENTED and says what.
 from __future__ import annotations
 
 import asyncio
-import socket
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf.empty_pb2 import Empty
 
 from agent import log
+from agent.vsock import Listener
 from proto import agent_pb2, health_pb2
 from ttrpc import CallContext, Code, RpcError, Server
 
@@ -107,7 +107,7 @@ class AgentService:
 
             listener: StreamListener | None = None
             if self._stream_fd >= 0:
-                listener = StreamListener(self._loop, socket.socket(fileno=self._stream_fd))
+                listener = StreamListener(self._loop, Listener(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
 
@@ -446,7 +446,7 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
     server.register(descriptor, service, run_to_end=to_end)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
-    listener = socket.socket(fileno=agent_fd)
+    listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
     asyncio.get_running_loop().call_soon(service.preload)

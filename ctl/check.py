@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any
 
 from ctl.environment import first_line
+from ctl.known_bad import why_bad
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
 from devices.plain import plain
@@ -168,7 +169,7 @@ def _vsock(host: Host, config: Config | None) -> Finding:
         daemon = find_vsock_daemon(getattr(config.hypervisor, "vsock_daemon", "") if config else "")
     except KataError as error:
         return Finding(Level.FAIL, "vsock", error.cause, error.hint)
-    return _ok("vsock", f"{why}; {daemon} serves instead")
+    return _program("vsock", daemon, f"{why}; ", " serves instead")
 
 
 def _virtiofsd(config: Config | None) -> Finding:
@@ -178,14 +179,17 @@ def _virtiofsd(config: Config | None) -> Finding:
     from devices.share_fs import find_virtiofsd
 
     try:
-        return _ok("virtiofsd", _with_version(find_virtiofsd(getattr(section, "virtio_fs_daemon", ""))))
+        return _program("virtiofsd", find_virtiofsd(getattr(section, "virtio_fs_daemon", "")))
     except KataError as error:
         return Finding(Level.FAIL, "virtiofsd", error.cause, error.hint)
 
 
-def _with_version(program: str) -> str:
-    version = first_line([program, "--version"])
-    return f"{program}: {version}" if version else program
+def _program(name: str, path: str, before: str = "", after: str = "") -> Finding:
+    """Where it is and its version, and whether that is known to be bad."""
+    version = first_line([path, "--version"])
+    text = f"{before}{path}{after}: {version}" if version else f"{before}{path}{after}"
+    bad = why_bad(version)
+    return Finding(Level.WARN, name, f"{text}; {bad.reason}", bad.hint) if bad else _ok(name, text)
 
 
 _LIMITING = ("cpu", "memory", "pids")  # the controllers that a pod's limits need
@@ -258,6 +262,31 @@ def _users(host: Host) -> Iterator[tuple[str, int, int]]:
             words = numbers[1:2] if file == "/etc/passwd" else numbers[:2]
             if words and all(word.isdecimal() for word in words):
                 yield name, int(words[0]), int(words[1]) if len(words) > 1 else 1
+
+
+def _mounts(host: Host) -> Finding:
+    """The shim has a mount namespace of its own, which receives the host's mounts if they are shared."""
+    try:
+        with open(host.at("/proc/self/mountinfo"), encoding="utf-8", errors="replace") as file:
+            lines = [line.split() for line in file.read(16 << 20).splitlines()]
+    except OSError as error:
+        return Finding(Level.WARN, "mounts", f"/proc/self/mountinfo cannot be read: {error.strerror}")
+    root = next((words for words in reversed(lines) if len(words) > 6 and words[4] == "/"), None)
+    if root is None:
+        return Finding(
+            Level.FAIL,
+            "mounts",
+            "the root directory / is no mount point (a plain chroot)",
+            "mount --bind ROOT ROOT, then chroot ROOT",
+        )
+    if not any(word.startswith("shared:") for word in root[6 : root.index("-")]):
+        return Finding(
+            Level.WARN,
+            "mounts",
+            "the mount at / is not shared: what the host mounts after a pod has started does not reach it",
+            "mount --make-rshared / before containerd starts (systemd does it)",
+        )
+    return _ok("mounts", "the mount at / is shared")
 
 
 def _state(host: Host) -> Finding:
@@ -382,12 +411,15 @@ def findings(
         found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
         found += _guest(config)
         if getattr(config.hypervisor, "path", ""):
-            found.append(_ok(config.hypervisor_name, _with_version(config.hypervisor.path)))
+            found.append(_program(config.hypervisor_name, config.hypervisor.path))
+        if getattr(config.hypervisor, "jailer_path", ""):
+            found.append(_program("jailer", config.hypervisor.jailer_path))
     own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
     own += [
         _memory(host, config),
         _cgroup(host),
         _confinement(host, config),
+        _mounts(host),
         *_network(host),
         _state(host),
         _shim(host),

@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 
 from devices.beneath import descriptor_path
+from devices.errors import HostError
 from devices.syscalls import (
     CLONE_NEWNS,
     MOUNT_ATTR_NODEV,
@@ -65,6 +66,7 @@ PROPAGATION = {
 }
 TENANT = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID
 """The attributes of a mount of what a guest or an image may have made."""
+_host_roots: list[int] = []  # of the mount namespace that `make_private` left: a descriptor
 _MAX_MOUNTINFO = 64 << 20  # bytes; some 400 000 mounts
 
 
@@ -93,15 +95,25 @@ def make_private() -> int:
     Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks.hooks`).
 
     Call it before any thread or child exists: those keep the namespace that they were made in.
-    Raises PermissionError without CAP_SYS_ADMIN.
+    Raises PermissionError without CAP_SYS_ADMIN, HostError where `/` is no mount point: nothing could keep
+    what is mounted here from the host.
     """
     left = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # stays the host's, mounts and all
     try:
         unshare(CLONE_NEWNS)
-    except BaseException:
+        mount("none", "/", "", MS_SLAVE | MS_REC, "")
+    except BaseException as error:
         os.close(left)
-        raise
-    mount("none", "/", "", MS_SLAVE | MS_REC, "")
+        os.close(root)
+        if not isinstance(error, OSError) or error.errno != errno.EINVAL:
+            raise
+        raise HostError(
+            "/ is no mount point here (a plain chroot): mounts cannot be kept to the pod",
+            phase="devices",
+            hint="make it one before containerd starts: mount --bind ROOT ROOT, then chroot ROOT",
+        ) from error
+    _host_roots.append(root)
     return left
 
 
@@ -119,7 +131,16 @@ def bind(
     A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
     not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
     are made by the first step and never see the second.
+
+    Raises HostError where the host has mounted something at the source since, which does not reach us for its
+    root mount is not shared: the container would find an empty directory.
     """
+    if _host_roots and _is_out_of_sight(source, _host_roots[-1]):
+        raise HostError(
+            f"what the host has mounted at {source} does not reach the shim: its mount at / is not shared",
+            phase="devices",
+            hint="mount --make-rshared / before containerd starts (systemd does it)",
+        )
     attributes = (MOUNT_ATTR_RDONLY if read_only else 0) | (TENANT if tenant else 0)
     try:
         tree = open_tree(source, recursive=recursive)
@@ -149,6 +170,21 @@ def seal(path: str) -> None:
             else ""
         )
         raise MountError(error.errno, f"cannot seal {path}: {error.strerror}{old}") from error
+
+
+def _is_out_of_sight(source: str | int, host_root: int) -> bool:
+    """Whether the host sees a file system at that path that we have mounted nowhere."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{source}") if isinstance(source, int) else source
+        theirs = os.stat(path.lstrip("/") or ".", dir_fd=host_root)
+        ours = os.stat(source)
+    except OSError:
+        return False  # what is not there is told by who needs it
+    if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino):
+        return False
+    device = f"{os.major(theirs.st_dev)}:{os.minor(theirs.st_dev)}"
+    # A subvolume of btrfs has a device number of its own, which no line of mountinfo has: not judged.
+    return all(entry.device != device and entry.fstype != "btrfs" for entry in _mountinfo())
 
 
 def set_propagation(target: str, option: str) -> None:

@@ -13,6 +13,8 @@ Invariants:
   the host's. FIFOs, sockets and the whiteouts of an overlay need no capability (Linux 5.8).
 - announce_submounts is on: each mount below the directory is a file system of its own in the guest,
   so equal inode numbers of two overlays do not collide.
+- Inodes are descriptors, not file handles (1.14's default is to prefer handles): handles need the right to
+  open any file of the host by number, and file systems that export them, which overlays do not.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from devices.confine import CAPABILITIES, Bind, Confinement, View
 from devices.errors import BugError, HostError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
+from devices.versions import version_of
 
 __all__ = [
     "Flavour",
@@ -55,7 +58,7 @@ _CAPABILITIES = (
     *("sys_chroot", "setpcap"),
 )
 _FILES = 1 << 20  # what a guest has open is open here
-_PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
+_HANDLES = (1, 13)  # from here on it is known to have the option; older ones use descriptors anyway
 
 
 class Flavour(Enum):
@@ -78,25 +81,24 @@ def find_virtiofsd(configured: str = "") -> str:
     )
 
 
-async def flavour_of(path: str, undo: UndoLog) -> Flavour:
-    """Which of the two it is, asking only where the path does not tell. Raises HostError."""
+async def flavour_of(path: str, undo: UndoLog) -> tuple[Flavour, tuple[int, ...]]:
+    """Which of the two it is, and which version, asking only where the path does not tell (the C version's
+    makes no difference). Raises HostError."""
     if os.path.realpath(path) == _C_PATH:
-        return Flavour.C
-    child = await Child.spawn([path, "--version"], name="virtiofsd", undo=undo, confinement=Confinement())
-    try:
-        await child.wait(_PROBE_TIMEOUT)
-    except TimeoutError:
+        return Flavour.C, ()
+    version = await version_of(path, undo)
+    if not version.numbers:
         raise HostError(
-            f"{path} --version did not end within {_PROBE_TIMEOUT:g} s", phase="devices"
-        ) from None
-    finally:
-        await child.kill()
+            f"{path} --version says no version: {version.text.strip() or 'nothing'!r:.100}", phase="devices"
+        )
     # The C version adds a line "using FUSE kernel interface version ...".
-    return Flavour.C if "FUSE kernel interface" in child.stderr_tail() else Flavour.RUST
+    return (Flavour.C if "FUSE kernel interface" in version.text else Flavour.RUST), version.numbers
 
 
-def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> list[str]:
-    """Its arguments (without the program) for the listening socket `fd`; pure."""
+def virtiofsd_arguments(
+    config: ShareFsConfig, flavour: Flavour, fd: int, version: tuple[int, ...] = ()
+) -> list[str]:
+    """Its arguments (without the program) for the listening socket `fd`; pure. `version` is Rust's."""
     if "," in config.source or "\\" in config.source:
         raise BugError(f"the shared directory {config.source!r} has a character that virtiofsd cannot take")
     argv = [f"--fd={fd}"]
@@ -113,7 +115,8 @@ def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> lis
         ]
     else:
         argv += [f"--shared-dir={config.source}", f"--cache={config.cache.value}", "--sandbox=chroot"]
-        argv += ["--seccomp=kill", "--announce-submounts"]
+        argv += ["--seccomp=kill", "--announce-submounts", "--log-level=warn"]
+        argv += ["--inode-file-handles=never"] if version >= _HANDLES else []
         argv += ["--xattr"] if config.xattr else []
     return argv + _extra_arguments(config, flavour)
 
@@ -182,7 +185,7 @@ class Virtiofsd:
         program = find_virtiofsd(config.daemon)
         if not os.path.isdir(config.source):
             raise BugError(f"the directory to share, {config.source}, does not exist")
-        flavour = await flavour_of(program, undo)
+        flavour, version = await flavour_of(program, undo)
         path = f"{state_dir}/{config.id}.sock"
         listener = listen(path)
         try:
@@ -191,7 +194,7 @@ class Virtiofsd:
             connection = connect_now(path)
             try:
                 child = await Child.spawn(
-                    [program, *virtiofsd_arguments(config, flavour, listener.fileno())],
+                    [program, *virtiofsd_arguments(config, flavour, listener.fileno(), version)],
                     name="virtiofsd",
                     undo=undo,
                     confinement=virtiofsd_confinement(config),

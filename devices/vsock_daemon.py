@@ -29,6 +29,9 @@ from devices.undo import Entry, UndoLog
 __all__ = ["VsockDaemon", "find_vsock_daemon"]
 
 _CID = 3  # private to this VM: the daemon serves no other
+# Bytes that the guest may have on the way, and so the most that a packet of its holds. Linux 6.12.y and later
+# lay larger ones than 32 KiB into several descriptors; 0.3.0 reads the first, and output stops for ever.
+_TX_BUFFER = 28672
 _READY_TIMEOUT = 10.0  # seconds; it takes about 7 ms
 _ROOM = "size=4k,nr_inodes=8,mode=0700"  # of its directory: three sockets
 _FILES = 16384  # a connection for each stream of each process in the guest, and its buffers' ends
@@ -72,8 +75,9 @@ class VsockDaemon:
         await acquire(home.make)
         try:
             argv = [program, "--guest-cid", str(_CID), "--socket", home.path("vhost")]
+            argv += ["--uds-path", home.path("kata.hvsock"), "--tx-buffer-size", str(_TX_BUFFER)]
             child = await Child.spawn(
-                [*argv, "--uds-path", home.path("kata.hvsock")],
+                argv,
                 name="vhost-device-vsock",
                 undo=undo,
                 confinement=_confinement(user, home.directory),

@@ -125,7 +125,9 @@ def recipe(placed: Placed, bus: str = "pci") -> Recipe:
             made = _network(device, bus)
         case VhostUserBlkConfig():
             driver = "vhost-user-blk-pci" if bus == "pci" else "vhost-user-blk"  # the others say "-device"
-            front = {"driver": driver, "num-queues": device.queues}
+            # Who serves it decides nothing here: offered config-wce, the guest reads a cache mode that
+            # qemu-storage-daemon leaves at 0, "write through", and its fsync never reaches the host's disk.
+            front = {"driver": driver, "num-queues": device.queues, "config-wce": False}
             made = _on_socket(device.id, placed.fd, {**front, "queue-size": device.queue_size})
         case VhostUserNetConfig():
             made = _vhost_user_network(device, placed, bus)

@@ -30,12 +30,20 @@ from devices.config import (
     ProtectionConfig,
     VfioConfig,
 )
-from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.errors import (
+    BugError,
+    CallerError,
+    HostError,
+    HypervisorError,
+    KataError,
+    UnsupportedByHypervisor,
+)
 from devices.kinds import Kind, Op
 from devices.manager import disk_name
 from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.users import User, parse_range, take
+from devices.versions import Version, version_of
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
@@ -95,13 +103,16 @@ class Qemu:
     # --- the VM's life
 
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
-        """See `Hypervisor.prepare_vm`. Chooses the accelerator, takes a user for QEMU."""
+        """See `Hypervisor.prepare_vm`. Chooses the accelerator, takes a user for QEMU, and knows its version then."""
         if id != self._sandbox_id:
             raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns
         section = self._section
         choice = choose_accelerator(section.accelerator)
-        plan = first_plan(section, choice.accelerator, self._sandbox_id)
+        version = Version()
+        with contextlib.suppress(HostError):  # one that cannot be run is told by the start
+            version = await version_of(section.path, self._undo)
+        plan = first_plan(section, choice.accelerator, self._sandbox_id, version.numbers)
         if section.rootless:
             check_readable(plan)
             users = parse_range(section.rootless_users)
@@ -109,7 +120,7 @@ class Qemu:
         os.makedirs(meeting_place(self._state_dir), exist_ok=True)
         os.chmod(meeting_place(self._state_dir), 0o711)  # noqa: S103  (QEMU's user passes through)
         self._plan = plan
-        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason)
+        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason, qemu=str(version))
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""

@@ -72,9 +72,11 @@ def run(
     )
     code = 1
     try:
-        host_mounts = _prepare_process()
+        host_mounts, problem = _prepare_process()
         with asyncio.Runner() as runner:
-            code = runner.run(_serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts))
+            code = runner.run(
+                _serve(flags, sandbox_id, bundle, address, listener, config_path, host_mounts, problem)
+            )
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
         _unlink(address)
@@ -82,18 +84,20 @@ def run(
         os._exit(code)
 
 
-def _prepare_process() -> int | None:
-    """Returns a descriptor of the mount namespace that was left, None if it could not be."""
+def _prepare_process() -> tuple[int | None, KataError | None]:
+    """A descriptor of the mount namespace that was left, if it was; why nothing can be served, if so."""
     os.umask(0o077)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     syscalls.set_child_subreaper()
     try:
-        return make_private()
+        return make_private(), None
     except PermissionError:
         # Not root: no mounts either, so nothing can leak.
         _log.warning("no mount namespace of our own: not permitted")
-        return None
+        return None, None
+    except KataError as error:
+        return None, error
 
 
 async def _serve(
@@ -104,13 +108,16 @@ async def _serve(
     listener: int,
     config_path: str,
     host_mounts: int | None,
+    problem: KataError | None = None,
 ) -> int:
-    """Set up, serve, take down; returns the exit code."""
+    """Set up, serve, take down; returns the exit code. `problem`: all that is left is to tell it."""
     sock = socket.socket(fileno=listener)
     sock.setblocking(False)
     server = Server(allowed_uids={0, os.geteuid()})
     stop = asyncio.Event()
     try:
+        if problem is not None:
+            raise problem
         return await _serve_tasks(
             flags, sandbox_id, bundle, address, config_path, server, sock, stop, host_mounts
         )

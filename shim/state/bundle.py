@@ -8,6 +8,7 @@ Invariants: every path is made of constants, checked ids and hex digits.
 """
 
 import os
+import sys
 
 __all__ = [
     "KATA_RUN",
@@ -189,8 +190,11 @@ def socket_path(grpc_address: str, namespace: str, group_id: str, directory: str
 
 def _sha256_hex(data: bytes) -> str:
     try:
-        # CPython 3.11's own; hashlib would load OpenSSL: 3 ms.
-        from _sha256 import sha256  # type: ignore[import-not-found]
+        # CPython's own, by the name of its version; hashlib would load OpenSSL: 3 ms.
+        if sys.version_info >= (3, 12):
+            from _sha2 import sha256
+        else:
+            from _sha256 import sha256  # type: ignore[import-not-found]
     except ImportError:
         from hashlib import sha256
     digest: str = sha256(data).hexdigest()

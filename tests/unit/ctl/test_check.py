@@ -58,6 +58,8 @@ class World:
         (root / "proc/cpuinfo").write_text(
             "processor: 0\nmodel name\t: Fast\nflags\t\t: fpu svm\nprocessor: 1\n"
         )
+        (root / "proc/self").mkdir()
+        self.mounts("1 0 8:1 / / rw shared:1 - ext4 /dev/root rw")
         self.measured = Measured(ratio=1.04)
         self.netns = ""
         self.plugins: dict[str, Any] = {}
@@ -73,6 +75,9 @@ class World:
             f'image = "{root}/image"\nvirtio_fs_daemon = "{root}/bin/virtiofsd"\n'
             f'vsock_daemon = "{root}/bin/vsockd"\n'
         )
+
+    def mounts(self, *lines: str) -> None:
+        (self.root / "proc/self/mountinfo").write_text("".join(f"{line}\n" for line in lines))
 
     def program(self, name: str) -> None:
         path = self.root / "bin" / name
@@ -118,6 +123,7 @@ def test_a_good_host_has_a_line_for_everything_and_no_complaint(world: World) ->
         "memory",
         "cgroup",
         "confine",
+        "mounts",
         "netns",
         "tun",
         "state",
@@ -299,6 +305,26 @@ def test_users_that_somebody_has_are_told(world: World, monkeypatch: pytest.Monk
     monkeypatch.setattr("devices.confine.HELPER", "/nope/kata-confine")
     found = world.look()["confine"]
     assert (found.level, found.hint) == (Level.FAIL, "make setup")
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "hint"),
+    [
+        ("1 0 8:1 / / rw shared:1 - ext4 /dev/root rw", Level.OK, ""),
+        ("1 0 8:1 / / rw master:1 shared:2 - ext4 /dev/root rw", Level.OK, ""),
+        ("1 0 8:1 / / rw - ext4 /dev/root rw", Level.WARN, "make-rshared /"),
+        ("1 0 8:1 / / rw master:7 - ext4 /dev/root rw", Level.WARN, "make-rshared /"),
+        ("1 0 8:1 / /run rw shared:1 - tmpfs run rw", Level.FAIL, "mount --bind ROOT ROOT"),
+        ("garbage", Level.FAIL, "mount --bind ROOT ROOT"),
+    ],
+)
+def test_how_the_root_is_mounted(world: World, line: str, level: Level, hint: str) -> None:
+    """A chroot that is no mount point cannot do it; one that is not shared misses later mounts."""
+    world.mounts(line)
+    found = world.look()["mounts"]
+
+    assert found.level is level
+    assert hint in found.hint
 
 
 def test_memory_below_what_a_vm_takes(world: World) -> None:

@@ -43,9 +43,18 @@ def test_the_arguments_of_the_c_program() -> None:
 def test_the_arguments_of_the_rust_program() -> None:
     assert virtiofsd_arguments(SHARE, Flavour.RUST, 7) == [
         *("--fd=7", "--shared-dir=/share", "--cache=auto", "--sandbox=chroot"),
-        *("--seccomp=kill", "--announce-submounts", "--xattr", "--modcaps=-mknod"),
+        *("--seccomp=kill", "--announce-submounts", "--log-level=warn", "--xattr", "--modcaps=-mknod"),
         "--thread-pool-size=1",
     ]
+
+
+@pytest.mark.parametrize(("version", "said"), [((1, 10, 0), False), ((1, 13, 2), True), ((1, 14, 0), True)])
+def test_inodes_are_no_file_handles(version: tuple[int, ...], said: bool) -> None:
+    """1.14 prefers handles unless it is told; not every older one has the option."""
+    argv = virtiofsd_arguments(SHARE, Flavour.RUST, 7, version)
+
+    assert ("--inode-file-handles=never" in argv) is said
+    assert not {"-o", "-f"} & set(argv), "the old forms are warned of"
 
 
 @pytest.mark.parametrize(
@@ -127,6 +136,16 @@ def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Pat
     assert find_virtiofsd(program) == program
 
 
+def test_the_rust_program_is_taken_where_a_host_has_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries supplemental groups, and can be moved with its VM."""
+    there = {"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"}
+    monkeypatch.setattr(os, "access", lambda path, _: path in there)
+
+    assert find_virtiofsd() == "/usr/libexec/virtiofsd"
+    there.remove("/usr/libexec/virtiofsd")
+    assert find_virtiofsd() == "/usr/lib/qemu/virtiofsd"
+
+
 @pytest.mark.parametrize(
     ("says", "flavour"),
     [
@@ -137,8 +156,14 @@ def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Pat
 async def test_they_are_told_apart_by_their_version(tmp_path: Path, says: str, flavour: Flavour) -> None:
     undo = MemoryUndo()
 
-    assert await flavour_of(script(tmp_path / "virtiofsd", says), undo) is flavour
+    assert (await flavour_of(script(tmp_path / "virtiofsd", says), undo))[0] is flavour
     assert undo.entries == []
+
+
+async def test_one_that_says_no_version_is_named(tmp_path: Path) -> None:
+    """Which arguments it takes cannot be told then."""
+    with pytest.raises(HostError, match="virtiofsd --version says no version: 'me'"):
+        await flavour_of(script(tmp_path / "virtiofsd", "echo me"), MemoryUndo())
 
 
 async def test_a_daemon_has_its_listener_and_leaves_nothing(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ async def test_a_qemu_that_dies_at_once_is_quoted(make: Make, tmp_path: Path, at
 
 
 async def test_a_qemu_that_says_nothing_meets_the_deadline(make: Make, tmp_path: Path) -> None:
-    vm = make(program(tmp_path / "qemu", "#!/bin/sh\nexec sleep 100\n"))
+    vm = make(program(tmp_path / "qemu", "#!/bin/sh\ntest $1 = --version || exec sleep 100\n"))
     await vm.prepare_vm("vm", None)
     with pytest.raises(HypervisorError, match=r"within 0.3 s") as caught:
         await vm.start_vm(0.3)
@@ -129,7 +129,7 @@ async def test_a_qemu_that_speaks_no_qmp(make: Make, tmp_path: Path) -> None:
 
 
 async def test_a_cancelled_start_leaves_nothing(make: Make, tmp_path: Path) -> None:
-    vm = make(program(tmp_path / "qemu", "#!/bin/sh\nexec sleep 100\n"))
+    vm = make(program(tmp_path / "qemu", "#!/bin/sh\ntest $1 = --version || exec sleep 100\n"))
     await vm.prepare_vm("vm", None)
     starting = asyncio.create_task(vm.start_vm(20))
     await asyncio.sleep(0.05)
