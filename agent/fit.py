@@ -21,10 +21,12 @@ from agent import log
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["METADATA", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
+__all__ = ["METADATA", "NETWORK", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
 
 #: The metadata of a call in which OCI fields travel that Kata's messages have no place for.
 METADATA = "kata-shim-oci"
+#: A feature: UpdateRoutes and UpdateInterface take more than Kata's messages hold (`agent.network`).
+NETWORK = "kata-shim-network"
 
 _CHAR_DEVICES = "/sys/dev/char"
 _HUGEPAGES = "/sys/kernel/mm/hugepages"

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from agent import deadlines
-from agent.fit import METADATA
+from agent.fit import METADATA, NETWORK
 from agent.storage.storages import DRIVERS
 from agent.threads import in_thread
 from proto import agent_pb2
@@ -62,7 +62,7 @@ def details(request: agent_pb2.GuestDetailsRequest, version: str) -> agent_pb2.G
     agent.device_handlers.extend(("blk", "mmioblk", "scsi", "nvdimm"))
     agent.storage_handlers.extend(DRIVERS)
     agent.supports_seccomp = os.path.exists("/proc/sys/kernel/seccomp")
-    agent.extra_features.append(METADATA)
+    agent.extra_features.extend((METADATA, NETWORK))
     return response
 
 
