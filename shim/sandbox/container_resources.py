@@ -114,7 +114,7 @@ class ContainerResources:
 
             spec = await look(complete, spec, self._settings.pod)
         kind = self._settings.container_type if container_id == self._settings.sandbox_id else MEMBER
-        volumes = [] if kind == OWN else plan_volumes(spec, container_id)
+        volumes = [] if kind == OWN else plan_volumes(spec, container_id, self._settings.shm_source)
         direct = await look(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
         disks = [] if kind == OWN else await look(host_devices, spec)
