@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent import log
+from agent.privileged import opens_all
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
@@ -69,7 +70,7 @@ async def fit(config: Json, reaper: Reaper) -> None:
     """Change a whole config in place. Raises INVALID_ARGUMENT for a device that is not here."""
     linux = config["linux"]
     resources = linux.setdefault("resources", {})
-    if any(rule["allow"] and rule.get("type", "a") == "a" for rule in resources.get("devices", [])):
+    if opens_all(linux):
         _leave_out_devices(linux)
     for device in linux.get("devices", []):
         if not _is_here(device):

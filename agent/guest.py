@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from agent import deadlines
 from agent.fit import METADATA, NETWORK
+from agent.memory_limits import follow, memory
 from agent.storage.storages import DRIVERS
 from agent.threads import in_thread
 from proto import agent_pb2
@@ -92,6 +93,7 @@ async def online(request: agent_pb2.OnlineCPUMemRequest) -> None:
         for file in _offline(_MEMORY, "memory"):
             state = f"{os.path.dirname(file)}/state"
             await in_thread("onlining memory", functools.partial(_write, state, "online"))
+        follow(memory())
     loop = asyncio.get_running_loop()
     end = loop.time() + HOTPLUG_DEADLINE
     while _online_count() < request.nb_cpus:

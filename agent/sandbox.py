@@ -18,11 +18,12 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agent import log
+from agent import log, memory_limits
 from agent.container import Container
 from agent.crun import ROOT, Crun
 from agent.fit import NOTHING, fit, merge
 from agent.pause import is_own, own_config
+from agent.privileged import furnish
 from agent.reaper import Reaper
 from agent.spec import cgroup_path, spec_json
 from agent.stdio.streams import StreamListener
@@ -71,8 +72,11 @@ class Sandbox:
             raise RpcError(Code.ALREADY_EXISTS, f"this VM has sandbox {self.id} already")
         self.id = request.sandbox_id or "sandbox"
         try:
-            for module in request.kernel_modules:
-                await self._load(module)
+            if request.kernel_modules:
+                from agent.modules import load
+
+                for module in request.kernel_modules:
+                    await load(self._reaper, module.name, *module.parameters)
             if os.path.isdir(RUN_DIR):
                 await in_thread(f"clearing {RUN_DIR}", _clear_run_dir)
             os.makedirs(RUN_DIR, mode=0o755, exist_ok=True)
@@ -81,16 +85,10 @@ class Sandbox:
             if request.dns:
                 _write_resolv_conf(list(request.dns))
             self._mounted[""] = await self.storages.add(request.storages)
+            memory_limits.note(memory_limits.memory())
         except BaseException:
             self.id = ""
             raise
-
-    async def _load(self, module: agent_pb2.KernelModule) -> None:
-        from agent.modules import modprobe
-
-        code = await modprobe(self._reaper, module.name, *module.parameters)
-        if code != 0:
-            raise RpcError(Code.INTERNAL, f"kernel module {module.name}: modprobe ended with {code}")
 
     # --- containers ---------------------------------------------------------------------------
 
@@ -125,6 +123,7 @@ class Sandbox:
 
             forget(request.devices, config["linux"])
         await fit(config, self._reaper)
+        await furnish(config)
         if config["linux"].get("sysctl"):
             from agent import sysctl
 

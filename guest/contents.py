@@ -22,6 +22,7 @@ from devices.errors import HostError
 from .elf import MAGIC, Elf
 from .image import Tree
 from .kernel import ModuleTree, strip_module
+from .module_list import for_workloads
 
 __all__ = [
     "EARLY_MODULES",
@@ -300,7 +301,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
 def _add_modules(tree: Tree, modules: ModuleTree) -> None:
     base = f"/lib/modules/{os.path.basename(modules.directory)}".replace("/lib", "/usr/lib", 1)
-    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES])
+    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES, *for_workloads(modules)])
     for name in names:
         tree.file(f"{base}/{modules.relative(name)}", strip_module(modules.paths[name]))
     for name, data in modules.index(names).items():

@@ -224,6 +224,7 @@ class VirtContainer:
             bounds=bounds,
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,
+            kernel_modules=agent.kernel_modules,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
             disks=disk_style(section),
