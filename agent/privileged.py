@@ -26,7 +26,7 @@ _XTABLES = ("ip_tables", "ip6_tables", "arp_tables")
 _DEVICES = ("fuse", "loop", "tun")
 # crun makes these, or they are no devices of a container: terminals and mounts of the guest's own.
 _NOT = frozenset({"console", "full", "null", "ptmx", "random", "tty", "urandom", "zero"})
-_OWN_FOLDERS = frozenset({"mqueue", "pts", "shm"})
+_OWN_FOLDERS = frozenset({".kata", "mqueue", "pts", "shm"})
 _MOST = 512
 
 Json = dict[str, Any]

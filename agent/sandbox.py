@@ -32,6 +32,7 @@ from agent.threads import in_thread
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
+    from agent.huge_pages import Reserved
     from proto import agent_pb2
 
 __all__ = ["RUN_DIR", "Sandbox"]
@@ -59,6 +60,7 @@ class Sandbox:
         self.containers: dict[str, Container] = {}
         self.storages = Storages(reaper)
         self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
+        self._huge: dict[str, Reserved] = {}  # container id -> huge pages set aside for it
         self._namespaces: dict[str, str] = {}  # type -> path that the next containers join
         self._held: list[int] = []
         self._making = asyncio.Lock()
@@ -150,6 +152,7 @@ class Sandbox:
                 self._hold_namespaces(container, [kind for kind in kinds if kind not in private])
         except BaseException:
             self.containers.pop(name, None)
+            self._give_back(name)
             if self._listener is not None:
                 for stream in (request.stdin_port, request.stdout_port, request.stderr_port):
                     self._listener.forget(stream)
@@ -157,6 +160,12 @@ class Sandbox:
             raise
 
     async def _create(self, container: Container, request: agent_pb2.CreateContainerRequest) -> None:
+        limits = container.config["linux"].get("resources", {}).get("hugepageLimits")
+        if limits:
+            from agent.huge_pages import reserve
+
+            what = f"reserving huge pages for {container.id}"
+            self._huge[container.id] = await in_thread(what, lambda: reserve(limits))
         self._mounted[container.id] = await self.storages.add(request.storages)
         if request.devices:
             from agent.vfio import KINDS, attach
@@ -224,6 +233,14 @@ class Sandbox:
                 ) from None
             self.containers.pop(name, None)
         await self.storages.release(self._mounted.pop(name, []))
+        self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        kept = self._huge.pop(name, None)
+        if kept:
+            from agent.huge_pages import give_back
+
+            give_back(kept)
 
     async def destroy(self) -> None:
         """DestroySandbox: kill and remove all."""

@@ -153,10 +153,8 @@ class AgentService:
     async def update_ephemeral_mounts(
         self, _: CallContext, request: agent_pb2.UpdateEphemeralMountsRequest
     ) -> Empty:
-        """Remount tmpfs storages with new options."""
-        from agent.storage.storages import update_ephemeral
-
-        await update_ephemeral(request.storages)
+        """Remount tmpfs storages with new options; copy again what the host has changed."""
+        await self.sandbox.storages.update(request.storages)
         return Empty()
 
     async def remove_stale_virtiofs_share_mounts(

@@ -40,6 +40,7 @@ __all__ = [
     "failed",
     "is_mountpoint",
     "make_private",
+    "mount_of",
     "mounts_below",
     "parse_mountinfo",
     "seal",
@@ -194,6 +195,21 @@ def mounts_below(directory: str) -> list[MountEntry]:
     """The mounts at or below `directory` (an absolute path without links), outermost first."""
     prefix = directory.rstrip("/") + "/"
     return [entry for entry in _mountinfo() if entry.target == directory or entry.target.startswith(prefix)]
+
+
+def mount_of(path: str) -> MountEntry:
+    """The mount that `path`, which exists, lies on. Raises OSError."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    real = os.path.realpath(path)
+    on = [
+        entry
+        for entry in _mountinfo()
+        if entry.device == number and f"{real}/".startswith(f"{entry.target.rstrip('/')}/")
+    ]
+    if not on:  # btrfs numbers its subvolumes otherwise
+        raise OSError(errno.ENOENT, "it lies on no mount", path)
+    return max(on, key=lambda entry: len(entry.target))
 
 
 def is_mountpoint(path: str) -> bool:

@@ -309,6 +309,12 @@ class GuestAgent:
         """CopyFile: one piece of a file, a directory or a link below the guest's share."""
         await self._call("CopyFile", request)
 
+    async def copy_again(self, storages: Sequence[agent_pb2.Storage]) -> None:
+        """UpdateEphemeralMounts: bring copies of watched volumes up to date. For our agent: a stock one does
+        so by itself, and refuses the driver here."""
+        request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
+        await self._call("UpdateEphemeralMounts", request)
+
     async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse:
         """GetVolumeStats: how full what the guest has mounted there is."""
         request = agent_pb2.VolumeStatsRequest(volume_guest_path=path)

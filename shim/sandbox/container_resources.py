@@ -30,6 +30,7 @@ from shim.resources.container_files import ContainerFiles
 from shim.resources.direct_volumes import DirectVolumes
 from shim.resources.direct_volumes import find as find_direct
 from shim.resources.direct_volumes import rewrite as rewrite_direct
+from shim.resources.guest_volumes import GuestVolumes
 from shim.resources.sizing import Sizing, spec_limits
 from shim.resources.vfio_settings import wants
 from shim.sandbox.agent_client import GuestAgent
@@ -54,7 +55,8 @@ _DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's w
 
 class ContainerResources:
     """See the module's docstring. `agent` answers the guest's once there is one; `rescan` looks for links
-    that hooks have made. `writing`: the containers with disks that they may write."""
+    that hooks have made; `spawn` runs a coroutine as long as the VM lives. `writing`: the containers with
+    disks that they may write."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class ContainerResources:
         trace: Trace,
         agent: Callable[[], GuestAgent],
         rescan: Callable[[], Awaitable[None]],
+        spawn: Callable[[Any], None],
     ) -> None:
         self.writing: set[str] = set()
         self._settings = settings
@@ -85,6 +88,7 @@ class ContainerResources:
             devices, self._holdings, undo, sandbox_id=settings.sandbox_id, style=settings.disks
         )
         self._management: Management | None = None  # from the first direct volume on
+        self._own = GuestVolumes(agent, spawn, live=files.live, stock=not settings.direct_stdio)
         self._vfio: VfioDevices | None = None  # once a container wants such a device
 
     async def plug_first(self) -> None:
@@ -117,10 +121,11 @@ class ContainerResources:
         volumes = [] if kind == OWN else plan_volumes(spec, container_id, self._settings.shm_source)
         direct = await look(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
+        own = await self._own.find(await self._files.name(volumes), spec)
+        volumes = own.shared
         disks = [] if kind == OWN else await look(host_devices, spec)
         passed = await self._find_passed(spec) if kind != OWN else None
         root_path = os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs")
-        volumes = await self._files.name(volumes)
 
         def translate() -> tuple[oci_pb2.Spec, Rest, oci_pb2.LinuxResources]:
             document, left_out = guest_spec(
@@ -135,6 +140,7 @@ class ContainerResources:
                 devices=disks,
             )
             rewrite_direct(document, direct)
+            own.rewrite(document)
             if passed is not None:
                 from shim.resources.vfio_devices import rewrite as rewrite_passed
 
@@ -153,6 +159,8 @@ class ContainerResources:
         if kind != OWN or not self._settings.direct_stdio:
             with self._trace.phase("rootfs", id=container_id):
                 storages = await self._files.add(container_id, rootfs, root_path, volumes)
+        self._own.begin(container_id, own)
+        storages += own.storages
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
@@ -171,6 +179,7 @@ class ContainerResources:
                 guest_rootfs(container_id): "its root file system",
                 **{volume.guest_path: volume.source for volume in volumes},
                 **{volume.mount_point: volume.source for volume in direct.values()},
+                **own.words,
             },
         )
 
@@ -245,6 +254,7 @@ class ContainerResources:
                 _log.error("not unplugged", container=container_id, error=str(error))
             for error in await self._vfio.release(container_id) if self._vfio else ():
                 _log.error("not given back", container=container_id, error=str(error))
+        self._own.remove(container_id)
         await self._direct.remove(container_id)
         self.writing.discard(container_id)
         for error in await self._files.remove(container_id):
@@ -261,6 +271,7 @@ class ContainerResources:
     async def close(self) -> list[Exception]:
         """The VM is gone: give back what `release` was not asked to, going on past errors. Idempotent."""
         errors: list[Exception] = []
+        self._own.close()
         try:
             await self._direct.remove()
         except (KataError, OSError) as error:

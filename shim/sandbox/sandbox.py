@@ -100,6 +100,7 @@ class VirtSandbox:
             trace=trace,
             agent=lambda: self.agent,
             rescan=self._rescan,
+            spawn=lambda work: self._watch(work, "watched volumes"),
         )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
