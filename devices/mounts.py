@@ -109,22 +109,26 @@ def bind(
     target: str | int,
     *,
     read_only: bool = False,
+    deep: bool = True,
     recursive: bool = True,
     tenant: bool = False,
 ) -> None:
-    """Bind `source` to `target`: paths, or descriptors of what was found there. `tenant`: it holds what a
-    guest or an image may have made. Raises MountError.
+    """Bind `source` to `target`: paths, or descriptors of what was found there. `deep`: what is mounted below
+    is read-only, too, if `read_only`. `tenant`: it holds what a guest or an image may have made. Raises
+    MountError.
 
     A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
     not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
     are made by the first step and never see the second.
     """
-    attributes = (MOUNT_ATTR_RDONLY if read_only else 0) | (TENANT if tenant else 0)
+    attributes = (MOUNT_ATTR_RDONLY if read_only and deep else 0) | (TENANT if tenant else 0)
     try:
         tree = open_tree(source, recursive=recursive)
         try:
             if attributes:
                 set_mount_attributes(tree, attributes)
+            if read_only and not deep:
+                set_mount_attributes(tree, MOUNT_ATTR_RDONLY, recursive=False)
             move_mount(tree, target)
         finally:
             os.close(tree)

@@ -36,7 +36,7 @@ from shim.resources.vfio_settings import wants
 from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_devices import HostDevice, host_devices
-from shim.spec.guest_spec import guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.spec.guest_spec import guest_spec, plan_volumes, wants_sandbox_pidns
 from shim.spec.oci import Rest, spec_from_json
 from shim.state.bundle import MEMBER, OWN, state_dir
 from shim.state.trace import Trace
@@ -176,7 +176,7 @@ class ContainerResources:
             sandbox_pidns=wants_sandbox_pidns(spec),
             beyond=rest.beyond,
             words={
-                guest_rootfs(container_id): "its root file system",
+                self._files.rootfs(container_id): "its root file system",
                 **{volume.guest_path: volume.source for volume in volumes},
                 **{volume.mount_point: volume.source for volume in direct.values()},
                 **own.words,

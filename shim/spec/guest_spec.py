@@ -56,7 +56,8 @@ _ID = re.compile(r"[0-9a-f]{64}")
 class Volume:
     """One bind mount of the spec that needs a path of the host in the share.
 
-    `index` is its place in spec.mounts, `share_name` its name below `passthrough/`.
+    `index` is its place in spec.mounts, `share_name` its name below `passthrough/`. `deep`: read-only are the
+    mounts below it, too ("rro"); `nested`: there are some, on the host.
     """
 
     index: int
@@ -65,6 +66,8 @@ class Volume:
     readonly: bool
     recursive: bool
     share_name: str
+    deep: bool = False
+    nested: bool = False
 
     @property
     def guest_path(self) -> str:
@@ -119,7 +122,8 @@ def plan_volumes(spec: Mapping[str, Any], container_id: str, pod_shm: str = "") 
                 index=index,
                 source=source,
                 destination=destination,
-                readonly="ro" in options,
+                readonly="ro" in options or "rro" in options,
+                deep="rro" in options,
                 recursive="bind" not in options or "rbind" in options,
                 share_name=f"{container_id}-{digest}-{base or 'root'}",
             )
@@ -227,6 +231,10 @@ def _guest_mounts(mounts: list[dict[str, Any]], volumes: Mapping[int, Volume]) -
         changed: dict[str, Any] = {}
         if volume is not None:
             kept = [o for o in options if o not in {"bind", "rbind"}]
+            if volume.nested and not volume.deep:
+                # What is mounted below comes to the guest when it is walked to, and takes over "ro" from
+                # where it hangs. The host's mount of the volume itself is read-only all the same.
+                kept.remove("ro")
             changed = {"type": "bind", "source": volume.guest_path, "options": ["rbind", *kept]}
         elif mount.get("destination") == "/dev/shm" and _is_bind(mount, options):
             changed = {"type": "bind", "source": GUEST_SHM, "options": ["rbind"]}

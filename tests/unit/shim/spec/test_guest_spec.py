@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,28 @@ def test_a_volume_at_dev_shm_is_a_volume(source: str, shared: bool) -> None:
 
     assert [volume.source for volume in volumes] == ([source] if shared else [])
     assert guest["mounts"][0]["source"] == (volumes[0].guest_path if shared else GUEST_SHM)
+
+
+def test_how_deep_a_volume_is_read_only() -> None:
+    """What is mounted below a read-only volume takes its "ro" over in the guest, so that it is left to the
+    host."""
+    mounts = [
+        {"destination": f"/{name}", "type": "bind", "source": "/srv", "options": ["rbind", name, "nosuid"]}
+        for name in ("ro", "rro")
+    ]
+    volumes = plan_volumes({"mounts": mounts}, "c1")
+    assert [(volume.readonly, volume.deep) for volume in volumes] == [(True, False), (True, True)]
+
+    plain, _ = amended({"mounts": mounts}, volumes=volumes)
+    nested, _ = amended({"mounts": mounts}, volumes=[replace(each, nested=True) for each in volumes])
+    assert [mount["options"] for mount in plain["mounts"]] == [
+        ["rbind", "ro", "nosuid"],
+        ["rbind", "rro", "nosuid"],
+    ]
+    assert [mount["options"] for mount in nested["mounts"]] == [
+        ["rbind", "nosuid"],
+        ["rbind", "rro", "nosuid"],
+    ]
 
 
 def test_what_lies_in_the_hosts_dev_shm_can_be_shared_like_anything_else() -> None:
