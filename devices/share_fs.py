@@ -32,7 +32,7 @@ from devices.errors import BugError, HostError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 
-__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "is_noise", "virtiofsd_arguments"]
+__all__ = ["Flavour", "Virtiofsd", "carries_groups", "find_virtiofsd", "is_noise", "virtiofsd_arguments"]
 
 _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
@@ -61,6 +61,15 @@ def find_virtiofsd(configured: str = "") -> str:
         phase="devices",
         hint="install virtiofsd (Debian 12: qemu-system-common), or set virtio_fs_daemon",
     )
+
+
+def carries_groups(configured: str = "") -> bool:
+    """Whether what a guest makes gets a supplemental group of its maker, where the guest's kernel asks (Linux
+    6.3): the C version knows one user and one group."""
+    try:
+        return os.path.realpath(find_virtiofsd(configured)) != _C_PATH
+    except HostError:
+        return True
 
 
 async def flavour_of(path: str, undo: UndoLog) -> Flavour:

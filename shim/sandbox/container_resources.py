@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from devices.config import ShareFsConfig
 from devices.errors import KataError
 from devices.holdings import Holdings
 from devices.kinds import Kind, Op
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from shim.hooks.hooks import HostHooks
     from shim.resources.vfio_devices import VfioDevices, Wanted
     from shim.sandbox.management import Management
+    from shim.spec.guest_spec import Volume
 
 __all__ = ["ContainerResources"]
 
@@ -123,6 +125,7 @@ class ContainerResources:
         volumes = [volume for volume in volumes if volume.index not in direct]
         own = await self._own.find(await self._files.name(volumes), spec)
         volumes = own.shared
+        await self._tell_groups(container_id, volumes, spec)
         disks = [] if kind == OWN else await look(host_devices, spec)
         passed = await self._find_passed(spec) if kind != OWN else None
         root_path = os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs")
@@ -182,6 +185,20 @@ class ContainerResources:
                 **own.words,
             },
         )
+
+    async def _tell_groups(self, name: str, volumes: Sequence[Volume], spec: Mapping[str, Any]) -> None:
+        """What of its volumes the container will find closed, although it has the group."""
+        share = next((one for one in self._settings.devices if isinstance(one, ShareFsConfig)), None)
+        if share is None or not volumes or not spec.get("process", {}).get("user", {}).get("additionalGids"):
+            return
+        from shim.resources.group_access import told
+
+        if closed := await look(told, volumes, spec, share.daemon):
+            _log.warning(
+                "no files can be made by a supplemental group: virtiofsd knows one group (docs/limits.md)",
+                container=name,
+                volumes=closed,
+            )
 
     async def _manage(self) -> None:
         """From the first direct volume on it can be asked about and resized from outside."""
