@@ -20,6 +20,7 @@ from ttrpc import Code, RpcError
 __all__ = ["load", "modprobe"]
 
 DEADLINE = 30.0  # seconds
+DIRECTORY = "/lib/modules"
 
 
 async def modprobe(reaper: Reaper, name: str, *parameters: str) -> int:
@@ -58,7 +59,7 @@ def _is_listed(name: str, index: str) -> bool:
     wanted = name.replace("-", "_")
     with (
         contextlib.suppress(OSError),
-        open(f"/lib/modules/{os.uname().release}/{index}", encoding="utf-8") as lines,
+        open(f"{DIRECTORY}/{os.uname().release}/{index}", encoding="utf-8") as lines,
     ):
         for line in lines:
             path = line.partition(":")[0].strip()
