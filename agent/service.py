@@ -153,10 +153,8 @@ class AgentService:
     async def update_ephemeral_mounts(
         self, _: CallContext, request: agent_pb2.UpdateEphemeralMountsRequest
     ) -> Empty:
-        """Remount tmpfs storages with new options."""
-        from agent.storage.storages import update_ephemeral
-
-        await update_ephemeral(request.storages)
+        """Remount tmpfs storages with new options; copy again what the host has changed."""
+        await self.sandbox.storages.update(request.storages)
         return Empty()
 
     async def remove_stale_virtiofs_share_mounts(
@@ -376,16 +374,17 @@ class AgentService:
     # --- network ------------------------------------------------------------------------------
 
     async def update_interface(
-        self, _: CallContext, request: agent_pb2.UpdateInterfaceRequest
+        self, ctx: CallContext, request: agent_pb2.UpdateInterfaceRequest
     ) -> types_pb2.Interface:
         """Name, address and raise a link, once it is there."""
+        from agent.fit import beyond
         from agent.network.interfaces import update_interface
 
         if request.interface.devicePath:
             from agent.storage.blockdev import wait_for_link
 
             await wait_for_link(request.interface.devicePath)
-        update_interface(request.interface)
+        update_interface(request.interface, beyond(ctx.metadata))
         return request.interface
 
     async def list_interfaces(
@@ -396,16 +395,19 @@ class AgentService:
 
         return agent_pb2.Interfaces(Interfaces=list_interfaces())
 
-    async def update_routes(self, _: CallContext, request: agent_pb2.UpdateRoutesRequest) -> agent_pb2.Routes:
-        """Replace the guest's routes by these."""
-        from agent.network.interfaces import list_routes, update_routes
+    async def update_routes(
+        self, ctx: CallContext, request: agent_pb2.UpdateRoutesRequest
+    ) -> agent_pb2.Routes:
+        """Replace what the host has set of the guest's routes by these."""
+        from agent.fit import beyond
+        from agent.network.routes import list_routes, update_routes
 
-        update_routes(request.routes.Routes)
+        update_routes(request.routes.Routes, beyond(ctx.metadata))
         return agent_pb2.Routes(Routes=list_routes())
 
     async def list_routes(self, _: CallContext, __: agent_pb2.ListRoutesRequest) -> agent_pb2.Routes:
         """The main table."""
-        from agent.network.interfaces import list_routes
+        from agent.network.routes import list_routes
 
         return agent_pb2.Routes(Routes=list_routes())
 

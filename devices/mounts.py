@@ -41,6 +41,7 @@ __all__ = [
     "failed",
     "is_mountpoint",
     "make_private",
+    "mount_of",
     "mount_table",
     "mounts_below",
     "parse_mountinfo",
@@ -122,11 +123,13 @@ def bind(
     target: str | int,
     *,
     read_only: bool = False,
+    deep: bool = True,
     recursive: bool = True,
     tenant: bool = False,
 ) -> None:
-    """Bind `source` to `target`: paths, or descriptors of what was found there. `tenant`: it holds what a
-    guest or an image may have made. Raises MountError.
+    """Bind `source` to `target`: paths, or descriptors of what was found there. `deep`: what is mounted below
+    is read-only, too, if `read_only`. `tenant`: it holds what a guest or an image may have made. Raises
+    MountError.
 
     A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
     not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
@@ -141,12 +144,14 @@ def bind(
             phase="devices",
             hint="mount --make-rshared / before containerd starts (systemd does it)",
         )
-    attributes = (MOUNT_ATTR_RDONLY if read_only else 0) | (TENANT if tenant else 0)
+    attributes = (MOUNT_ATTR_RDONLY if read_only and deep else 0) | (TENANT if tenant else 0)
     try:
         tree = open_tree(source, recursive=recursive)
         try:
             if attributes:
                 set_mount_attributes(tree, attributes)
+            if read_only and not deep:
+                set_mount_attributes(tree, MOUNT_ATTR_RDONLY, recursive=False)
             move_mount(tree, target)
         finally:
             os.close(tree)
@@ -184,7 +189,7 @@ def _is_out_of_sight(source: str | int, host_root: int) -> bool:
         return False
     device = f"{os.major(theirs.st_dev)}:{os.minor(theirs.st_dev)}"
     # A subvolume of btrfs has a device number of its own, which no line of mountinfo has: not judged.
-    return all(entry.device != device and entry.fstype != "btrfs" for entry in _mountinfo())
+    return all(entry.device != device and entry.fstype != "btrfs" for entry in mount_table())
 
 
 def set_propagation(target: str, option: str) -> None:
@@ -232,6 +237,21 @@ def mounts_below(directory: str) -> list[MountEntry]:
     """The mounts at or below `directory` (an absolute path without links), outermost first."""
     prefix = directory.rstrip("/") + "/"
     return [entry for entry in mount_table() if entry.target == directory or entry.target.startswith(prefix)]
+
+
+def mount_of(path: str) -> MountEntry:
+    """The mount that `path`, which exists, lies on. Raises OSError."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    real = os.path.realpath(path)
+    on = [
+        entry
+        for entry in mount_table()
+        if entry.device == number and f"{real}/".startswith(f"{entry.target.rstrip('/')}/")
+    ]
+    if not on:  # btrfs numbers its subvolumes otherwise
+        raise OSError(errno.ENOENT, "it lies on no mount", path)
+    return max(on, key=lambda entry: len(entry.target))
 
 
 def is_mountpoint(path: str) -> bool:

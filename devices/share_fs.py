@@ -39,6 +39,7 @@ from devices.versions import version_of
 __all__ = [
     "Flavour",
     "Virtiofsd",
+    "carries_groups",
     "find_virtiofsd",
     "is_noise",
     "virtiofsd_arguments",
@@ -79,6 +80,15 @@ def find_virtiofsd(configured: str = "") -> str:
         phase="devices",
         hint="install virtiofsd (Debian 12: qemu-system-common), or set virtio_fs_daemon",
     )
+
+
+def carries_groups(configured: str = "") -> bool:
+    """Whether what a guest makes gets a supplemental group of its maker, where the guest's kernel asks (Linux
+    6.3): the C version knows one user and one group."""
+    try:
+        return os.path.realpath(find_virtiofsd(configured)) != _C_PATH
+    except HostError:
+        return True
 
 
 async def flavour_of(path: str, undo: UndoLog) -> tuple[Flavour, tuple[int, ...]]:

@@ -41,6 +41,10 @@ _STUB_FLAGS = (
     *("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
     *("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0"),
 )
+_PRELOAD_FLAGS = (
+    *("-shared", "-fPIC", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
+    "-Wl,--build-id=none",
+)
 _PAUSE_FLAGS = (
     *("-static", "-nostdlib", "-ffreestanding", "-mgeneral-regs-only", "-fno-stack-protector"),
     *("-fno-asynchronous-unwind-tables", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
@@ -205,6 +209,8 @@ class Builder:
             script = f"-Wl,--version-script={own}/nosystemd.map"
             stub = f"{directory}/{contents.SYSTEMD_STUB}"
             run_tool(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"])
+            preload = f"{directory}/{contents.ENVIRONMENT}"
+            run_tool(["gcc", *_PRELOAD_FLAGS, "-o", preload, f"{own}/environment.c"])
             run_tool(["gcc", *_PAUSE_FLAGS, "-o", f"{directory}/pause", f"{own}/pause.c"])
             modules = ModuleTree(folder)
             names = modules.order(contents.EARLY_MODULES)

@@ -22,9 +22,11 @@ from devices.errors import HostError
 from .elf import MAGIC, Elf
 from .image import Tree
 from .kernel import ModuleTree
+from .module_list import for_workloads
 
 __all__ = [
     "EARLY_MODULES",
+    "ENVIRONMENT",
     "KERNEL_META",
     "LATE_MODULES",
     "PACKAGES",
@@ -95,6 +97,7 @@ _PROTOBUF = "/usr/lib/kata-agent"
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 _PAUSE = "/usr/lib/kata-agent/pause"  # the root file system of a pod's own container (agent/pause.py)
 SYSTEMD_STUB = "libsystemd.so.0"
+ENVIRONMENT = "environment.so"  # what the agent preloads into some runs of crun
 _NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
 
 _INIT = """\
@@ -265,7 +268,8 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
     `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
     directory with the compiled agent; `native`: the directory with what is compiled from C: the pause
-    (pause.c) and what stands in for libsystemd (nosystemd.c). Raises `HostError` if a library is missing.
+    (pause.c), what stands in for libsystemd (nosystemd.c), and a faster putenv (environment.c). Raises
+    `HostError` if a library is missing.
     """
     tree = Tree()
     for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
@@ -307,6 +311,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
     tree.file("/usr/bin/init", _INIT.format(python=python), 0o755)
     _add_modules(tree, modules)
     tree.copy(f"{native}/{SYSTEMD_STUB}", f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
+    tree.copy(f"{native}/{ENVIRONMENT}", f"{_PROTOBUF}/{ENVIRONMENT}", 0o644)
     tree.copy(f"{native}/pause", f"{_PAUSE}/pause", 0o755)
     for name in ("dev", "proc"):  # what is mounted in it
         tree.directory(f"{_PAUSE}/{name}")
@@ -317,7 +322,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
 def _add_modules(tree: Tree, modules: ModuleTree) -> None:
     base = f"/lib/modules/{os.path.basename(modules.directory)}".replace("/lib", "/usr/lib", 1)
-    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES])
+    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES, *for_workloads(modules)])
     for name in names:
         tree.file(f"{base}/{modules.relative(name)}", modules.stripped(name))
     for name, data in modules.index(names).items():

@@ -80,6 +80,8 @@ class GuestContainer:
     sandbox_pidns: bool = False
     #: What of the OCI spec Kata's protocol has no field for (`shim.spec.oci_fields.BEYOND`), in OCI's shape.
     beyond: Mapping[str, Any] = field(default_factory=dict)
+    #: Paths in the guest, and what its user calls what is there: for errors.
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from shim.sandbox.settings import SandboxSettings
 from shim.spec import oci_fields
 from shim.spec.documents import load_spec
 from shim.spec.guest_devices import check_devices, host_devices
-from shim.spec.guest_spec import plan_volumes
+from shim.spec.guest_spec import own_shm, plan_volumes
 from shim.spec.pod_role import container_type
 from shim.state import logs
 from shim.state.bundle import OWN, SINGLE, share_dir
@@ -215,15 +215,17 @@ class VirtContainer:
             sandbox_id=context.sandbox_id,
             container_type=container_type(spec),
             network=network_settings(config.runtime, section, spec, context.sandbox_id),
-            hostname=spec.get("hostname", ""),
+            hostname=spec.get("hostname") or os.uname().nodename,
             dns=dns,
             shm_size=shm_size,
+            shm_source=own_shm(spec) if container_type(spec) == OWN else "",
             share_path=share_dir(context.sandbox_id),
             devices=cold_devices(config, section, share_dir(context.sandbox_id)),
             deadlines=Deadlines(boot=agent.boot_deadline, request=agent.request_deadline),
             bounds=bounds,
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,
+            kernel_modules=agent.kernel_modules,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
             disks=disk_style(section),

@@ -103,7 +103,7 @@ class Qemu:
     # --- the VM's life
 
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
-        """See `Hypervisor.prepare_vm`. Chooses the accelerator, takes a user for QEMU, and knows its version then."""
+        """See `Hypervisor.prepare_vm`. Chooses accelerator and user, and knows QEMU's version then."""
         if id != self._sandbox_id:
             raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns

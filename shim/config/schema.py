@@ -70,6 +70,7 @@ class AgentConfig:
     dial_timeout_ms: int = 10
     reconnect_timeout_ms: int = 3000
     create_container_timeout: float = 30.0
+    kernel_modules: tuple[str, ...] = ()  # each a module of the guest and its parameters, by blanks
     home_call: bool = True  # ours. resolved: absent is true for our guest, false for a stock one
 
     @property
@@ -196,7 +197,6 @@ AGENT_INACTIVE: Mapping[str, Any] = {
     "debug_console_enabled": False,
     "enable_tracing": False,
     "health_check_request_timeout_ms": 90_000,
-    "kernel_modules": (),
     "launch_process_timeout": 0,
     "log_level": "info",
     "log_port": 1025,

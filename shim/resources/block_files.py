@@ -51,6 +51,8 @@ class _Container:
 class BlockFiles:
     """By disks and copies. `agent` answers the agent once the VM runs."""
 
+    live = False
+
     def __init__(
         self,
         sandbox_id: str,

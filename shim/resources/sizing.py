@@ -45,6 +45,8 @@ _SANDBOX_QUOTA = "io.kubernetes.cri.sandbox-cpu-quota"
 _SANDBOX_PERIOD = "io.kubernetes.cri.sandbox-cpu-period"
 _SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
 
+_KEYS = ("cpu", "memory", "hugepageLimits")
+
 _log = structlog.get_logger("sizing")
 
 
@@ -76,7 +78,7 @@ class Bounds:
 def spec_limits(spec: Mapping[str, Any]) -> oci_pb2.LinuxResources:
     """linux.resources of a container's spec. Raises CallerError for what is malformed."""
     resources = fold_unified((spec.get("linux") or {}).get("resources") or {})
-    limits, _ = resources_from_json({key: resources[key] for key in ("cpu", "memory") if resources.get(key)})
+    limits, _ = resources_from_json({key: resources[key] for key in _KEYS if resources.get(key)})
     return limits
 
 
@@ -96,10 +98,10 @@ def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bo
     if not static:
         if pod:
             return base
-        return Size(base.vcpus + known.vcpus, base.memory + _up(known.memory, _BLOCK))
+        return Size(base.vcpus + known.vcpus, base.memory + _up(known.bytes, _BLOCK))
     return Size(
         max(overhead.vcpus + known.vcpus, 1.0) if known.vcpus else base.vcpus,
-        (overhead.memory or base.memory) + _up(known.memory, _MIB) if known.memory else base.memory,
+        (overhead.memory or base.memory) + _up(known.bytes, _MIB) if known.bytes else base.memory,
     )
 
 
@@ -209,7 +211,7 @@ class Sizing:
         memory = self._bounds.largest.memory if able.more_memory else self._memory
         for what, possible, needed, key in (
             ("CPUs", vcpus, asked.vcpus, "default_maxvcpus"),
-            ("MiB of memory", memory >> 20, -(-asked.memory >> 20), "default_maxmemory"),
+            ("MiB of memory", memory >> 20, -(-asked.bytes >> 20), "default_maxmemory"),
         ):
             if needed <= possible:
                 continue
@@ -224,7 +226,7 @@ class Sizing:
         """vCPUs and bytes by the rule, within what is possible."""
         base, largest = self._bounds.base, self._bounds.largest
         vcpus = math.ceil(base.vcpus + sum(size.vcpus for size in self._asked.values()) - 1e-6)
-        memory = base.memory + sum(size.memory for size in self._asked.values())
+        memory = base.memory + sum(size.bytes for size in self._asked.values())
         return min(max(1, vcpus), max(1, math.ceil(largest.vcpus))), min(memory, largest.memory)
 
     async def _grow(self) -> None:
@@ -296,7 +298,9 @@ def _merged(before: Size, resources: oci_pb2.LinuxResources) -> Size:
     new = wanted(resources)
     named_cpu = resources.CPU.Quota != 0 or resources.CPU.Cpus != ""
     return Size(
-        new.vcpus if named_cpu else before.vcpus, new.memory if resources.Memory.Limit else before.memory
+        new.vcpus if named_cpu else before.vcpus,
+        new.memory if resources.Memory.Limit else before.memory,
+        new.huge if resources.HugepageLimits else before.huge,
     )
 
 

@@ -107,6 +107,7 @@ class VirtSandbox:
             trace=trace,
             agent=lambda: self.agent,
             rescan=self._rescan,
+            spawn=lambda work: self._watch(work, "watched volumes"),
         )
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
@@ -300,7 +301,7 @@ class VirtSandbox:
                 dns=settings.dns,
                 storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
                 guest_hook_path=settings.guest_hook_path,
-                kernel_modules=settings.disks.modules(),
+                kernel_modules=[*settings.disks.modules(), *map(_module, settings.kernel_modules)],
             )
         await self._network.configure(self._agent)
         if settings.swap is not None:
@@ -414,6 +415,11 @@ def _retrieve(future: asyncio.Future[None]) -> None:
     """Nobody may be waiting any more when start fails; that is no reason for asyncio to complain."""
     with contextlib.suppress(asyncio.CancelledError):
         future.exception()
+
+
+def _module(line: str) -> agent_pb2.KernelModule:
+    name, *parameters = line.split()
+    return agent_pb2.KernelModule(name=name, parameters=parameters)
 
 
 def _shm_storage(size: int) -> agent_pb2.Storage:

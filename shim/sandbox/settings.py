@@ -31,8 +31,9 @@ __all__ = ["SandboxSettings"]
 class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
-    `network`: see `shim.resources.network`. `shm_size` is in bytes.
-    `bounds`: the sizes that its VM can have.
+    `network`: see `shim.resources.network`. `shm_size` is in bytes, `shm_source` what is the pod's /dev/shm
+    on the host ("" where only its name tells, see `shim.spec.guest_spec`).
+    `bounds`: the sizes that its VM can have. `kernel_modules`: each a name and parameters, by blanks.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
     `cgroup`: the host's; None leaves everything where it is.
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
@@ -46,6 +47,7 @@ class SandboxSettings:
     hostname: str
     dns: Sequence[str]
     shm_size: int
+    shm_source: str = ""
     share_path: str
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
@@ -53,6 +55,7 @@ class SandboxSettings:
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""
+    kernel_modules: Sequence[str] = ()
     disable_guest_seccomp: bool = False
     pod: PodDefaults | None = None
     disks: DiskStyle = field(default_factory=DiskStyle)

@@ -6,13 +6,13 @@ afterwards, when the namespace's own are shadowed by what was joined to the VM.
 Invariants: reading only. A link counts if somebody gave it an address (the link-local one that the kernel
 makes says nothing, and the guest's kernel makes the same) and is no loopback; one of a kind that cannot be
 joined to a VM is an error that names it, since the pod would be without it and not know why. Our own taps
-are none of the pod's links. Routes are the main table's that somebody set: those that the kernel makes
-itself for an address it makes in the guest as well.
+are none of the pod's links. Routes and rules are `shim.resources.network.routes`' matter.
 Source: rtnetlink(7); Kata's choice (facts/kata.md 1.6).
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,43 +21,31 @@ import structlog
 
 from devices.errors import HostError
 from shim.resources.network.netns import OURS, names
-from shim.resources.network.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, RTM_GETROUTE, Rtnl
+from shim.resources.network.routes import Route, Rule, read
+from shim.resources.network.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, Rtnl
 
-__all__ = ["Address", "Link", "Neighbor", "Route", "Scan", "scan"]
+__all__ = ["Address", "Link", "Neighbor", "Scan", "scan"]
 
 _log = structlog.get_logger("network")
 
 _KINDS = frozenset({"veth", "macvlan"})
 _IFF_LOOPBACK = 0x8
-_RT_TABLE_MAIN = 254
-_RTPROT_KERNEL = 2
-_RTN_UNICAST = 1
 _RT_SCOPE_LINK = 253
+_IFA_F_NOPREFIXROUTE = 0x200
 _NUD_PERMANENT = 0x80
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`family` is AF_INET or AF_INET6."""
+    """`family` is AF_INET or AF_INET6. `peer`: the address at the other end, whose prefix it is then, or "".
+    `scope` as the kernel has it; `noprefixroute`: the kernel makes no route for the prefix."""
 
     family: int
     address: str
     prefix: int
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """`destination` is "10.0.0.0/8", "" for the default; `gateway` and `source` may be ""; `scope` and
-    `flags` as the kernel has them; `link` is the name of the link."""
-
-    family: int
-    destination: str
-    gateway: str
-    source: str
-    link: str
-    scope: int
-    flags: int
-    mtu: int
+    peer: str = ""
+    scope: int = 0
+    noprefixroute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +79,7 @@ class Scan:
     routes: tuple[Route, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     names: frozenset[str] = field(default_factory=frozenset)
+    rules: tuple[Rule, ...] = ()
 
 
 def scan() -> Scan:
@@ -101,11 +90,8 @@ def scan() -> Scan:
     with Rtnl() as rtnl:
         addresses: dict[int, list[Address]] = {}
         for message in rtnl.dump("ifaddrmsg", RTM_GETADDR):
-            address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
             if not (message["family"] == socket.AF_INET6 and message["scope"] == _RT_SCOPE_LINK):
-                addresses.setdefault(message["index"], []).append(
-                    Address(message["family"], address, message["prefixlen"])
-                )
+                addresses.setdefault(message["index"], []).append(_address(message))
         links = []
         for message in rtnl.dump("ifinfmsg", RTM_GETLINK):
             link = _link(message, tuple(addresses.get(message["index"], ())))
@@ -114,12 +100,17 @@ def scan() -> Scan:
         if not links:
             return Scan(names=present)
         by_index = {link.index: link.name for link in links}
-        routes = [
-            route
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for message in rtnl.dump("rtmsg", RTM_GETROUTE, family=family)
-            if (route := _route(message, by_index)) is not None
-        ]
+        loopback = socket.if_nametoindex("lo")
+        try:
+            routes, rules = read(rtnl, {loopback: "lo", **by_index})
+        except OSError as error:
+            if error.errno != errno.E2BIG:
+                raise
+            raise HostError(
+                f"the pod's network cannot be given to a VM: {error.strerror}",
+                phase="network",
+                hint="have fewer routes in the pod's namespace, or set them from inside the pod",
+            ) from error
         neighbors = [
             Neighbor(
                 message["family"],
@@ -133,7 +124,21 @@ def scan() -> Scan:
             and message.get_attr("NDA_DST")
             and message.get_attr("NDA_LLADDR")
         ]
-    return Scan(tuple(links), tuple(routes), tuple(neighbors), present)
+    return Scan(tuple(links), routes, tuple(neighbors), present, rules)
+
+
+def _address(message: Any) -> Address:
+    """IPv4 names the peer always, be it the address itself; IPv6 names the own one only if there is one."""
+    local, address = message.get_attr("IFA_LOCAL"), message.get_attr("IFA_ADDRESS")
+    flags = message.get_attr("IFA_FLAGS") or message["flags"]
+    return Address(
+        message["family"],
+        local or address,
+        message["prefixlen"],
+        peer=address if local and address and local != address else "",
+        scope=message["scope"],
+        noprefixroute=bool(flags & _IFA_F_NOPREFIXROUTE),
+    )
 
 
 def _link(message: Any, addresses: tuple[Address, ...]) -> Link | None:
@@ -160,42 +165,3 @@ def _link(message: Any, addresses: tuple[Address, ...]) -> Link | None:
         flags=message["flags"],
         addresses=addresses,
     )
-
-
-def _route(message: Any, links: dict[int, str]) -> Route | None:
-    table = message.get_attr("RTA_TABLE") or message["table"]
-    if table != _RT_TABLE_MAIN or message["proto"] == _RTPROT_KERNEL:
-        return None
-    out = message.get_attr("RTA_OIF")
-    if message["type"] != _RTN_UNICAST or out is None:
-        _log.warning(
-            "a route that the guest does not get: it has several ways, or none",
-            destination=message.get_attr("RTA_DST") or "default",
-        )
-        return None
-    if out not in links:
-        return None
-    destination = message.get_attr("RTA_DST")
-    metrics = message.get_attr("RTA_METRICS")
-    via = message.get_attr("RTA_GATEWAY") or _gateway_of_another_family(message)
-    return Route(
-        family=message["family"],
-        destination=f"{destination}/{message['dst_len']}" if destination else "",
-        gateway=via or "",
-        source=message.get_attr("RTA_PREFSRC") or "",
-        link=links[out],
-        scope=message["scope"],
-        flags=message["flags"],
-        mtu=int((metrics and metrics.get_attr("RTAX_MTU")) or 0),
-    )
-
-
-def _gateway_of_another_family(message: Any) -> str:
-    """An IPv4 route by way of an IPv6 neighbour: the agent's messages have no place for it."""
-    if message.get_attr("RTA_VIA") is not None:
-        raise HostError(
-            "the pod has a route by way of a gateway of the other address family,"
-            " which the guest's agent cannot be told",
-            phase="network",
-        )
-    return ""

@@ -164,8 +164,8 @@ async def test_execs_hear_of_passed_devices_by_the_guests_addresses(
     await container.create((0, 0, 0))
     seen = []
 
-    async def launch(_: str, __: str, process: dict[str, Any], *___: object) -> Any:
-        seen.extend(process["env"])
+    async def launch(_: str, __: str, config: dict[str, Any], *___: object) -> Any:
+        seen.extend(config["process"]["env"])
         return container.init
 
     monkeypatch.setattr(container, "_launch", launch)

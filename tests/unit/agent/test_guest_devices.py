@@ -153,8 +153,8 @@ async def test_a_storage_cannot_cover_the_guest(target: str) -> None:
 
 
 async def test_an_unknown_driver_is_named() -> None:
-    storage = agent_pb2.Storage(driver="watchable-bind", mount_point="/run/kata-containers/x")
-    with pytest.raises(RpcError, match="watchable-bind") as caught:
+    storage = agent_pb2.Storage(driver="image_guest_pull", mount_point="/run/kata-containers/x")
+    with pytest.raises(RpcError, match="image_guest_pull") as caught:
         await Storages().add([storage])
 
     assert caught.value.code == Code.UNIMPLEMENTED

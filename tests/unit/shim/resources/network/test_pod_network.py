@@ -68,12 +68,12 @@ class _Agent:
         self.neighbors: list[Any] = []
         self.fails = False
 
-    async def update_interface(self, interface: Any) -> None:
+    async def update_interface(self, interface: Any, beyond: Any) -> None:
         if self.fails:
             raise GuestError("no")
         self.interfaces.append(interface)
 
-    async def update_routes(self, routes: Any) -> None:
+    async def update_routes(self, routes: Any, beyond: Any) -> None:
         self.routes = list(routes)
 
     async def add_arp_neighbors(self, neighbors: Any) -> None:
