@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from devices import mounts, rootfs_mounts
 from devices.errors import CallerError
 from devices.syscalls import mount
+from tests.unit.attacker import attacking
 from tests.unit.shim.namespaces import in_mount_namespace
 from tests.unit.steps import Steps
 
@@ -287,27 +287,21 @@ def test_a_racing_image_gets_no_mount_outside(tmp_path: Path) -> None:
     (image.image / "data").mkdir()
     last = _Mount("tmpfs", "t", [], "/data")
 
+    data, was = image.image / "data", image.image / "was"
+
+    def swap(number: int) -> None:
+        if not was.exists():
+            os.rename(data, was)
+        os.symlink(image.host if number % 2 else "../../../../../host", data)
+        os.unlink(data)
+        os.rename(was, data)
+
     def body() -> None:
-        stop, changed = threading.Event(), 0
-
-        def swap() -> None:
-            nonlocal changed
-            data, was = image.image / "data", image.image / "was"
-            while not stop.is_set():
-                with contextlib.suppress(OSError):
-                    os.rename(data, was)
-                    os.symlink(image.host if changed % 2 else "../../../../../host", data)
-                    changed += 1
-                    os.unlink(data)
-                    os.rename(was, data)
-
-        attacker = threading.Thread(target=swap)
-        attacker.start()
         mounted = failed = 0
-        try:
+        with attacking(swap) as changed:
             end = time.monotonic() + 120  # some two seconds on a quiet machine
-            while mounted < 1 or mounted + failed < 1000 or changed < 1000:
-                assert time.monotonic() < end, (mounted, failed, changed)
+            while mounted < 1 or mounted + failed < 1000 or changed() < 1000:
+                assert time.monotonic() < end, (mounted, failed, changed())
                 try:
                     image.mount("/real", last)
                     mounted += 1
@@ -315,9 +309,6 @@ def test_a_racing_image_gets_no_mount_outside(tmp_path: Path) -> None:
                     failed += 1
                 assert mounts.mounts_below(str(image.host)) == []
                 mounts.unmount(str(image.root))
-        finally:
-            stop.set()
-            attacker.join()
 
     in_mount_namespace(body)
 

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import stat
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from proto import agent_pb2
 from shim.resources import copied_volumes
 from shim.resources.copied_volumes import copy_volume
 from shim.spec.guest_spec import Volume
+from tests.unit.attacker import attacking
 from tests.unit.shim.namespaces import in_mount_namespace
 from tests.unit.steps import Steps
 
@@ -193,40 +193,30 @@ def test_mounts_below_it_are_copied_only_where_they_are_meant(tmp_path: Path, re
 async def test_a_racing_writer_gets_nothing_of_the_host(tmp_path: Path) -> None:
     """Thousands of changes beside the copy, by somebody who waits for nobody."""
     place = Place(tmp_path)
-    stop = threading.Event()
-    changed = 0
+    new = place.tree.parent / "new"
 
-    def swap() -> None:
-        nonlocal changed
-        new = place.tree.parent / "new"
-        while not stop.is_set():
-            for name, target in (("b", place.host / "b"), ("d", place.host), ("d/b", place.host / "b")):
-                with contextlib.suppress(OSError):
-                    os.symlink(target, new)
-                    with contextlib.suppress(IsADirectoryError):
-                        os.rename(new, place.tree / name)
-                    if new.is_symlink():  # a directory was in its place
-                        os.rename(place.tree / name, place.tree / "was")
-                        os.rename(new, place.tree / name)
-                        os.unlink(place.tree / name)
-                        os.rename(place.tree / "was", place.tree / name)
-                    else:
-                        new.write_text("content")
-                        os.rename(new, place.tree / name)
-                    changed += 1
-                with contextlib.suppress(OSError):
-                    os.unlink(new)
+    def swap(_number: int) -> None:
+        for name, target in (("b", place.host / "b"), ("d", place.host), ("d/b", place.host / "b")):
+            with contextlib.suppress(OSError):
+                os.symlink(target, new)
+                with contextlib.suppress(IsADirectoryError):
+                    os.rename(new, place.tree / name)
+                if new.is_symlink():  # a directory was in its place
+                    os.rename(place.tree / name, place.tree / "was")
+                    os.rename(new, place.tree / name)
+                    os.unlink(place.tree / name)
+                    os.rename(place.tree / "was", place.tree / name)
+                else:
+                    new.write_text("content")
+                    os.rename(new, place.tree / name)
+            with contextlib.suppress(OSError):
+                os.unlink(new)
 
-    attacker = threading.Thread(target=swap)
-    attacker.start()
     copies = 0
-    try:
+    with attacking(swap) as changed:
         end = time.monotonic() + 120  # some two seconds on a quiet machine
-        while copies < 200 or changed < 1000:
-            assert time.monotonic() < end, (copies, changed)
+        while copies < 200 or changed() < 300:
+            assert time.monotonic() < end, (copies, changed())
             guest = await place.copy(Steps())
             assert SECRET not in guest.data
             copies += 1
-    finally:
-        stop.set()
-        attacker.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from devices.syscalls import mount
 from shim.state import safefs
 from shim.state.safefs import SafeRemoveError, remove_tree
+from tests.unit.attacker import attacking
 from tests.unit.shim.namespaces import in_mount_namespace
 
 MS_BIND = 0x1000
@@ -152,30 +153,24 @@ def test_swap_race(tmp_path: Path) -> None:
     for number in range(20):
         (precious / str(number)).write_text("x")
     tree = tmp_path / "tree"
-    stop = threading.Event()
 
-    def swap() -> None:
-        while not stop.is_set():
-            try:
-                os.rename(tree / "d", tree / "was")
-                os.symlink(precious, tree / "d")
-                os.unlink(tree / "d")
-                os.rename(tree / "was", tree / "d")
-            except OSError:
-                pass
+    def swap(_number: int) -> None:
+        if not (tree / "was").exists():
+            os.rename(tree / "d", tree / "was")
+        os.symlink(precious, tree / "d")
+        os.unlink(tree / "d")
+        os.rename(tree / "was", tree / "d")
 
-    attacker = threading.Thread(target=swap)
-    attacker.start()
-    try:
-        for _ in range(300):
+    end, tries = time.monotonic() + 120, 0
+    with attacking(swap) as changed:
+        while tries < 300 or changed() < 100:
+            assert time.monotonic() < end, (tries, changed())
+            tries += 1
             try:
                 (tree / "d" / "e").mkdir(parents=True, exist_ok=True)
                 remove_tree(str(tree))
             except OSError:
                 continue
-    finally:
-        stop.set()
-        attacker.join()
 
     assert all((precious / str(number)).exists() for number in range(20))
 
