@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from devices.errors import CallerError
 from devices.mounts import MountEntry, mount_table
+from devices.plain import plain
 
 __all__ = ["Hierarchy", "hierarchies", "is_scope", "memberships", "relative_path", "scope"]
 
@@ -101,7 +102,7 @@ def relative_path(path: str, default: str) -> str:
         problem = f"is longer than {_MAX_PATH} bytes, or a part of it than {_MAX_PART}"
     elif any(part in (".", "..") for part in parts):
         problem = "has a part that leads elsewhere"
-    elif any(part.startswith("cgroup.") or not part.isprintable() for part in parts):
+    elif any(part.startswith("cgroup.") or part != plain(part) for part in parts):
         problem = "has a part that is no name of a cgroup"
     if problem:
         raise CallerError(
@@ -123,7 +124,7 @@ def scope(path: str) -> tuple[str, str]:
     slice_name = slice_name or "system.slice"
     words = slice_name.removesuffix(_SLICE).split("-")
     is_slice = slice_name == _ROOT or (slice_name.endswith(_SLICE) and all(words))
-    if "/" in path or not name or not is_slice or not path.isprintable():
+    if "/" in path or not name or not is_slice or path != plain(path):
         raise CallerError(
             f"config.json: linux.cgroupsPath {path[:200]!a} is not slice:prefix:name",
             phase="bundle",
