@@ -384,6 +384,10 @@ class AgentService:
             from agent.storage.blockdev import wait_for_link
 
             await wait_for_link(request.interface.devicePath)
+        elif request.interface.hwAddr:
+            from agent.storage.blockdev import wait_for_address
+
+            await wait_for_address(request.interface.hwAddr)
         update_interface(request.interface, beyond(ctx.metadata))
         return request.interface
 
