@@ -5,15 +5,16 @@ PREFIX ?= /opt/kata-shim
 DESTDIR ?=
 PYTEST_ARGS ?=
 STORM_ARGS ?=
+HOSTS_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds storm lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts storm lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## install what is missing: Debian packages, .venv, the vsock daemon, the guest (as root)
+setup: ## install what is missing: Debian packages, .venv, what confines children, the vsock daemon, the guest (as root)
 	@scripts/setup.sh
 
 demo: setup ## run containers in VMs under a containerd of its own, with the time of each phase
@@ -33,6 +34,9 @@ test-containerds: setup ## all end-to-end tests under each containerd: 1.6, 1.7 
 	    echo "== containerd $$version"; \
 	    KATA_E2E_CONTAINERD=$$version KATA_E2E_AWAY=65 KATA_E2E_BYTES=1073741824 $(PY) -m pytest -m "e2e and not benchhost" $(PYTEST_ARGS); \
 	done
+
+test-hosts: setup ## README's commands and the tests on fresh machines of the other releases (docs/hosts.md); HOSTS_ARGS=--short
+	@$(PY) -m scripts.hosts $(HOSTS_ARGS)
 
 test-kvm: setup ## the tests that need KVM, inside the bench host, a nested machine that has it
 	@$(PY) -m pytest -m benchhost --bench-host=all $(PYTEST_ARGS)
@@ -59,7 +63,7 @@ proto: ## generate the modules of proto/ from its .proto files
 	@scripts/setup.sh venv
 	@$(PY) -m proto.build
 
-guest: ## build the guest's kernel and image into build/guest
+guest: ## build the guest's kernel and image into build/guest; KERNEL=trixie takes that release's kernel
 	@scripts/setup.sh packages venv guest
 
 bench: setup ## measure against runc, a bare QEMU and Go's ttrpc: table, JSON and docs/bench.svg
@@ -72,4 +76,4 @@ uninstall: ## take away what `make install` put there
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
 
 clean: ## remove what was built here (not .venv)
-	rm -rf build
+	rm -rf build devices/kata-confine

@@ -21,13 +21,15 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent import log
-from agent.crun import Crun, about_program
+from agent.complaints import explain
+from agent.crun import Crun, about_program, unique
 from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
 from agent.spec import process_json, resources_json
 from agent.stdio.stdio import Ports, Stdio
 from agent.stdio.streams import StreamListener
+from agent.storage.destinations import make_destinations
 from agent.storage.submounts import drop, hold
 from agent.threads import in_thread
 from ttrpc import Code, RpcError
@@ -77,15 +79,15 @@ class Container:
     async def create(self, ports: Ports) -> None:
         """`crun create`: the init process exists afterwards and waits for `start`."""
         os.makedirs(self.bundle, mode=0o700)
-        self._held = await asyncio.to_thread(hold, self.config)
+        self._held = await asyncio.to_thread(_open_files, self.config)
         log.debug(f"container {self.id} uses {self._held}")
         try:
             await self._place_nodes()
+            process = self.config["process"]
+            process["env"] = unique(process.get("env", []))
             _write_json(f"{self.bundle}/config.json", self.config)
             arguments = ["create", "--bundle", self.bundle]
-            self.init = await self._launch(
-                f"container {self.id}", "", self.config["process"], ports, arguments
-            )
+            self.init = await self._launch(f"container {self.id}", "", self.config, ports, arguments)
         except BaseException:
             await self._discard()
             raise
@@ -100,9 +102,10 @@ class Container:
             await in_thread(f"making device nodes for {self.id}", work)
 
     async def _launch(
-        self, what: str, exec_id: str, process: dict[str, Any], ports: Ports, arguments: list[str]
+        self, what: str, exec_id: str, config: dict[str, Any], ports: Ports, arguments: list[str]
     ) -> Process:
         """Run a crun verb that leaves one process behind, with its streams; adopt that process."""
+        process = config["process"]
         stdio = await Stdio.open(self._listener, ports, terminal=process["terminal"])
         pid_path = self._crun.scratch("pid")
         console: _ConsoleSocket | None = None
@@ -114,8 +117,9 @@ class Container:
                 arguments += ["--console-socket", console.path]
             since = self._reaper.mark()
             stdin, stdout, stderr = stdio.child_fds
-            run = self._crun.run(what, *arguments, self.id, fds=(stdin, stdout, stderr))
-            task = asyncio.ensure_future(_name_program(run, process["args"][0]))
+            count = len(process.get("env", ()))
+            run = self._crun.run(what, *arguments, self.id, fds=(stdin, stdout, stderr), variables=count)
+            task = asyncio.ensure_future(_explained(run, config))
             if console is not None:
                 size = process.get("consoleSize", {})
                 pty = await console.receive(task)
@@ -179,12 +183,13 @@ class Container:
             from agent.vfio import rename
 
             config["env"] = rename(config["env"], self.pci_addresses)
+        config["env"] = unique(config["env"])
         path = self._crun.scratch("process")
         try:
             _write_json(path, config)
             arguments = ["exec", "--detach", "--process", path]
             what = f"exec {exec_id} in {self.id}"
-            self.execs[exec_id] = await self._launch(what, exec_id, config, ports, arguments)
+            self.execs[exec_id] = await self._launch(what, exec_id, {"process": config}, ports, arguments)
         finally:
             _unlink(path)
         self._forget_finished()
@@ -356,14 +361,24 @@ class _ConsoleSocket:
         _unlink(self.path)
 
 
-async def _name_program(crun: Coroutine[Any, Any, None], program: str) -> None:
-    """Wait for crun; its complaint about a program that cannot run gets the program's name."""
+async def _explained(crun: Coroutine[Any, Any, None], config: dict[str, Any]) -> None:
+    """Wait for crun; its complaint gets the words of the config, and one about the program its name."""
     try:
         await crun
     except RpcError as error:
+        explained = explain(error, config)
+        if explained is not error:
+            raise explained from None
+        program = config["process"]["args"][0]
         if not about_program(error.message) or program in error.message:
             raise
         raise RpcError(error.code, f"{error.message}: {program[:200]!r}") from None
+
+
+def _open_files(config: dict[str, Any]) -> list[str]:
+    held = hold(config)
+    make_destinations(config)
+    return held
 
 
 def _read(path: str) -> str:

@@ -18,12 +18,15 @@ import signal
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["ENV", "ROOT", "Crun", "about_program", "complaint"]
+__all__ = ["ENV", "ROOT", "Crun", "about_program", "complaint", "unique"]
 
 ROOT = "/run/crun"
 PROGRAM = "/usr/bin/crun"
 ENV = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "XDG_RUNTIME_DIR": "/run"}
 MESSAGE_MAX = 800
+# libc's putenv looks through all variables for each (guest/environment.c).
+_FEW = 200
+_MANY = {"LD_PRELOAD": "/usr/lib/kata-agent/environment.so"}
 # What crun says of a spec that asks for something impossible.
 _WRONG_SPEC = (
     "invalid rlimit",
@@ -48,6 +51,18 @@ def complaint(what: str, text: str, code: int) -> RpcError:
     else:
         status = Code.INTERNAL
     return RpcError(status, f"{what}: {message}")
+
+
+def unique(variables: list[str]) -> list[str]:
+    """Each variable once, the last of its name, as putenv(3) takes them one by one: without "=" it goes."""
+    found: dict[str, str] = {}
+    for variable in variables:
+        name, equals, _ = variable.partition("=")
+        if equals:
+            found[name] = variable
+        else:
+            found.pop(name, None)
+    return list(found.values())
 
 
 def about_program(message: str) -> bool:
@@ -107,9 +122,11 @@ class Crun:
         what: str,
         *arguments: str,
         fds: tuple[int, int, int] | None = None,
+        variables: int = 0,
         deadline: float = DEADLINE,
     ) -> None:
-        """Run `crun [globals] arguments`. Raises RpcError with crun's message when it fails."""
+        """Run `crun [globals] arguments`; `variables`: how many of the environment it is to set, each once.
+        Raises RpcError with crun's message when it fails."""
         log_path = self.scratch("log")
         stdin, stdout, stderr = fds or (self._null, self._null, self._null)
         argv = [
@@ -122,7 +139,8 @@ class Crun:
         ]
         try:
             try:
-                pid, ended = self._reaper.spawn(argv, env=ENV, stdin=stdin, stdout=stdout, stderr=stderr)
+                env = {**ENV, **_MANY} if variables > _FEW else ENV
+                pid, ended = self._reaper.spawn(argv, env=env, stdin=stdin, stdout=stdout, stderr=stderr)
             except OSError as error:
                 raise RpcError(Code.INTERNAL, f"{what}: cannot run {argv[0]}: {error.strerror}") from None
             try:

@@ -18,13 +18,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agent import log
+from agent.privileged import opens_all
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["METADATA", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
+__all__ = ["METADATA", "NETWORK", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
 
 #: The metadata of a call in which OCI fields travel that Kata's messages have no place for.
 METADATA = "kata-shim-oci"
+#: A feature: UpdateRoutes and UpdateInterface take more than Kata's messages hold (`agent.network`).
+NETWORK = "kata-shim-network"
 
 _CHAR_DEVICES = "/sys/dev/char"
 _HUGEPAGES = "/sys/kernel/mm/hugepages"
@@ -67,7 +70,7 @@ async def fit(config: Json, reaper: Reaper) -> None:
     """Change a whole config in place. Raises INVALID_ARGUMENT for a device that is not here."""
     linux = config["linux"]
     resources = linux.setdefault("resources", {})
-    if any(rule["allow"] and rule.get("type", "a") == "a" for rule in resources.get("devices", [])):
+    if opens_all(linux):
         _leave_out_devices(linux)
     for device in linux.get("devices", []):
         if not _is_here(device):

@@ -17,7 +17,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from agent import deadlines
-from agent.fit import METADATA
+from agent.fit import METADATA, NETWORK
+from agent.memory_limits import follow, memory
 from agent.storage.storages import DRIVERS
 from agent.threads import in_thread
 from proto import agent_pb2
@@ -62,7 +63,7 @@ def details(request: agent_pb2.GuestDetailsRequest, version: str) -> agent_pb2.G
     agent.device_handlers.extend(("blk", "mmioblk", "scsi", "nvdimm"))
     agent.storage_handlers.extend(DRIVERS)
     agent.supports_seccomp = os.path.exists("/proc/sys/kernel/seccomp")
-    agent.extra_features.append(METADATA)
+    agent.extra_features.extend((METADATA, NETWORK))
     return response
 
 
@@ -92,6 +93,7 @@ async def online(request: agent_pb2.OnlineCPUMemRequest) -> None:
         for file in _offline(_MEMORY, "memory"):
             state = f"{os.path.dirname(file)}/state"
             await in_thread("onlining memory", functools.partial(_write, state, "online"))
+        follow(memory())
     loop = asyncio.get_running_loop()
     end = loop.time() + HOTPLUG_DEADLINE
     while _online_count() < request.nb_cpus:

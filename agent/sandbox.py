@@ -18,11 +18,12 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from agent import log
+from agent import log, memory_limits
 from agent.container import Container
 from agent.crun import ROOT, Crun
 from agent.fit import NOTHING, fit, merge
 from agent.pause import is_own, own_config
+from agent.privileged import furnish
 from agent.reaper import Reaper
 from agent.spec import cgroup_path, spec_json
 from agent.stdio.streams import StreamListener
@@ -31,6 +32,7 @@ from agent.threads import in_thread
 from ttrpc import Code, RpcError
 
 if TYPE_CHECKING:
+    from agent.huge_pages import Reserved
     from proto import agent_pb2
 
 __all__ = ["RUN_DIR", "Sandbox"]
@@ -58,6 +60,7 @@ class Sandbox:
         self.containers: dict[str, Container] = {}
         self.storages = Storages(reaper)
         self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
+        self._huge: dict[str, Reserved] = {}  # container id -> huge pages set aside for it
         self._namespaces: dict[str, str] = {}  # type -> path that the next containers join
         self._held: list[int] = []
         self._making = asyncio.Lock()
@@ -71,8 +74,11 @@ class Sandbox:
             raise RpcError(Code.ALREADY_EXISTS, f"this VM has sandbox {self.id} already")
         self.id = request.sandbox_id or "sandbox"
         try:
-            for module in request.kernel_modules:
-                await self._load(module)
+            if request.kernel_modules:
+                from agent.modules import load
+
+                for module in request.kernel_modules:
+                    await load(self._reaper, module.name, *module.parameters)
             if os.path.isdir(RUN_DIR):
                 await in_thread(f"clearing {RUN_DIR}", _clear_run_dir)
             os.makedirs(RUN_DIR, mode=0o755, exist_ok=True)
@@ -81,16 +87,10 @@ class Sandbox:
             if request.dns:
                 _write_resolv_conf(list(request.dns))
             self._mounted[""] = await self.storages.add(request.storages)
+            memory_limits.note(memory_limits.memory())
         except BaseException:
             self.id = ""
             raise
-
-    async def _load(self, module: agent_pb2.KernelModule) -> None:
-        from agent.modules import modprobe
-
-        code = await modprobe(self._reaper, module.name, *module.parameters)
-        if code != 0:
-            raise RpcError(Code.INTERNAL, f"kernel module {module.name}: modprobe ended with {code}")
 
     # --- containers ---------------------------------------------------------------------------
 
@@ -125,6 +125,7 @@ class Sandbox:
 
             forget(request.devices, config["linux"])
         await fit(config, self._reaper)
+        await furnish(config)
         if config["linux"].get("sysctl"):
             from agent import sysctl
 
@@ -151,6 +152,7 @@ class Sandbox:
                 self._hold_namespaces(container, [kind for kind in kinds if kind not in private])
         except BaseException:
             self.containers.pop(name, None)
+            self._give_back(name)
             if self._listener is not None:
                 for stream in (request.stdin_port, request.stdout_port, request.stderr_port):
                     self._listener.forget(stream)
@@ -158,6 +160,12 @@ class Sandbox:
             raise
 
     async def _create(self, container: Container, request: agent_pb2.CreateContainerRequest) -> None:
+        limits = container.config["linux"].get("resources", {}).get("hugepageLimits")
+        if limits:
+            from agent.huge_pages import reserve
+
+            what = f"reserving huge pages for {container.id}"
+            self._huge[container.id] = await in_thread(what, lambda: reserve(limits))
         self._mounted[container.id] = await self.storages.add(request.storages)
         if request.devices:
             from agent.vfio import KINDS, attach
@@ -225,6 +233,14 @@ class Sandbox:
                 ) from None
             self.containers.pop(name, None)
         await self.storages.release(self._mounted.pop(name, []))
+        self._give_back(name)
+
+    def _give_back(self, name: str) -> None:
+        kept = self._huge.pop(name, None)
+        if kept:
+            from agent.huge_pages import give_back
+
+            give_back(kept)
 
     async def destroy(self) -> None:
         """DestroySandbox: kill and remove all."""

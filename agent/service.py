@@ -10,13 +10,13 @@ cannot do answers UNIMPLEMENTED and says what.
 from __future__ import annotations
 
 import asyncio
-import socket
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf.empty_pb2 import Empty
 
 from agent import log
+from agent.vsock import Listener
 from proto import agent_pb2, health_pb2
 from ttrpc import CallContext, Code, RpcError, Server
 
@@ -107,7 +107,7 @@ class AgentService:
 
             listener: StreamListener | None = None
             if self._stream_fd >= 0:
-                listener = StreamListener(self._loop, socket.socket(fileno=self._stream_fd))
+                listener = StreamListener(self._loop, Listener(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
 
@@ -153,10 +153,8 @@ class AgentService:
     async def update_ephemeral_mounts(
         self, _: CallContext, request: agent_pb2.UpdateEphemeralMountsRequest
     ) -> Empty:
-        """Remount tmpfs storages with new options."""
-        from agent.storage.storages import update_ephemeral
-
-        await update_ephemeral(request.storages)
+        """Remount tmpfs storages with new options; copy again what the host has changed."""
+        await self.sandbox.storages.update(request.storages)
         return Empty()
 
     async def remove_stale_virtiofs_share_mounts(
@@ -376,16 +374,21 @@ class AgentService:
     # --- network ------------------------------------------------------------------------------
 
     async def update_interface(
-        self, _: CallContext, request: agent_pb2.UpdateInterfaceRequest
+        self, ctx: CallContext, request: agent_pb2.UpdateInterfaceRequest
     ) -> types_pb2.Interface:
         """Name, address and raise a link, once it is there."""
+        from agent.fit import beyond
         from agent.network.interfaces import update_interface
 
         if request.interface.devicePath:
             from agent.storage.blockdev import wait_for_link
 
             await wait_for_link(request.interface.devicePath)
-        update_interface(request.interface)
+        elif request.interface.hwAddr:
+            from agent.storage.blockdev import wait_for_address
+
+            await wait_for_address(request.interface.hwAddr)
+        update_interface(request.interface, beyond(ctx.metadata))
         return request.interface
 
     async def list_interfaces(
@@ -396,16 +399,19 @@ class AgentService:
 
         return agent_pb2.Interfaces(Interfaces=list_interfaces())
 
-    async def update_routes(self, _: CallContext, request: agent_pb2.UpdateRoutesRequest) -> agent_pb2.Routes:
-        """Replace the guest's routes by these."""
-        from agent.network.interfaces import list_routes, update_routes
+    async def update_routes(
+        self, ctx: CallContext, request: agent_pb2.UpdateRoutesRequest
+    ) -> agent_pb2.Routes:
+        """Replace what the host has set of the guest's routes by these."""
+        from agent.fit import beyond
+        from agent.network.routes import list_routes, update_routes
 
-        update_routes(request.routes.Routes)
+        update_routes(request.routes.Routes, beyond(ctx.metadata))
         return agent_pb2.Routes(Routes=list_routes())
 
     async def list_routes(self, _: CallContext, __: agent_pb2.ListRoutesRequest) -> agent_pb2.Routes:
         """The main table."""
-        from agent.network.interfaces import list_routes
+        from agent.network.routes import list_routes
 
         return agent_pb2.Routes(Routes=list_routes())
 
@@ -446,7 +452,7 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
     server.register(descriptor, service, run_to_end=to_end)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
-    listener = socket.socket(fileno=agent_fd)
+    listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
     asyncio.get_running_loop().call_soon(service.preload)

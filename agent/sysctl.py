@@ -46,7 +46,10 @@ def _parts(name: str) -> list[str]:
 
 def apply(settings: Mapping[str, str], root: str = _ROOT) -> None:
     """Write them. Raises INVALID_ARGUMENT with the kernel's word for the first that it refuses."""
+    from agent.memory_limits import leave
+
     for path, value in settings.items():
+        leave(path)
         try:
             with open(os.path.join(root, path), "w", encoding="utf-8") as file:
                 file.write(value)

@@ -21,6 +21,7 @@ from enum import Enum
 from typing import Any
 
 from ctl.environment import first_line
+from ctl.known_bad import why_bad
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
 from devices.plain import plain
@@ -168,7 +169,7 @@ def _vsock(host: Host, config: Config | None) -> Finding:
         daemon = find_vsock_daemon(getattr(config.hypervisor, "vsock_daemon", "") if config else "")
     except KataError as error:
         return Finding(Level.FAIL, "vsock", error.cause, error.hint)
-    return _ok("vsock", f"{why}; {daemon} serves instead")
+    return _program("vsock", daemon, f"{why}; ", " serves instead")
 
 
 def _virtiofsd(config: Config | None) -> Finding:
@@ -178,29 +179,114 @@ def _virtiofsd(config: Config | None) -> Finding:
     from devices.share_fs import find_virtiofsd
 
     try:
-        return _ok("virtiofsd", _with_version(find_virtiofsd(getattr(section, "virtio_fs_daemon", ""))))
+        return _program("virtiofsd", find_virtiofsd(getattr(section, "virtio_fs_daemon", "")))
     except KataError as error:
         return Finding(Level.FAIL, "virtiofsd", error.cause, error.hint)
 
 
-def _with_version(program: str) -> str:
-    version = first_line([program, "--version"])
-    return f"{program}: {version}" if version else program
+def _program(name: str, path: str, before: str = "", after: str = "") -> Finding:
+    """Where it is and its version, and whether that is known to be bad."""
+    version = first_line([path, "--version"])
+    text = f"{before}{path}{after}: {version}" if version else f"{before}{path}{after}"
+    bad = why_bad(version)
+    return Finding(Level.WARN, name, f"{text}; {bad.reason}", bad.hint) if bad else _ok(name, text)
+
+
+_LIMITING = ("cpu", "memory", "pids")  # the controllers that a pod's limits need
 
 
 def _cgroup(host: Host) -> Finding:
+    """What pods can be charged to, and held to, on this host."""
     mount = host.at("/sys/fs/cgroup")
-    if os.path.exists(os.path.join(mount, "cgroup.controllers")):
-        return _ok("cgroup", "version 2 (unified)")
     try:
         names = os.listdir(mount)
     except OSError:
         names = []
-    if "unified" in names:
-        return _ok("cgroup", "version 1, with version 2 beside it (hybrid)")
-    if names:
-        return _ok("cgroup", "version 1")
-    return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
+    if not names:
+        return Finding(Level.FAIL, "cgroup", f"nothing is mounted at {mount}", "mount cgroup2 there")
+    unified = "cgroup.controllers" in names
+    if unified:
+        kind, where = "version 2 (unified)", [mount]
+        with open(os.path.join(mount, "cgroup.controllers"), encoding="ascii", errors="replace") as file:
+            have = set(file.read().split())
+    else:
+        kind = f"version 1{', with version 2 beside it (hybrid)' if 'unified' in names else ''}"
+        have = {word for name in names for word in name.split(",")}
+        where = [os.path.join(mount, name) for name in names if name in _LIMITING]
+    closed = [path for path in where if not os.access(path, os.W_OK)]
+    if closed:
+        return Finding(
+            Level.WARN,
+            "cgroup",
+            f"{kind}; {closed[0]} cannot be written: pods are charged to containerd's cgroup",
+            "run the check as root, and mount the cgroups read-write",
+        )
+    missing = [name for name in _LIMITING if name not in have]
+    if missing:
+        hint = "switch them on at boot (cgroup_enable=memory), or in cgroup.subtree_control of what is above"
+        text = f"{kind}; without {', '.join(missing)}: what pods may have of it is not limited on the host"
+        return Finding(Level.WARN, "cgroup", text, hint)
+    return _ok("cgroup", kind)
+
+
+def _confinement(host: Host, config: Config | None) -> Finding:
+    """Whether children can be confined, and whose users the sandboxes' are."""
+    from devices.confine import HELPER
+    from devices.users import RANGE, parse_range
+
+    if not os.access(HELPER, os.X_OK):
+        return Finding(Level.FAIL, "confine", f"{HELPER} is not there: no child can be started", "make setup")
+    section = config.hypervisor if config else None
+    if not getattr(section, "rootless", True):
+        return _ok("confine", "the VMM runs as root without capabilities (rootless = false)")
+    text = getattr(section, "rootless_users", RANGE)
+    numbers = parse_range(text)
+    taken = [
+        name for name, first, count in _users(host) if first < numbers.stop and first + count > numbers.start
+    ]
+    if taken:
+        hint = "choose another range for rootless_users, which nobody on this host has"
+        return Finding(Level.WARN, "confine", f"users {text} are {', '.join(taken[:3])}'s too", hint)
+    return _ok("confine", f"each sandbox has a user of {text}")
+
+
+def _users(host: Host) -> Iterator[tuple[str, int, int]]:
+    """Whoever this host gives numbers to: name, first, how many."""
+    for file in ("/etc/passwd", "/etc/subuid"):
+        try:
+            with open(host.at(file), encoding="utf-8", errors="replace") as lines:
+                rows = [line.strip().split(":") for line in lines]
+        except OSError:
+            continue
+        for name, *numbers in rows:
+            words = numbers[1:2] if file == "/etc/passwd" else numbers[:2]
+            if words and all(word.isdecimal() for word in words):
+                yield name, int(words[0]), int(words[1]) if len(words) > 1 else 1
+
+
+def _mounts(host: Host) -> Finding:
+    """The shim has a mount namespace of its own, which receives the host's mounts if they are shared."""
+    try:
+        with open(host.at("/proc/self/mountinfo"), encoding="utf-8", errors="replace") as file:
+            lines = [line.split() for line in file.read(16 << 20).splitlines()]
+    except OSError as error:
+        return Finding(Level.WARN, "mounts", f"/proc/self/mountinfo cannot be read: {error.strerror}")
+    root = next((words for words in reversed(lines) if len(words) > 6 and words[4] == "/"), None)
+    if root is None:
+        return Finding(
+            Level.FAIL,
+            "mounts",
+            "the root directory / is no mount point (a plain chroot)",
+            "mount --bind ROOT ROOT, then chroot ROOT",
+        )
+    if not any(word.startswith("shared:") for word in root[6 : root.index("-")]):
+        return Finding(
+            Level.WARN,
+            "mounts",
+            "the mount at / is not shared: what the host mounts after a pod has started does not reach it",
+            "mount --make-rshared / before containerd starts (systemd does it)",
+        )
+    return _ok("mounts", "the mount at / is shared")
 
 
 def _state(host: Host) -> Finding:
@@ -325,9 +411,19 @@ def findings(
         found.append(_ok("config", config.path + (f", {without} keys without effect" if without else "")))
         found += _guest(config)
         if getattr(config.hypervisor, "path", ""):
-            found.append(_ok(config.hypervisor_name, _with_version(config.hypervisor.path)))
+            found.append(_program(config.hypervisor_name, config.hypervisor.path))
+        if getattr(config.hypervisor, "jailer_path", ""):
+            found.append(_program("jailer", config.hypervisor.jailer_path))
     own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
-    own += [_memory(host, config), _cgroup(host), *_network(host), _state(host), _shim(host)]
+    own += [
+        _memory(host, config),
+        _cgroup(host),
+        _confinement(host, config),
+        _mounts(host),
+        *_network(host),
+        _state(host),
+        _shim(host),
+    ]
     own += _others(config, plugins)
     told = {each.name for each in found + own}
     theirs = [each for each in _hypervisor(config, get_plugin) if each.name not in told]

@@ -1,9 +1,12 @@
 """A supervised child process: VMM, virtiofsd, vsock daemon.
 
-What: `Child.spawn` starts a program in a network namespace of choice, keeps the last 64 KiB of what
-it says, notices its death by pidfd, and records it in the undo log.
+What: `Child.spawn` starts a program in the confinement that its caller states (`devices.confine`), keeps the
+last 64 KiB of what it says, notices its death by pidfd, and records it in the undo log.
 Why: each VMM and its helpers need exactly this, and none of them may outlive the sandbox.
 Invariants:
+- What the confinement says is so before the program's first instruction. A step of it that fails is the
+  child's end, told with the step and the reason; the program never runs then.
+- A child has of the shim what it is given: descriptors by `pass_fds`, an environment of its own.
 - The event loop's thread never forks and never changes namespace: one spawner thread does, and goes
   back to its own namespace before it takes the next order.
 - That thread lives as long as the process, so PR_SET_PDEATHSIG (which is tied to the *thread* that
@@ -20,22 +23,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
+import select
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+from devices import confine
+from devices.confine import Confinement
 from devices.errors import HostError
 from devices.mark import marked
-from devices.syscalls import CLONE_NEWNET, setns
+from devices.syscalls import CLONE_NEWPID, setns, unshare
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
 
-__all__ = ["Child", "describe_exit", "process_memory", "process_start_time", "process_stat"]
+__all__ = [
+    "Child",
+    "describe_exit",
+    "place_children",
+    "process_memory",
+    "process_start_time",
+    "process_stat",
+    "thread_ids",
+]
 
 _READ_SIZE = 64 << 10
-_SPAWN_DEADLINE = 10.0  # seconds; a fork and an exec take about two milliseconds
+_SPAWN_DEADLINE = 10.0  # seconds; a fork, the steps of a confinement and an exec take about two milliseconds
+_REPORT_DEADLINE = 8.0  # of them, until the exec
 _REAP_DEADLINE = 10.0  # seconds after SIGKILL; more means a task stuck in the kernel
 
 
@@ -83,6 +99,23 @@ def process_start_time(pid: int) -> int:
     return int(process_stat(pid)[19])
 
 
+def thread_ids(pid: int) -> dict[int, int]:
+    """The threads of the process, by the number that each has in the process's own pid namespace.
+
+    Raises ProcessLookupError when there is no such process.
+    """
+    found = {}
+    try:
+        for name in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                with open(f"/proc/{pid}/task/{name}/status", encoding="utf-8", errors="replace") as status:
+                    line = next(line for line in status if line.startswith("NSpid:"))
+                found[int(line.split()[-1])] = int(name)
+    except FileNotFoundError as error:
+        raise ProcessLookupError(pid) from error
+    return found
+
+
 def describe_exit(status: int) -> str:
     """`status` as in `Child.exited`, in words."""
     if status >= 0:
@@ -93,42 +126,121 @@ def describe_exit(status: int) -> str:
         return f"was killed by signal {-status}"
 
 
-def _popen(
-    argv: Sequence[str],
-    netns: str | None,
-    stderr: int,
-    stdin: int,
-    cwd: str | None,
-    env: Mapping[str, str] | None,
-    pass_fds: Sequence[int],
-) -> subprocess.Popen[bytes]:
-    """Runs in the spawner thread. vfork and exec, in `netns` if given."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What the spawner thread is to start. `cgroups`: files that the child writes itself into."""
 
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            argv,
-            stdin=stdin,
-            stdout=stderr,
-            stderr=stderr,
-            cwd=cwd,
-            env=env,
-            pass_fds=pass_fds,
-            start_new_session=True,
-        )
+    argv: Sequence[str]
+    confinement: Confinement
+    cgroups: Sequence[str]
+    output: int
+    stdin: int
+    cwd: str | None
+    env: Mapping[str, str]
+    pass_fds: Sequence[int]
 
-    if netns is None:
-        return start()
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+class _ConfinementError(OSError):
+    """A step between fork and exec failed; its text says which."""
+
+
+_cgroups: tuple[str, ...] = ()
+
+
+def place_children(files: Sequence[str]) -> None:
+    """Have every child from now on write itself into these files (a cgroup's cgroup.procs, or its tasks)
+    before it is anything else. One shim is one sandbox: all its children are charged to the same place."""
+    global _cgroups  # noqa: PLW0603  (as the cgroup itself: one to a process)
+    _cgroups = tuple(files)
+
+
+def _start(order: _Order) -> subprocess.Popen[bytes]:
+    """Runs in the spawner thread: vfork, exec, steps, exec. Raises OSError, HostError; then nothing runs."""
+    with contextlib.ExitStack() as opened:
+
+        def held(fd: int) -> int:
+            opened.callback(os.close, fd)
+            return fd
+
+        one, program = order.confinement, os.path.realpath(order.argv[0])
+        network, filtered = -1, -1
+        if one.network:
+            network = held(os.open(one.network, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        if one.filter:
+            filtered = held(os.memfd_create("filter", os.MFD_CLOEXEC))
+            os.write(filtered, one.filter)
+        cgroups = [held(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) for path in order.cgroups]
+        fds = confine.Descriptors(cgroups=cgroups, network=network, filter=filtered)
+        words = confine.steps(one, program, fds)
+        reader, report = os.pipe2(os.O_CLOEXEC)
+        held(reader)
+        process = None
+        try:
+            with _pid_namespace(one.own_pids):
+                process = subprocess.Popen(
+                    [confine.HELPER, str(report), *words, "--", program, *order.argv],
+                    stdin=order.stdin,
+                    stdout=order.output,
+                    stderr=order.output,
+                    cwd=order.cwd,
+                    env=order.env,
+                    pass_fds=[
+                        report,
+                        *order.pass_fds,
+                        *cgroups,
+                        *(fd for fd in (network, filtered) if fd >= 0),
+                    ],
+                    start_new_session=True,
+                )
+            os.close(report)
+            report = -1
+            _read_report(reader)
+        except BaseException:
+            if process is not None:
+                process.kill()
+                process.wait()
+            raise
+        finally:
+            if report >= 0:
+                os.close(report)
+        return process
+
+
+def _read_report(reader: int) -> None:
+    """Return once the program runs. Raises OSError for what went wrong between fork and exec."""
+    poll = select.poll()
+    poll.register(reader, select.POLLIN)
+    end = time.monotonic() + _REPORT_DEADLINE
+    said = b""
+    while True:
+        if not poll.poll(max(0.0, end - time.monotonic()) * 1000):
+            raise _ConfinementError(f"it was not confined within {_REPORT_DEADLINE:g} s")
+        more = os.read(reader, 1024)
+        said += more
+        if not more:  # the end comes with the exec, or with the child's
+            break
+    done, problem = said.startswith(b"+"), said.removeprefix(b"+").decode(errors="replace")
+    if problem:
+        number, _, step = problem.partition(" ")
+        reason = os.strerror(int(number)) if number.isdigit() else number
+        raise _ConfinementError(f"it cannot be confined: {step.strip()}: {reason}")
+    if not done:
+        raise _ConfinementError("it was killed while it was confined")
+
+
+@contextlib.contextmanager
+def _pid_namespace(wanted: bool) -> Iterator[None]:
+    """The next child of the calling thread is the first process of a new one."""
+    if not wanted:
+        yield
+        return
+    own = os.open("/proc/thread-self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        target = os.open(netns, os.O_RDONLY | os.O_CLOEXEC)
+        unshare(CLONE_NEWPID)
         try:
-            setns(target, CLONE_NEWNET)
+            yield
         finally:
-            os.close(target)
-        try:
-            return start()
-        finally:
-            setns(own, CLONE_NEWNET)
+            setns(own, CLONE_NEWPID)
     finally:
         os.close(own)
 
@@ -167,18 +279,19 @@ class Child:
         *,
         name: str,
         undo: UndoLog,
-        netns: str | None = None,
+        confinement: Confinement,
         cwd: str | None = None,
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         stdin: int = subprocess.DEVNULL,
         on_output: Callable[[bytes], None] | None = None,
     ) -> Child:
-        """Start `argv` (argv[0] an absolute path) in the network namespace at path `netns`.
+        """Start `argv` (argv[0] an absolute path) in this confinement; it runs when this returns.
 
         stdout and stderr go to the same ring; `on_output` sees each piece too, and nothing (b"") at the end;
-        what it does with them must be bounded (`devices.lines`). Raises HostError when the program cannot be
-        started or the namespace cannot be entered.
+        what it does with them must be bounded (`devices.lines`). `env`: what it has in its environment beside
+        `devices.confine.environment`. `cwd`: for one without a view, whose directory is its root. Raises
+        HostError when the program cannot be started or cannot be confined.
         """
         if not os.access(argv[0], os.X_OK):
             what = "is not executable" if os.path.exists(argv[0]) else "does not exist"
@@ -187,7 +300,12 @@ class Child:
                 phase="spawn",
                 hint=f"install {name} or correct its path in the configuration",
             )
-        wrapper = _death_signal_wrapper()
+        if not os.access(confine.HELPER, os.X_OK):
+            raise HostError(
+                f"cannot start {name}: {confine.HELPER}, which confines it, is not there",
+                phase="spawn",
+                hint="make setup builds it, make install installs it",
+            )
         entry = undo.record("process", name=name)
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         # Only our end is non-blocking: O_NONBLOCK belongs to each end's open file, and a child that
@@ -195,26 +313,24 @@ class Child:
         os.set_blocking(writer, True)
         loop = asyncio.get_running_loop()
         try:
-            started = loop.run_in_executor(
-                _Spawner.executor(),
-                _popen,
-                [*wrapper, *argv],
-                netns,
-                writer,
-                stdin,
-                cwd,
-                marked(env),
-                tuple(pass_fds),
+            order = _Order(
+                argv=argv,
+                confinement=confinement,
+                cgroups=_cgroups,
+                output=writer,
+                stdin=stdin,
+                cwd=cwd,
+                env=marked(confine.environment(env)),
+                pass_fds=tuple(pass_fds),
             )
-            process = await _finish(started)
+            process = await _finish(loop.run_in_executor(_Spawner.executor(), _start, order))
         except OSError as error:
             os.close(reader)
             undo.forget(entry)
+            where = f" in network namespace {confinement.network}" if confinement.network else ""
+            hint = "the shim needs root's rights" if isinstance(error, _ConfinementError) else ""
             raise HostError(
-                f"cannot start {name} ({argv[0]}): {error}"
-                if netns is None
-                else f"cannot start {name} ({argv[0]}) in network namespace {netns}: {error}",
-                phase="spawn",
+                f"cannot start {name} ({argv[0]}){where}: {error}", phase="spawn", hint=hint
             ) from error
         except BaseException:
             os.close(reader)
@@ -322,12 +438,6 @@ class Child:
         self._undo.forget(self._entry)
         if not self.exited.done():
             self.exited.set_result(status)
-
-
-def _death_signal_wrapper() -> list[str]:
-    """util-linux's setpriv sets PR_SET_PDEATHSIG and execs: no Python runs between fork and exec."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
 
 
 async def _finish(started: asyncio.Future[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

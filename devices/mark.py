@@ -12,7 +12,6 @@ imported that `delete` would have to wait for.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 __all__ = ["VARIABLE", "mark_children", "mark_of", "marked"]
@@ -28,9 +27,9 @@ def mark_children(key: str, start: int) -> None:
     _mark[VARIABLE] = f"{key}.{start}"
 
 
-def marked(env: Mapping[str, str] | None) -> Mapping[str, str] | None:
-    """`env` (None: this process's own) with the mark, if one is set."""
-    return {**(os.environ if env is None else env), **_mark} if _mark else env
+def marked(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with the mark, if one is set."""
+    return {**env, **_mark}
 
 
 def mark_of(pid: int) -> tuple[str, int]:

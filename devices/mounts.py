@@ -16,6 +16,7 @@ import os
 from dataclasses import dataclass
 
 from devices.beneath import descriptor_path
+from devices.errors import HostError
 from devices.syscalls import (
     CLONE_NEWNS,
     MOUNT_ATTR_NODEV,
@@ -40,6 +41,8 @@ __all__ = [
     "failed",
     "is_mountpoint",
     "make_private",
+    "mount_of",
+    "mount_table",
     "mounts_below",
     "parse_mountinfo",
     "seal",
@@ -64,6 +67,7 @@ PROPAGATION = {
 }
 TENANT = MOUNT_ATTR_NODEV | MOUNT_ATTR_NOSUID
 """The attributes of a mount of what a guest or an image may have made."""
+_host_roots: list[int] = []  # of the mount namespace that `make_private` left: a descriptor
 _MAX_MOUNTINFO = 64 << 20  # bytes; some 400 000 mounts
 
 
@@ -73,7 +77,7 @@ class MountError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """One line of mountinfo: where, what, from where."""
+    """One line of mountinfo: where, what, from where; `super_options` are the file system's own."""
 
     mount_id: int
     parent_id: int
@@ -83,6 +87,7 @@ class MountEntry:
     options: str
     fstype: str
     source: str
+    super_options: str = ""
 
 
 def make_private() -> int:
@@ -91,15 +96,25 @@ def make_private() -> int:
     Returns a descriptor of the one that it left, for what has to be done on the host (`shim.hooks.hooks`).
 
     Call it before any thread or child exists: those keep the namespace that they were made in.
-    Raises PermissionError without CAP_SYS_ADMIN.
+    Raises PermissionError without CAP_SYS_ADMIN, HostError where `/` is no mount point: nothing could keep
+    what is mounted here from the host.
     """
     left = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # stays the host's, mounts and all
     try:
         unshare(CLONE_NEWNS)
-    except BaseException:
+        mount("none", "/", "", MS_SLAVE | MS_REC, "")
+    except BaseException as error:
         os.close(left)
-        raise
-    mount("none", "/", "", MS_SLAVE | MS_REC, "")
+        os.close(root)
+        if not isinstance(error, OSError) or error.errno != errno.EINVAL:
+            raise
+        raise HostError(
+            "/ is no mount point here (a plain chroot): mounts cannot be kept to the pod",
+            phase="devices",
+            hint="make it one before containerd starts: mount --bind ROOT ROOT, then chroot ROOT",
+        ) from error
+    _host_roots.append(root)
     return left
 
 
@@ -108,22 +123,35 @@ def bind(
     target: str | int,
     *,
     read_only: bool = False,
+    deep: bool = True,
     recursive: bool = True,
     tenant: bool = False,
 ) -> None:
-    """Bind `source` to `target`: paths, or descriptors of what was found there. `tenant`: it holds what a
-    guest or an image may have made. Raises MountError.
+    """Bind `source` to `target`: paths, or descriptors of what was found there. `deep`: what is mounted below
+    is read-only, too, if `read_only`. `tenant`: it holds what a guest or an image may have made. Raises
+    MountError.
 
     A read-only bind is read-only before it is attached. The usual way, to bind and then remount, would
     not do in a shared directory: the copies that propagate to other mount namespaces (virtiofsd's)
     are made by the first step and never see the second.
+
+    Raises HostError where the host has mounted something at the source since, which does not reach us for its
+    root mount is not shared: the container would find an empty directory.
     """
-    attributes = (MOUNT_ATTR_RDONLY if read_only else 0) | (TENANT if tenant else 0)
+    if _host_roots and _is_out_of_sight(source, _host_roots[-1]):
+        raise HostError(
+            f"what the host has mounted at {source} does not reach the shim: its mount at / is not shared",
+            phase="devices",
+            hint="mount --make-rshared / before containerd starts (systemd does it)",
+        )
+    attributes = (MOUNT_ATTR_RDONLY if read_only and deep else 0) | (TENANT if tenant else 0)
     try:
         tree = open_tree(source, recursive=recursive)
         try:
             if attributes:
                 set_mount_attributes(tree, attributes)
+            if read_only and not deep:
+                set_mount_attributes(tree, MOUNT_ATTR_RDONLY, recursive=False)
             move_mount(tree, target)
         finally:
             os.close(tree)
@@ -147,6 +175,21 @@ def seal(path: str) -> None:
             else ""
         )
         raise MountError(error.errno, f"cannot seal {path}: {error.strerror}{old}") from error
+
+
+def _is_out_of_sight(source: str | int, host_root: int) -> bool:
+    """Whether the host sees a file system at that path that we have mounted nowhere."""
+    try:
+        path = os.readlink(f"/proc/self/fd/{source}") if isinstance(source, int) else source
+        theirs = os.stat(path.lstrip("/") or ".", dir_fd=host_root)
+        ours = os.stat(source)
+    except OSError:
+        return False  # what is not there is told by who needs it
+    if (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino):
+        return False
+    device = f"{os.major(theirs.st_dev)}:{os.minor(theirs.st_dev)}"
+    # A subvolume of btrfs has a device number of its own, which no line of mountinfo has: not judged.
+    return all(entry.device != device and entry.fstype != "btrfs" for entry in mount_table())
 
 
 def set_propagation(target: str, option: str) -> None:
@@ -193,15 +236,31 @@ def unmount_below(directory: str) -> None:
 def mounts_below(directory: str) -> list[MountEntry]:
     """The mounts at or below `directory` (an absolute path without links), outermost first."""
     prefix = directory.rstrip("/") + "/"
-    return [entry for entry in _mountinfo() if entry.target == directory or entry.target.startswith(prefix)]
+    return [entry for entry in mount_table() if entry.target == directory or entry.target.startswith(prefix)]
+
+
+def mount_of(path: str) -> MountEntry:
+    """The mount that `path`, which exists, lies on. Raises OSError."""
+    device = os.stat(path).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    real = os.path.realpath(path)
+    on = [
+        entry
+        for entry in mount_table()
+        if entry.device == number and f"{real}/".startswith(f"{entry.target.rstrip('/')}/")
+    ]
+    if not on:  # btrfs numbers its subvolumes otherwise
+        raise OSError(errno.ENOENT, "it lies on no mount", path)
+    return max(on, key=lambda entry: len(entry.target))
 
 
 def is_mountpoint(path: str) -> bool:
     """Whether something is mounted at `path` (absolute, without links)."""
-    return any(entry.target == path for entry in _mountinfo())
+    return any(entry.target == path for entry in mount_table())
 
 
-def _mountinfo() -> list[MountEntry]:
+def mount_table() -> list[MountEntry]:
+    """All mounts of the calling thread's namespace, in the order of their making."""
     with open("/proc/thread-self/mountinfo", "rb") as file:
         return parse_mountinfo(file.read(_MAX_MOUNTINFO))
 
@@ -220,7 +279,8 @@ def parse_mountinfo(data: bytes) -> list[MountEntry]:
             continue
         device, root, target, options = (_unescape(word) for word in before[2:6])
         fstype, source = _unescape(after[0]), _unescape(after[1])
-        entries.append(MountEntry(mount_id, parent_id, device, root, target, options, fstype, source))
+        own = _unescape(after[2]) if len(after) > 2 else ""
+        entries.append(MountEntry(mount_id, parent_id, device, root, target, options, fstype, source, own))
     return entries
 
 

@@ -5,7 +5,8 @@ connects to one that a daemon makes itself.
 Why: between a daemon's exec and its listen lie milliseconds that a fixed sleep would miss on either side.
 Invariants: the wait ends by inotify, by the daemon's death, or by its deadline; never by polling a
 daemon that has not made its socket yet. Exactly one connection is ever made: a probe would be
-taken for the VMM.
+taken for the VMM. In a directory that a daemon may write to nothing is believed: what is connected to is a
+socket there, never where a link leads.
 """
 
 from __future__ import annotations

@@ -5,14 +5,16 @@ starts it sandboxed on a socket that listens already, and connects for the VMM.
 Why: containers' root file systems and volumes reach the guest through it.
 Invariants:
 - Its seccomp filter and its sandbox are always on.
-- `sandbox=chroot`, not `namespace`: containers' mounts appear below the shared directory after
-  virtiofsd has started, and it must see them. It stays in the shim's (private) mount namespace, so it
-  does; with a namespace of its own a later mount was an empty directory in the guest, unless the
-  shim's mounts are shared (tried with QEMU 7.2's: private and slave no, shared yes).
+- `sandbox=chroot`, not `namespace`: its namespaces are ours, made before it runs. In its view there is the
+  shared directory, and what the shim mounts below that later: the directory's propagation is shared
+  (`shim.resources.shared_dir`), and the view's a slave of it.
+- It is root, since files get the owners that the guest's users have, with the capabilities for that.
 - It has no CAP_MKNOD unless its directory's config says so: a device node that a guest makes in a volume is
   the host's. FIFOs, sockets and the whiteouts of an overlay need no capability (Linux 5.8).
 - announce_submounts is on: each mount below the directory is a file system of its own in the guest,
   so equal inode numbers of two overlays do not collide.
+- Inodes are descriptors, not file handles (1.14's default is to prefer handles): handles need the right to
+  open any file of the host by number, and file systems that export them, which overlays do not.
 """
 
 from __future__ import annotations
@@ -23,16 +25,26 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from devices.child import Child
 from devices.config import CacheMode, ShareFsConfig
+from devices.confine import CAPABILITIES, Bind, Confinement, View
 from devices.errors import BugError, HostError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
+from devices.versions import version_of
 
-__all__ = ["Flavour", "Virtiofsd", "find_virtiofsd", "is_noise", "virtiofsd_arguments"]
+__all__ = [
+    "Flavour",
+    "Virtiofsd",
+    "carries_groups",
+    "find_virtiofsd",
+    "is_noise",
+    "virtiofsd_arguments",
+    "virtiofsd_confinement",
+]
 
 _C_PATH = "/usr/lib/qemu/virtiofsd"  # Debian 12 and Ubuntu 22.04: part of QEMU, always the C version
 _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/libexec/virtiofsd")
@@ -40,7 +52,14 @@ _PLACES = ("/usr/libexec/virtiofsd", _C_PATH, "/usr/lib/virtiofsd", "/opt/kata/l
 _NOISE = ("virtio_loop: Unexpected poll revents", "fv_remove_watch: TODO!")
 _NO_MKNOD = "-mknod"
 _MODCAPS = re.compile(r"(?:^|,|^-o|^--)modcaps=")
-_PROBE_TIMEOUT = 5.0  # seconds for `virtiofsd --version`
+_GIVEN = re.compile(r"\+([a-z_]+)")  # in its value
+# To act as the guest's users do, and to confine itself further: chroot, and capabilities away.
+_CAPABILITIES = (
+    *("chown", "dac_override", "fowner", "fsetid", "setgid", "setuid", "setfcap"),
+    *("sys_chroot", "setpcap"),
+)
+_FILES = 1 << 20  # what a guest has open is open here
+_HANDLES = (1, 13)  # from here on it is known to have the option; older ones use descriptors anyway
 
 
 class Flavour(Enum):
@@ -63,25 +82,33 @@ def find_virtiofsd(configured: str = "") -> str:
     )
 
 
-async def flavour_of(path: str, undo: UndoLog) -> Flavour:
-    """Which of the two it is, asking only where the path does not tell. Raises HostError."""
-    if os.path.realpath(path) == _C_PATH:
-        return Flavour.C
-    child = await Child.spawn([path, "--version"], name="virtiofsd", undo=undo)
+def carries_groups(configured: str = "") -> bool:
+    """Whether what a guest makes gets a supplemental group of its maker, where the guest's kernel asks (Linux
+    6.3): the C version knows one user and one group."""
     try:
-        await child.wait(_PROBE_TIMEOUT)
-    except TimeoutError:
+        return os.path.realpath(find_virtiofsd(configured)) != _C_PATH
+    except HostError:
+        return True
+
+
+async def flavour_of(path: str, undo: UndoLog) -> tuple[Flavour, tuple[int, ...]]:
+    """Which of the two it is, and which version, asking only where the path does not tell (the C version's
+    makes no difference). Raises HostError."""
+    if os.path.realpath(path) == _C_PATH:
+        return Flavour.C, ()
+    version = await version_of(path, undo)
+    if not version.numbers:
         raise HostError(
-            f"{path} --version did not end within {_PROBE_TIMEOUT:g} s", phase="devices"
-        ) from None
-    finally:
-        await child.kill()
+            f"{path} --version says no version: {version.text.strip() or 'nothing'!r:.100}", phase="devices"
+        )
     # The C version adds a line "using FUSE kernel interface version ...".
-    return Flavour.C if "FUSE kernel interface" in child.stderr_tail() else Flavour.RUST
+    return (Flavour.C if "FUSE kernel interface" in version.text else Flavour.RUST), version.numbers
 
 
-def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> list[str]:
-    """Its arguments (without the program) for the listening socket `fd`; pure."""
+def virtiofsd_arguments(
+    config: ShareFsConfig, flavour: Flavour, fd: int, version: tuple[int, ...] = ()
+) -> list[str]:
+    """Its arguments (without the program) for the listening socket `fd`; pure. `version` is Rust's."""
     if "," in config.source or "\\" in config.source:
         raise BugError(f"the shared directory {config.source!r} has a character that virtiofsd cannot take")
     argv = [f"--fd={fd}"]
@@ -98,7 +125,8 @@ def virtiofsd_arguments(config: ShareFsConfig, flavour: Flavour, fd: int) -> lis
         ]
     else:
         argv += [f"--shared-dir={config.source}", f"--cache={config.cache.value}", "--sandbox=chroot"]
-        argv += ["--seccomp=kill", "--announce-submounts"]
+        argv += ["--seccomp=kill", "--announce-submounts", "--log-level=warn"]
+        argv += ["--inode-file-handles=never"] if version >= _HANDLES else []
         argv += ["--xattr"] if config.xattr else []
     return argv + _extra_arguments(config, flavour)
 
@@ -111,16 +139,36 @@ def _extra_arguments(config: ShareFsConfig, flavour: Flavour) -> list[str]:
     extra = list(config.extra_args)
     if config.mknod:
         return extra
-    found = False
-    for index, word in enumerate(extra):
-        if index and extra[index - 1] == "--modcaps":
-            extra[index], found = f"{_NO_MKNOD}:{word}", True
-        elif _MODCAPS.search(word):
-            extra[index], found = _MODCAPS.sub(rf"\g<0>{_NO_MKNOD}:", word), True
-    if found:
+    his = _modcaps(extra)
+    for index in his:
+        word = extra[index]
+        ours = _MODCAPS.sub(rf"\g<0>{_NO_MKNOD}:", word)
+        extra[index] = ours if ours != word else f"{_NO_MKNOD}:{word}"
+    if his:
         return extra
     own = ["-o", f"modcaps={_NO_MKNOD}"] if flavour is Flavour.C else [f"--modcaps={_NO_MKNOD}"]
     return own + extra
+
+
+def _modcaps(arguments: Sequence[str]) -> list[int]:
+    """Which of the arguments say what capabilities it is to keep."""
+    return [
+        index
+        for index, word in enumerate(arguments)
+        if _MODCAPS.search(word) or (index and arguments[index - 1] == "--modcaps")
+    ]
+
+
+def virtiofsd_confinement(config: ShareFsConfig) -> Confinement:
+    """What it may: to a capability that the administrator adds by name it is let, and to no other."""
+    words = [config.extra_args[index].lower() for index in _modcaps(config.extra_args)]
+    more = {name for word in words for name in _GIVEN.findall(word) if name in CAPABILITIES}
+    more |= {"mknod"} if config.mknod else set()
+    return Confinement(
+        capabilities=(*_CAPABILITIES, *sorted(more - set(_CAPABILITIES))),
+        view=View(binds=(Bind(path=config.source, follows=True), Bind(path="/sys/devices/system"))),
+        files=_FILES,
+    )
 
 
 def is_noise(line: str) -> bool:
@@ -147,7 +195,7 @@ class Virtiofsd:
         program = find_virtiofsd(config.daemon)
         if not os.path.isdir(config.source):
             raise BugError(f"the directory to share, {config.source}, does not exist")
-        flavour = await flavour_of(program, undo)
+        flavour, version = await flavour_of(program, undo)
         path = f"{state_dir}/{config.id}.sock"
         listener = listen(path)
         try:
@@ -156,9 +204,10 @@ class Virtiofsd:
             connection = connect_now(path)
             try:
                 child = await Child.spawn(
-                    [program, *virtiofsd_arguments(config, flavour, listener.fileno())],
+                    [program, *virtiofsd_arguments(config, flavour, listener.fileno(), version)],
                     name="virtiofsd",
                     undo=undo,
+                    confinement=virtiofsd_confinement(config),
                     pass_fds=[listener.fileno()],
                     on_output=on_output,
                 )

@@ -39,8 +39,9 @@ class UndoLog(Protocol):
     - `link`: path, target. Unlinked if it still points there.
     - `dir`: path. Released by removing the tree without ever crossing a mount.
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).
+    - `user`: uid, directory, mark: see `devices.users`.
     - `tap`: netns, namespace, link, index, devices, qdiscs: see `shim.resources.network.endpoint`.
-    - `cgroup`, ...: as their owners say.
+    - `cgroup`, `cgroups`, ...: as their owners say.
     """
 
     def record(self, kind: str, release: Release | None = None, **facts: str | int) -> Entry:

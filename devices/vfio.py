@@ -21,6 +21,7 @@ __all__ = [
     "CONTROL_NODES",
     "IommuGroup",
     "PciFunction",
+    "device_node",
     "find_group",
     "is_cdev",
     "is_vfio_node",
@@ -127,6 +128,20 @@ def node_name(major: int, minor: int, sysfs: str = "/sys") -> str:
     return next((f"/dev/{line[8:]}" for line in lines if line.startswith("DEVNAME=")), "")
 
 
+def device_node(address: str, *, iommufd: bool, sysfs: str = "/sys") -> str:
+    """What a VMM opens for a function: its group's node, or by iommufd its own. Raises HostError."""
+    device = f"{sysfs}/bus/pci/devices/{address}"
+    if not iommufd:
+        return f"/dev/vfio/{_read_group_number(device, address)}"
+    try:
+        name = next(
+            one for one in os.listdir(f"{device}/vfio-dev") if _CDEV.fullmatch(f"/dev/vfio/devices/{one}")
+        )
+    except (OSError, StopIteration):
+        raise HostError(f"{address} has no node below /dev/vfio/devices", phase=_PHASE) from None
+    return f"/dev/vfio/devices/{name}"
+
+
 def find_group(node: str, sysfs: str = "/sys") -> IommuGroup:
     """The group behind a node below /dev/vfio or a PCI address ("0000:01:00.0"). Blocks.
 
@@ -191,6 +206,10 @@ def _read_group(number: int, sysfs: str) -> IommuGroup:
 def _group_of(device: str, node: str, sysfs: str) -> IommuGroup:
     if not os.path.isdir(device):
         raise HostError(f"{node} does not exist on this host", phase=_PHASE)
+    return _read_group(_read_group_number(device, node), sysfs)
+
+
+def _read_group_number(device: str, node: str) -> int:
     number = os.path.basename(_link(f"{device}/iommu_group"))
     if not number.isdigit():
         raise HostError(
@@ -198,7 +217,7 @@ def _group_of(device: str, node: str, sysfs: str) -> IommuGroup:
             phase=_PHASE,
             hint="switch the IOMMU on (firmware, and intel_iommu=on for Intel)",
         )
-    return _read_group(int(number), sysfs)
+    return int(number)
 
 
 def _check_kind(device: str, name: str) -> None:

@@ -54,14 +54,15 @@ class Relay:
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept)
 
     @classmethod
-    def start(cls, target: str, path: str) -> Relay:
-        """Between the back end at `target` and whoever connects to `path`, in a directory of ours.
+    def start(cls, target: str, path: str, *, user: int = 0) -> Relay:
+        """Between the back end at `target` and `user`, who connects to `path`, in a directory of ours.
 
         Raises HostError when nobody is at `target`; nothing listens then.
         """
         back_end = BackEnd.connect(target)
         try:
             listener = listen(path, backlog=1)
+            os.chown(path, user, user)  # to connect is to write
         except BaseException:
             back_end.abandon()
             raise

@@ -224,16 +224,18 @@ class HybridVsock(_Channel):
         *,
         home_call: bool = True,
         tells_port: bool = False,
+        user: int = 0,
         diagnostics: Diagnostics = dict,
     ) -> None:
         """`path`: the VMM's or daemon's unix socket; at most 100 bytes. Binds `<path>_1028` now, before
         the guest boots. `tells_port`: the number after OK is the host's port (vhost-device-vsock gives
-        the guest's)."""
+        the guest's). `user`: whom the one at `path` runs as."""
         home = None
         if home_call:
             home = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             home.setblocking(False)
             home.bind(f"{path}_{HOME_PORT}")
+            os.chown(f"{path}_{HOME_PORT}", user, user, follow_symlinks=False)  # to connect is to write
             home.listen(4)
         super().__init__(home, diagnostics)
         self._path = path

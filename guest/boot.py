@@ -36,7 +36,8 @@ KERNEL_COMMAND_LINE = (
 )
 _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _SETUP_VSOCK = os.path.join(_REPOSITORY, "build", "vsock", "usr", "bin", "vhost-device-vsock")
-_VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
+_C_VIRTIOFSD = "/usr/lib/qemu/virtiofsd"  # Debian 12's, a part of QEMU; later ones are in Rust
+_VIRTIOFSD = ("/usr/libexec/virtiofsd", _C_VIRTIOFSD)
 _CONSOLE_LIMIT = 256 * 1024
 _GUEST_CID = 3
 
@@ -58,7 +59,11 @@ def find_virtiofsd() -> str:
     for path in _VIRTIOFSD:
         if os.access(path, os.X_OK):
             return path
-    raise HostError("there is no virtiofsd", phase="guest boot", hint="apt-get install qemu-system-common")
+    raise HostError(
+        "there is no virtiofsd",
+        phase="guest boot",
+        hint="apt-get install virtiofsd (Debian 12: qemu-system-common)",
+    )
 
 
 class GuestVM:
@@ -279,7 +284,7 @@ class GuestVM:
         process = await asyncio.create_subprocess_exec(
             find_vsock_daemon(),
             "--vm",
-            f"guest-cid={_GUEST_CID},socket={path},uds-path={self.uds}",
+            f"guest-cid={_GUEST_CID},socket={path},uds-path={self.uds},tx-buffer-size=28672",
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -299,8 +304,11 @@ class GuestVM:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
             listener.bind(f"{self.directory}/fs")
             listener.listen(1)
-            argv = [find_virtiofsd(), f"--fd={listener.fileno()}", "-o", f"source={directory}"]
-            argv += ["-o", "cache=auto", "-o", "sandbox=chroot", "-f"]
+            argv = [find_virtiofsd(), f"--fd={listener.fileno()}"]
+            if argv[0] == _C_VIRTIOFSD:
+                argv += ["-o", f"source={directory}", "-o", "cache=auto", "-o", "sandbox=chroot", "-f"]
+            else:
+                argv += [f"--shared-dir={directory}", "--cache=auto", "--sandbox=chroot", "--log-level=warn"]
             log = self._log(stack, "fs")
             process = await asyncio.create_subprocess_exec(
                 *argv,

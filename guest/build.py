@@ -27,7 +27,7 @@ from devices.errors import KataError
 from . import contents, cpio, debian
 from .bundle import make_bundles
 from .image import write_ext4
-from .kernel import ModuleTree, extract_vmlinux, strip_module
+from .kernel import ModuleTree, extract_vmlinux, kernel_files
 from .tools import run_tool
 
 __all__ = ["OUTPUTS", "build", "main"]
@@ -40,6 +40,10 @@ _REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _STUB_FLAGS = (
     *("-shared", "-fPIC", "-nostdlib", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
     *("-Wl,--build-id=none", "-Wl,-soname,libsystemd.so.0"),
+)
+_PRELOAD_FLAGS = (
+    *("-shared", "-fPIC", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
+    "-Wl,--build-id=none",
 )
 _PAUSE_FLAGS = (
     *("-static", "-nostdlib", "-ffreestanding", "-mgeneral-regs-only", "-fno-stack-protector"),
@@ -93,12 +97,12 @@ def _tool_version(*argv: str) -> str:
 class Builder:
     """One build into one directory. Stages are methods that return the directory of their result."""
 
-    def __init__(self, out: str, repository: str, progress: Progress) -> None:
+    def __init__(self, out: str, repository: str, progress: Progress, *, release: str, kernel: str) -> None:
         self.out = out
         self.cache = os.path.join(out, "cache")
         self.repository = repository
         self.progress = progress
-        self.kernel_package, self.versions = self._ask_apt()
+        self.release, self.kernel_suite = _own(release), _own(kernel) or _own(release)
         own = os.path.dirname(os.path.abspath(__file__))
         self.own = _hashes(
             {
@@ -107,6 +111,8 @@ class Builder:
                 if name.endswith((".py", ".c", ".map")) and name != "boot.py"
             }
         )
+        self.kernel_release, self.kernel_versions, self.user_versions = self._ask_apt()
+        self.versions = {**self.user_versions, **self.kernel_versions}
         self.agent_files = contents.agent_sources(repository)
         self.protobuf_files = contents.protobuf_files()
         self.tools = {
@@ -115,31 +121,39 @@ class Builder:
             "mkfs.ext4": _tool_version("mkfs.ext4", "-V"),
         }
         self.keys = {
-            "packages": _digest(self.versions),
-            "kernel": _digest(self.versions[self.kernel_package], self.own, self.tools),
-            "python": _digest(self.versions, self.own, _hashes(self.protobuf_files)),
+            "packages": _digest(self.versions, self.own["debian.py"]),
+            "kernel": _digest(self.kernel_versions, self.own, self.tools),
+            "python": _digest(self.user_versions, self.own, _hashes(self.protobuf_files)),
             "agent": _digest(
-                self.versions, self.own, _hashes(self.protobuf_files), _hashes(self.agent_files)
+                self.user_versions, self.own, _hashes(self.protobuf_files), _hashes(self.agent_files)
             ),
         }
         self.key = _digest(FORMAT, self.keys, EPOCH)
 
-    def _ask_apt(self) -> tuple[str, dict[str, str]]:
-        """The kernel's package, and all versions. apt takes 0.7 s to say so: its answer is kept."""
+    def _ask_apt(self) -> tuple[str, dict[str, str], dict[str, str]]:
+        """The kernel's release, the versions of its packages, those of all others. apt takes a second to
+        say so: its answer is kept, as long as it is the same question, asked by the same code."""
         memory = os.path.join(self.cache, "apt.json")
-        question = _digest(debian.apt_state(), contents.KERNEL_META, contents.PACKAGES)
+        apts = {suite: debian.Apt(suite) for suite in (self.release, self.kernel_suite)}
+        for suite, apt in apts.items():
+            if suite:
+                with self.progress.step(f"lists of {suite}"):
+                    apt.refresh()
+        question = _digest([(suite, apt.state()) for suite, apt in apts.items()], self.own)
         try:
             with open(memory, encoding="utf-8") as stream:
-                asked, kernel, versions = json.load(stream)
+                asked, kernel, of_kernel, of_user = json.load(stream)
             if asked == question:
-                return str(kernel), dict(versions)
+                return str(kernel), dict(of_kernel), dict(of_user)
         except (OSError, ValueError, TypeError):
             pass
-        kernel = debian.kernel_package(contents.KERNEL_META)
-        versions = debian.candidates([kernel, *contents.PACKAGES])
+        user_apt, kernel_apt = apts[self.release], apts[self.kernel_suite]
+        kernel, names = debian.kernel_packages(kernel_apt, contents.KERNEL_META)
+        of_kernel = kernel_apt.candidates(names)
+        of_user = user_apt.candidates(user_apt.closure(contents.PACKAGES, contents.is_wanted))
         os.makedirs(self.cache, exist_ok=True)
-        _write(memory, json.dumps([question, kernel, versions]).encode())
-        return kernel, versions
+        _write(memory, json.dumps([question, kernel, of_kernel, of_user]).encode())
+        return kernel, of_kernel, of_user
 
     # ---- what is there already ---------------------------------------------------------------
 
@@ -178,15 +192,16 @@ class Builder:
         """Debian's packages, unpacked: the directory is a root."""
         store = os.path.join(self.out, "debs")
         with self.progress.step(f"download {len(self.versions)} packages"):
-            debian.download(self.versions, store)
+            debian.Apt(self.release).download(self.user_versions, store)
+            debian.Apt(self.kernel_suite).download(self.kernel_versions, store)
         return self._stage("packages", "unpack", lambda root: debian.unpack(self.versions, store, root))
 
     def kernel(self, root: str) -> str:
         """vmlinux, the initramfs with init and its modules, and what else is compiled from C."""
-        release = self.kernel_package.removeprefix("linux-image-")
+        image, folder = kernel_files(root, self.kernel_release)
 
         def make(directory: str) -> None:
-            with open(f"{root}/boot/vmlinuz-{release}", "rb") as stream:
+            with open(image, "rb") as stream:
                 _write(f"{directory}/vmlinux", extract_vmlinux(stream.read()))
             init = f"{directory}/init"
             own = os.path.dirname(os.path.abspath(__file__))
@@ -194,11 +209,13 @@ class Builder:
             script = f"-Wl,--version-script={own}/nosystemd.map"
             stub = f"{directory}/{contents.SYSTEMD_STUB}"
             run_tool(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"])
+            preload = f"{directory}/{contents.ENVIRONMENT}"
+            run_tool(["gcc", *_PRELOAD_FLAGS, "-o", preload, f"{own}/environment.c"])
             run_tool(["gcc", *_PAUSE_FLAGS, "-o", f"{directory}/pause", f"{own}/pause.c"])
-            modules = ModuleTree(f"{root}/lib/modules/{release}")
+            modules = ModuleTree(folder)
             names = modules.order(contents.EARLY_MODULES)
             entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]
-            entries += [cpio.file(f"modules/{name}.ko", strip_module(modules.paths[name])) for name in names]
+            entries += [cpio.file(f"modules/{name}.ko", modules.stripped(name)) for name in names]
             entries.append(
                 cpio.file("modules/early", "".join(f"/modules/{name}.ko\n" for name in names).encode())
             )
@@ -212,7 +229,7 @@ class Builder:
         """The standard library and protobuf, compiled by the guest's Python."""
 
         def make(directory: str) -> None:
-            base = f"{root}/usr/lib/python3.11"
+            base = f"{root}/usr/lib/{contents.python_name(root)}"
             stdlib = {name: os.path.join(base, name) for name in contents.stdlib_files(root)}
             for part, files in (("stdlib", stdlib), ("protobuf", self.protobuf_files)):
                 _compile_and_copy(root, files, os.path.join(directory, part), optimize=2)
@@ -225,7 +242,7 @@ class Builder:
         def make(directory: str) -> None:
             _compile_and_copy(root, self.agent_files, directory, optimize=0)
             os.mkdir(f"{directory}/bundles")
-            make_bundles(root, contents.places(compiled, directory), f"{directory}/bundles")
+            make_bundles(root, contents.places(root, compiled, directory), f"{directory}/bundles")
 
         return self._stage("agent", "compile and bundle the agent", make)
 
@@ -236,12 +253,12 @@ class Builder:
         kernel = self.kernel(root)
         compiled = self.python(root)
         agent = self.agent(root, compiled)
-        release = self.kernel_package.removeprefix("linux-image-")
         work = os.path.join(self.cache, "out.new")
         shutil.rmtree(work, ignore_errors=True)
         os.makedirs(work)
         with self.progress.step("root image"):
-            modules = ModuleTree(f"{root}/lib/modules/{release}")
+            _, folder = kernel_files(root, self.kernel_release)
+            modules = ModuleTree(folder)
             tree = contents.assemble(root, modules, compiled, agent, kernel)
             write_ext4(tree, f"{work}/rootfs.img", time=EPOCH)
         for name in ("vmlinux", "initrd.img"):
@@ -249,7 +266,7 @@ class Builder:
         manifest = {
             "format": FORMAT,
             "inputs": self.key,
-            "kernel": release,
+            "kernel": self.kernel_release,
             "packages": self.versions,
             "tools": self.tools,
             "files": {
@@ -282,21 +299,36 @@ def _compile_and_copy(root: str, files: Mapping[str, str], target: str, *, optim
         shutil.copyfile(files[name], os.path.join(target, name))
 
 
+def _own(suite: str) -> str:
+    """The suite, or "" if it is this host's own: that has its lists already."""
+    return "" if suite == debian.host_suite() else suite
+
+
 def build(
-    out: str, *, force: bool = False, repository: str = _REPOSITORY, quiet: bool = False
+    out: str,
+    *,
+    force: bool = False,
+    repository: str = _REPOSITORY,
+    quiet: bool = False,
+    release: str = "",
+    kernel: str = "",
 ) -> dict[str, Any]:
     """Bring `out` up to date; return the manifest. `repository` is where agent/, ttrpc/, proto/ lie.
 
-    `force` forgets the cache (but not downloaded packages). Raises `devices.errors.HostError`.
+    `release`: the Debian suite whose packages the guest is made of, "" for the host's own; `kernel`: the one
+    of its kernel, "" for the same. `force` forgets the cache (but not downloaded packages).
+    Raises `devices.errors.HostError`.
     """
     progress = Progress(quiet)
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, ".lock"), "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        builder = Builder(os.path.abspath(out), os.path.abspath(repository), progress)
         if force:
-            shutil.rmtree(builder.cache, ignore_errors=True)
-        elif builder.up_to_date():
+            shutil.rmtree(os.path.join(out, "cache"), ignore_errors=True)
+        builder = Builder(
+            os.path.abspath(out), os.path.abspath(repository), progress, release=release, kernel=kernel
+        )
+        if not force and builder.up_to_date():
             progress.say(f"{out} is up to date")
             with open(os.path.join(out, "manifest.json"), encoding="utf-8") as stream:
                 return dict(json.load(stream))
@@ -319,9 +351,21 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument(
         "--repository", default=_REPOSITORY, help="where agent/, ttrpc/ and proto/ are taken from"
     )
+    parser.add_argument(
+        "--release",
+        default="",
+        help="the Debian release of its packages, such as trixie (default: the host's)",
+    )
+    parser.add_argument("--kernel", default="", help="that of its kernel (default: the same)")
     options = parser.parse_args(None if arguments is None else list(arguments))
     try:
-        build(options.out, force=options.force, repository=options.repository)
+        build(
+            options.out,
+            force=options.force,
+            repository=options.repository,
+            release=options.release,
+            kernel=options.kernel,
+        )
     except KataError as error:
         print(f"\nguest: {error}", file=sys.stderr)
         return 1

@@ -21,42 +21,40 @@ from devices.errors import HostError
 
 from .elf import MAGIC, Elf
 from .image import Tree
-from .kernel import ModuleTree, strip_module
+from .kernel import ModuleTree
+from .module_list import for_workloads
 
 __all__ = [
     "EARLY_MODULES",
+    "ENVIRONMENT",
     "KERNEL_META",
     "LATE_MODULES",
     "PACKAGES",
     "assemble",
     "compile_python",
+    "is_wanted",
     "protobuf_files",
+    "python_name",
 ]
 
 KERNEL_META = "linux-image-cloud-amd64"
 
 PACKAGES = (
-    "python3.11-minimal",
-    "libpython3.11-minimal",
-    "libpython3.11-stdlib",
+    "python3-minimal",
+    "libpython3-stdlib",
     "crun",
     "busybox-static",
     "e2fsprogs",
-    # What those four and protobuf's extension module are linked to:
-    "libc6",
+    # What protobuf's extension module is linked to:
     "libgcc-s1",
     "libstdc++6",
-    "libexpat1",
-    "zlib1g",
-    "libffi8",
-    "libseccomp2",
-    "libcap2",
-    "libyajl2",
-    "liblzma5",
-    "libext2fs2",
-    "libcom-err2",
-    "libblkid1",
-    "libuuid1",
+)
+"""What the guest is made of. What these depend on comes along, as far as `is_wanted` says so."""
+
+# Libraries of parts that the image does not have: of excluded modules of Python (_NO_STDLIB), of e2fsprogs'
+# other programs; and libsystemd, for which nosystemd.c stands in.
+_NO_LIBRARY = re.compile(
+    r"lib(ssl3|db5\.3|ncursesw6|readline8|sqlite3-0|tinfo6|tirpc3|nsl2|bz2-1\.0|crypt1|ss2|systemd0|zstd1)(t64)?"
 )
 
 # In the initramfs: without these there is no root disk, no agent channel and no shared directory.
@@ -84,26 +82,26 @@ OTHER_MODULES = (
 # Not in the image: tools, tests, GUIs, and what needs libraries that are not worth their size.
 _NO_STDLIB = re.compile(
     r"^(test|idlelib|tkinter|ensurepip|distutils|lib2to3|pydoc_data|turtledemo|unittest|venv|sqlite3|curses|dbm"
-    r"|xmlrpc|wsgiref|msilib|__phello__|config-3\.11.*)/"
+    r"|xmlrpc|wsgiref|msilib|__phello__|_pyrepl|compression/zstd|concurrent/interpreters|config-3\.\d+.*)/"
     r"|^(pydoc|turtle|antigravity|this|__hello__|idle|ssl|cgi|cgitb|smtpd|smtplib|nntplib|ftplib|poplib|imaplib"
     r"|telnetlib|mailbox|mailcap|webbrowser|doctest|pdb|bdb|asynchat|asyncore|pickletools|sitecustomize"
-    r"|_pydecimal|_osx_support|_aix_support|_distutils_system_mod|sndhdr|sunau|wave|aifc|chunk|crypt|nturl2path)\.py$"
+    r"|_pydecimal|_(osx|aix|ios|apple|android)_support|_distutils_system_mod|sndhdr|sunau|wave|aifc|chunk|crypt|nturl2path)\.py$"
     r"|^lib-dynload/(_ssl|_hashlib|_sqlite3|_curses|_curses_panel|_dbm|readline|nis|ossaudiodev|audioop|_crypt|_bz2"
-    r"|_codecs_\w+|_multibytecodec|_uuid|_lsprof|_test\w*|_ctypes_test|_xx\w*|xx\w*)\.cpython"
+    r"|_zstd|_interp\w+|_remote_debugging|_codecs_\w+|_multibytecodec|_uuid|_lsprof|_test\w*|_ctypes_test|_xx\w*|xx\w*)\.cpython"
 )
 
 _AGENT_PACKAGES = ("agent", "ttrpc")
 _AGENT_PROTO = ("__init__", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "health_pb2")
 
-_PYTHON = "/usr/lib/python3.11"
 _PROTOBUF = "/usr/lib/kata-agent"
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 _PAUSE = "/usr/lib/kata-agent/pause"  # the root file system of a pod's own container (agent/pause.py)
 SYSTEMD_STUB = "libsystemd.so.0"
+ENVIRONMENT = "environment.so"  # what the agent preloads into some runs of crun
 _NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
 
 _INIT = """\
-#!/usr/bin/python3.11 -ISB
+#!/usr/bin/{python} -ISB
 import sys
 
 sys.path.append("/usr/lib/kata-agent")
@@ -139,6 +137,21 @@ for name, source in sorted(sources.items()):
 """
 
 
+def is_wanted(package: str) -> bool:
+    """Whether a package that one of PACKAGES depends on goes into the build."""
+    if package.startswith(("lib", "zlib")):
+        return not _NO_LIBRARY.fullmatch(package)
+    return re.fullmatch(r"python3\.\d+-minimal", package) is not None
+
+
+def python_name(root: str) -> str:
+    """What the guest's Python is called, such as "python3.13". Raises `HostError`."""
+    found = [name for name in os.listdir(f"{root}/usr/bin") if re.fullmatch(r"python3\.\d+", name)]
+    if len(found) != 1:
+        raise HostError(f"the guest's packages have {len(found)} Pythons, not one", phase="guest build")
+    return found[0]
+
+
 def protobuf_files() -> dict[str, str]:
     """The files of the installed protobuf that the guest needs: path below sys.path -> path here.
 
@@ -160,8 +173,8 @@ def protobuf_files() -> dict[str, str]:
 
 
 def stdlib_files(root: str) -> list[str]:
-    """The files of Python's standard library that the image has, below `usr/lib/python3.11`."""
-    base, kept = root + _PYTHON, []
+    """The files of Python's standard library that the image has, below `usr/lib/python3.*`."""
+    base, kept = f"{root}/usr/lib/{python_name(root)}", []
     for folder, _, names in os.walk(base):
         for name in names:
             path = os.path.relpath(os.path.join(folder, name), base)
@@ -208,7 +221,12 @@ def run_guest_python(root: str, program: str, argument: tuple[Any, ...], what: s
 def guest_python(root: str) -> list[str]:
     """How to run the unpacked Python here: by its own loader and libraries, whatever the host has."""
     libraries = f"{root}/lib/x86_64-linux-gnu:{root}{_LIBRARIES}"
-    return [f"{root}/lib64/ld-linux-x86-64.so.2", "--library-path", libraries, f"{root}/usr/bin/python3.11"]
+    return [
+        f"{root}/lib64/ld-linux-x86-64.so.2",
+        "--library-path",
+        libraries,
+        f"{root}/usr/bin/{python_name(root)}",
+    ]
 
 
 def agent_sources(repository: str) -> dict[str, str]:
@@ -234,11 +252,12 @@ def agent_sources(repository: str) -> dict[str, str]:
     return found
 
 
-def places(compiled: str, agent: str) -> dict[str, str]:
+def places(root: str, compiled: str, agent: str) -> dict[str, str]:
     """The directories on the agent's sys.path: where they are here -> where they are in the guest."""
+    python = f"/usr/lib/{python_name(root)}"
     return {
-        f"{compiled}/stdlib": _PYTHON,
-        f"{compiled}/stdlib/lib-dynload": f"{_PYTHON}/lib-dynload",
+        f"{compiled}/stdlib": python,
+        f"{compiled}/stdlib/lib-dynload": f"{python}/lib-dynload",
         f"{compiled}/protobuf": _PROTOBUF,
         agent: _PROTOBUF,
     }
@@ -249,7 +268,8 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
     `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
     directory with the compiled agent; `native`: the directory with what is compiled from C: the pause
-    (pause.c) and what stands in for libsystemd (nosystemd.c). Raises `HostError` if a library is missing.
+    (pause.c), what stands in for libsystemd (nosystemd.c), and a faster putenv (environment.c). Raises
+    `HostError` if a library is missing.
     """
     tree = Tree()
     for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
@@ -279,17 +299,19 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
     tree.copy(f"{root}/usr/bin/crun", "/usr/bin/crun", 0o755)
     tree.copy(f"{root}/sbin/mke2fs", "/usr/bin/mke2fs", 0o755)
     tree.copy(f"{root}/etc/mke2fs.conf", "/etc/mke2fs.conf", 0o644)
-    tree.copy(f"{root}/usr/bin/python3.11", "/usr/bin/python3.11", 0o755)
-    tree.link("/usr/bin/python3", "python3.11")
+    python = python_name(root)
+    tree.copy(f"{root}/usr/bin/{python}", f"/usr/bin/{python}", 0o755)
+    tree.link("/usr/bin/python3", python)
     for folder, prefix in (
-        (f"{compiled}/stdlib", _PYTHON),
+        (f"{compiled}/stdlib", f"/usr/lib/{python}"),
         (f"{compiled}/protobuf", _PROTOBUF),
         (agent, _PROTOBUF),
     ):
         tree.copy_tree(folder, prefix)
-    tree.file("/usr/bin/init", _INIT, 0o755)
+    tree.file("/usr/bin/init", _INIT.format(python=python), 0o755)
     _add_modules(tree, modules)
     tree.copy(f"{native}/{SYSTEMD_STUB}", f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
+    tree.copy(f"{native}/{ENVIRONMENT}", f"{_PROTOBUF}/{ENVIRONMENT}", 0o644)
     tree.copy(f"{native}/pause", f"{_PAUSE}/pause", 0o755)
     for name in ("dev", "proc"):  # what is mounted in it
         tree.directory(f"{_PAUSE}/{name}")
@@ -300,9 +322,9 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
 def _add_modules(tree: Tree, modules: ModuleTree) -> None:
     base = f"/lib/modules/{os.path.basename(modules.directory)}".replace("/lib", "/usr/lib", 1)
-    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES])
+    names = modules.order([*EARLY_MODULES, *LATE_MODULES, *OTHER_MODULES, *for_workloads(modules)])
     for name in names:
-        tree.file(f"{base}/{modules.relative(name)}", strip_module(modules.paths[name]))
+        tree.file(f"{base}/{modules.relative(name)}", modules.stripped(name))
     for name, data in modules.index(names).items():
         tree.file(f"{base}/{name}", data)
     early = set(modules.order(EARLY_MODULES))
@@ -330,7 +352,7 @@ def _add_libraries(tree: Tree, root: str) -> None:
                 raise HostError(
                     f"{user} needs the library {name}, which no package of the guest has",
                     phase="guest build",
-                    hint="add its package to PACKAGES in guest/contents.py",
+                    hint="add its package to PACKAGES, or take it out of _NO_LIBRARY, in guest/contents.py",
                 )
             present.add(name)
             tree.copy(source, f"{_LIBRARIES}/{name}", 0o644)

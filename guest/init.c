@@ -27,6 +27,7 @@
 #include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -256,6 +257,51 @@ static void bring_up_loopback(void)
         close(fd);
 }
 
+/* ---- what a distribution's init and its container engine set ---------------------------------- */
+
+/* The kernel's own are a fraction of a small machine's memory: 4096 files and 800 processes. What limits a
+ * container is its cgroup and what its spec says; containerd's unit has the same. Core files only for who
+ * asks: they would land in the container's own directory. */
+static void set_limits(void)
+{
+    static const struct {
+        int what;
+        struct rlimit limit;
+    } limits[] = {
+        {RLIMIT_NOFILE, {1048576, 1048576}},
+        {RLIMIT_NPROC, {RLIM_INFINITY, RLIM_INFINITY}},
+        {RLIMIT_SIGPENDING, {65536, 65536}},
+        {RLIMIT_CORE, {0, RLIM_INFINITY}},
+    };
+
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (setrlimit(limits[i].what, &limits[i].limit) != 0)
+            say("cannot set the resource limit %d: %s", limits[i].what, strerror(errno));
+}
+
+/* As systemd and Debian's sysctl.d have them; max_map_count as in Debian 13, for databases that want it.
+ * What the kernel takes from its memory follows that later (agent/memory_limits.py). */
+static void set_kernel_settings(void)
+{
+    static const char *const settings[][2] = {
+        {"fs/file-max", "9223372036854775807"}, {"fs/nr_open", "1073741816"},
+        {"fs/inotify/max_user_instances", "8192"},
+        {"fs/protected_fifos", "1"}, {"fs/protected_hardlinks", "1"}, {"fs/protected_regular", "2"},
+        {"fs/protected_symlinks", "1"}, {"kernel/pid_max", "4194304"}, {"net/unix/max_dgram_qlen", "512"},
+        {"vm/max_map_count", "1048576"},
+    };
+    char path[128];
+
+    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
+        snprintf(path, sizeof path, ROOT "/proc/sys/%s", settings[i][0]);
+        int fd = open(path, O_WRONLY | O_CLOEXEC);
+        if (fd < 0 || write(fd, settings[i][1], strlen(settings[i][1])) < 0)
+            say("cannot set %s: %s", settings[i][0], strerror(errno));
+        if (fd >= 0)
+            close(fd);
+    }
+}
+
 static void switch_root(void)
 {
     if (chdir(ROOT) != 0 || mount(".", "/", NULL, MS_MOVE, NULL) != 0 || chroot(".") != 0 || chdir("/") != 0)
@@ -292,6 +338,8 @@ int main(void)
     mount_root();
     furnish_root();
     bring_up_loopback();
+    set_limits();
+    set_kernel_settings();
     switch_root();
     load_late_modules();
 

@@ -1,17 +1,21 @@
 """From Debian's kernel package to what the VM boots: a PVH ELF kernel and a few lean modules.
 
-What: `extract_vmlinux` finds and decompresses the ELF kernel inside a bzImage; `ModuleTree` reads the
-modules of a kernel package, their dependencies and aliases; `strip_module` drops what insmod only copies.
+What: `kernel_files` says where a package has its parts; `extract_vmlinux` finds and decompresses the ELF
+kernel inside a bzImage; `ModuleTree` reads the modules of a kernel package, their dependencies and aliases.
 Why: QEMU loads an ELF kernel with a PVH note directly, which skips the boot-time decompressor (0.25 s
-under TCG). The module facts come from the modules, as Debian's package has no modules.dep.
-Invariants: what `extract_vmlinux` returns is an ELF file that has the PVH entry note.
+under TCG). The module facts come from the modules, as Debian's package has no modules.dep. The guest gets
+modules that are not compressed: its insmod and busybox's modprobe read no others.
+Invariants: what `extract_vmlinux` returns is an ELF file that has the PVH entry note. What `modules.builtin`
+names is there, without a file.
 
-Source: Documentation/arch/x86/boot.rst (setup header, protocol 2.08+), include/xen/interface/elfnote.h.
+Source: Documentation/arch/x86/boot.rst (setup header, protocol 2.08+), include/xen/interface/elfnote.h,
+Documentation/kbuild/kbuild.rst (modules.builtin).
 """
 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import lzma
 import os
 import struct
@@ -25,13 +29,23 @@ from devices.errors import HostError
 from .elf import Elf, ElfError
 from .tools import run_tool
 
-__all__ = ["ModuleTree", "extract_vmlinux", "strip_module"]
+__all__ = ["ModuleTree", "extract_vmlinux", "kernel_files"]
 
 _SETUP_SECTS = 0x1F1
 _SETUP_MAGIC = 0x202  # "HdrS", then the protocol version
 _PAYLOAD = 0x248  # offset and length of the compressed kernel, relative to the protected-mode code
 _MIN_PROTOCOL = 0x208
 _PVH_NOTE = ("Xen", 18)  # XEN_ELFNOTE_PHYS32_ENTRY
+
+
+def kernel_files(root: str, release: str) -> tuple[str, str]:
+    """(the bzImage, the directory of the modules) in unpacked packages; Debian 14 has moved the former.
+    Raises `HostError`."""
+    modules = f"{root}/usr/lib/modules/{release}"
+    for image in (f"{root}/boot/vmlinuz-{release}", f"{modules}/vmlinuz"):
+        if os.path.exists(image):
+            return image, modules
+    raise HostError(f"the packages of the kernel {release} hold no vmlinuz", phase="guest build")
 
 
 def _filter(*argv: str) -> Callable[[bytes], bytes]:
@@ -46,7 +60,7 @@ def _filter(*argv: str) -> Callable[[bytes], bytes]:
             ).stdout
         except FileNotFoundError as error:
             raise HostError(
-                f"the kernel is compressed with {argv[0]}, and there is no program {argv[0]}",
+                f"the kernel or a module is compressed with {argv[0]}, and there is no program {argv[0]}",
                 phase="guest build",
                 hint=f"apt-get install {argv[0]}",
             ) from error
@@ -63,6 +77,14 @@ _DECOMPRESSORS: tuple[tuple[bytes, Callable[[bytes], bytes]], ...] = (
     (b"\x02\x21\x4c\x18", _filter("lz4", "-dc")),
     (b"\x28\xb5\x2f\xfd", _filter("zstd", "-dc")),
 )
+
+
+_MODULE_DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    ".ko": lambda data: data,
+    ".ko.xz": lambda data: lzma.LZMADecompressor().decompress(data),
+    ".ko.zst": _filter("zstd", "-dc"),
+    ".ko.gz": lambda data: zlib.decompressobj(wbits=31).decompress(data),
+}
 
 
 def extract_vmlinux(image: bytes) -> bytes:
@@ -106,28 +128,49 @@ def _checked(data: bytes) -> bytes:
 
 
 class ModuleTree:
-    """The modules below one `lib/modules/<release>` directory. Names use `_`, as the kernel does."""
+    """The modules below one `lib/modules/<release>` directory. Names use `_`, as the kernel does.
+
+    `builtin`: those that the kernel has in itself.
+    """
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
         self.paths: dict[str, str] = {}
         for folder, _, names in os.walk(directory):
             for name in names:
-                if name.endswith(".ko"):
-                    self.paths[name[:-3].replace("-", "_")] = os.path.join(folder, name)
+                stem, ko, rest = name.partition(".ko")
+                if f"{ko}{rest}" in _MODULE_DECOMPRESSORS:
+                    self.paths[stem.replace("-", "_")] = os.path.join(folder, name)
+        self.builtin: frozenset[str] = frozenset()
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(os.path.join(directory, "modules.builtin"), encoding="utf-8") as stream,
+        ):
+            found = (os.path.basename(line.strip()).removesuffix(".ko") for line in stream)
+            self.builtin = frozenset(name.replace("-", "_") for name in found) - self.paths.keys()
         self._facts: dict[str, dict[str, list[str]]] = {}
 
-    def facts(self, name: str) -> dict[str, list[str]]:
-        """The module's `.modinfo`. Raises `HostError` if the kernel has no such module."""
+    def read(self, name: str) -> bytes:
+        """The module as it is loaded. Raises `HostError` for one that is not there, or broken."""
         if name not in self.paths:
             raise HostError(
                 f"the kernel package has no module {name}",
                 phase="guest build",
                 hint="use a Debian cloud kernel",
             )
+        path = self.paths[name]
+        with open(path, "rb") as stream:
+            data = stream.read()
+        _, ko, rest = os.path.basename(path).partition(".ko")
+        try:
+            return _MODULE_DECOMPRESSORS[f"{ko}{rest}"](data)
+        except (zlib.error, lzma.LZMAError, EOFError) as error:
+            raise HostError(f"{path} does not decompress: {error}", phase="guest build") from error
+
+    def facts(self, name: str) -> dict[str, list[str]]:
+        """The module's `.modinfo`. Raises as `read`."""
         if name not in self._facts:
-            with open(self.paths[name], "rb") as stream:
-                self._facts[name] = Elf(stream.read()).modinfo()
+            self._facts[name] = Elf(self.read(name)).modinfo()
         return self._facts[name]
 
     def depends(self, name: str) -> list[str]:
@@ -136,11 +179,12 @@ class ModuleTree:
         return [item.replace("-", "_") for item in listed.split(",") if item]
 
     def order(self, names: Iterable[str]) -> list[str]:
-        """These modules and all that they need, each after its dependencies, each once."""
+        """These modules and all that they need, each after its dependencies, each once; without what is
+        built in."""
         ordered: list[str] = []
 
         def visit(name: str) -> None:
-            if name not in ordered:
+            if name not in ordered and name not in self.builtin:
                 for needed in self.depends(name):
                     visit(needed)
                 ordered.append(name)
@@ -150,11 +194,26 @@ class ModuleTree:
         return ordered
 
     def relative(self, name: str) -> str:
-        """The module's path below the tree, such as `kernel/fs/fuse/fuse.ko`."""
-        return os.path.relpath(self.paths[name], self.directory)
+        """The module's path below the tree once it is decompressed, such as `kernel/fs/fuse/fuse.ko`."""
+        path = os.path.relpath(self.paths[name], self.directory)
+        return path[: path.rindex(".ko")] + ".ko"
+
+    def stripped(self, name: str) -> bytes:
+        """The module without debug information, BTF and signature: half the time to load it.
+
+        It taints the guest's kernel ("E", unsigned module), which has no further effect.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            whole, stripped = f"{scratch}/whole.ko", f"{scratch}/stripped.ko"
+            with open(whole, "wb") as stream:
+                stream.write(self.read(name))
+            run_tool(["strip", "-g", "-R", ".BTF", "-o", stripped, whole])
+            with open(stripped, "rb") as stream:
+                return stream.read()
 
     def index(self, names: Iterable[str]) -> dict[str, bytes]:
-        """`modules.dep` and `modules.alias` for these modules: what modprobe reads. Raises as `facts`."""
+        """`modules.dep`, `modules.alias` and `modules.builtin` for these modules: what modprobe reads.
+        Raises as `read`."""
         dep, alias = [], ["# Aliases extracted from modules themselves."]
         for name in sorted(names):
             needed = [item for item in self.order([name]) if item != name]
@@ -165,15 +224,5 @@ class ModuleTree:
         return {
             "modules.dep": "".join(f"{line}\n" for line in dep).encode(),
             "modules.alias": "".join(f"{line}\n" for line in alias).encode(),
+            "modules.builtin": "".join(f"kernel/{name}.ko\n" for name in sorted(self.builtin)).encode(),
         }
-
-
-def strip_module(path: str) -> bytes:
-    """The module without debug information, BTF and signature: half the time to load it.
-
-    It taints the guest's kernel ("E", unsigned module), which has no further effect.
-    """
-    with tempfile.NamedTemporaryFile(suffix=".ko") as stripped:
-        run_tool(["strip", "-g", "-R", ".BTF", "-o", stripped.name, path])
-        with open(stripped.name, "rb") as stream:
-            return stream.read()

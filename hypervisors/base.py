@@ -38,11 +38,13 @@ __all__ = [
 class Capabilities:
     """What this VMM can do, as this VM is configured. `devices`: by kind; one that is missing is refused.
 
-    `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors.
+    `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors, as
+    `tap_owner`, a user and a group.
     """
 
     devices: Mapping[Kind, Support] = field(default_factory=dict)
     tap_by_name: bool = False
+    tap_owner: tuple[int, int] = (0, 0)
     hybrid_vsock: bool = False
     pause: bool = False
     snapshot: bool = False

@@ -124,6 +124,8 @@ class HypervisorConfig(VhostUserSection):
     vhost_user_store_path: str = "/var/run/kata-containers/vhost-user"
 
     # --- security
+    rootless: bool = True  # Kata: false. QEMU and its vsock daemon run as a user of the sandbox's own
+    rootless_users: str = "2000000000-2000065535"  # ours: the numbers that such users are taken from
     disable_seccomp: bool = False
     seccomp_sandbox: str = ""
     firmware: str = ""  # what a confidential guest boots with; "" is QEMU's own

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from devices.errors import ConfigError
+from devices.users import parse_range
 from hypervisors.config import SandboxSection, VhostUserSection
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_file",
     "check_program",
     "check_sandbox_section",
+    "check_users",
     "check_word",
     "wrong",
 ]
@@ -120,6 +122,14 @@ def check_program(name: str, key: str, path: str, hint: str = "") -> None:
     if not os.path.isfile(path) or not os.access(path, os.X_OK):
         what = "is not executable" if os.path.exists(path) else "does not exist"
         raise wrong(name, key, path, what, hint)
+
+
+def check_users(name: str, text: str) -> None:
+    """Raise ConfigError unless `text` is a range of users."""
+    try:
+        parse_range(text)
+    except ValueError as error:
+        raise wrong(name, "rootless_users", text, str(error)) from None
 
 
 def check_word(name: str, key: str, value: str, allowed: Sequence[str]) -> None:

@@ -145,9 +145,12 @@ class LinuxPodSandboxConfig(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    CGROUP_PARENT_FIELD_NUMBER: _builtins.int
     SECURITY_CONTEXT_FIELD_NUMBER: _builtins.int
     SYSCTLS_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
+    cgroup_parent: _builtins.str
+    """The pod's cgroup on the host: a path, or the name of a slice."""
     @_builtins.property
     def security_context(self) -> Global___LinuxSandboxSecurityContext: ...
     @_builtins.property
@@ -161,13 +164,14 @@ class LinuxPodSandboxConfig(_message.Message):
     def __init__(
         self,
         *,
+        cgroup_parent: _builtins.str = ...,
         security_context: Global___LinuxSandboxSecurityContext | None = ...,
         sysctls: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         resources: Global___LinuxContainerResources | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "security_context", b"security_context"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["resources", b"resources", "security_context", b"security_context", "sysctls", b"sysctls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cgroup_parent", b"cgroup_parent", "resources", b"resources", "security_context", b"security_context", "sysctls", b"sysctls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

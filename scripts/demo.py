@@ -100,10 +100,10 @@ def demonstrate(containerd: Containerd) -> list[str]:
     expect("all bytes must arrive", result.text.split() == ["100000", str(len(text))])
 
     name = containerd.new_id("detached")
-    show(
-        containerd, containerd.ctr("run", "-d", "--runtime", KATA, IMAGE, name, "sleep", "1000", check=False)
-    )
-    result = containerd.ctr("task", "exec", "--exec-id", "x", name, "ps", "-o", "pid,args", check=False)
+    detached = ("run", "-d", "--runtime", KATA, IMAGE, name, "sleep", "1000")
+    show(containerd, containerd.ctr(*detached, check=False, timeout=120))
+    execute = ("task", "exec", "--exec-id", "x", name, "ps", "-o", "pid,args")
+    result = containerd.ctr(*execute, check=False, timeout=120)
     show(containerd, result)
     expect("an exec must see the container's processes, and only them", len(result.text.splitlines()) == 3)
     containerd.remove(name)

@@ -1,10 +1,12 @@
 #!/bin/bash
-# Set up everything that `make demo` and `make test` need, on a plain Debian 12, as root.
+# Set up everything that `make demo` and `make test` need, on a plain Debian 12 or later, as root.
 #
-# What: Debian packages (scripts/packages.txt), a virtual environment (.venv) with the locked
-# dependencies, single packages of other Debian releases (the vsock device daemon, two more containerds
-# for the tests), unpacked beside the project, and the guest's kernel and image.
+# What: Debian packages (by what scripts/releases.txt says that this release calls them), a virtual environment
+# (.venv) with the locked dependencies, the program that confines each child, single packages of other Debian
+# releases (the vsock device daemon, two more containerds for the tests), unpacked beside the project, and the
+# guest's kernel and image.
 # Why in shell: before it has run there may be no Python.
+# Settings: KERNEL, the Debian release of the guest's kernel (`make guest KERNEL=trixie`); it is remembered.
 # Invariants: idempotent; each step is skipped when its stamp (a hash of all that the step depends on)
 # matches what is there; nothing outside the project is changed but installed Debian packages, and no
 # installed package is ever upgraded.
@@ -46,6 +48,25 @@ fresh() { [[ -f $STAMPS/$1 && $(<"$STAMPS/$1") == "$2" ]]; }
 stamp() { printf '%s\n' "$2" >"$STAMPS/$1"; }
 
 # --- 1. Debian packages -----------------------------------------------------------------------------
+TABLE=scripts/releases.txt
+host_release() { # the column of the table that is this host's
+    local ID= VERSION_ID=
+    # shellcheck disable=SC1091
+    . /etc/os-release
+    [[ $ID == debian && -z $VERSION_ID ]] && VERSION_ID=14 # testing and unstable have none yet
+    printf '%s-%s\n' "$ID" "$VERSION_ID"
+}
+
+column() { # ROW: what this release has in that row, or in all rows of packages
+    awk -v release="$RELEASE" -v row="$1" '
+        { sub(/#.*/, "") }
+        $1 == "release" { for (i = 2; i <= NF; i++) if ($i == release) at = i }
+        !at || $1 != row { next }
+        row != "package" { print $at; next }
+        { value = $(at + 1); if (value == "=") value = $2; if (value != "-") print value }
+    ' "$TABLE"
+}
+
 apt_update() { apt-get -q -o Acquire::Retries=3 update; }
 apt_install() {
     # Debian's containerd would be started by its package; the project runs its own.
@@ -54,13 +75,13 @@ apt_install() {
 
 step_packages() {
     local wanted missing
-    wanted=$(sed -e 's/#.*//' -e '/^ *$/d' scripts/packages.txt)
+    wanted=$(column package)
     # shellcheck disable=SC2086
     missing=$(comm -23 <(sort <<<"$wanted") \
         <(dpkg-query -W -f '${db:Status-Status} ${Package}\n' $wanted 2>/dev/null |
             awk '$1 == "installed" {print $2}' | sort))
     [[ -z $missing ]] && return
-    ((EUID == 0)) || die "these Debian packages are missing, and only root can install them:" $missing
+    ((EUID == 0)) || die "these packages are missing, and only root can install them:" $missing
     say "missing:" $missing
     run apt-update apt_update
     # shellcheck disable=SC2086
@@ -83,50 +104,36 @@ step_venv() {
     stamp venv "$key"
 }
 
-# --- 3. What only other Debian releases have --------------------------------------------------------
-# vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.2, the peer of the interop
-# tests for streams; and the containerds of the compatibility tests: trixie's 1.7 and sid's 2.x beside
-# Debian 12's own 1.6 (each with its ctr; runc is the host's); and passt, the vhost-user network's back end of
-# the tests. A private apt configuration (own sources,
-# own lists, own cache) fetches just these, signatures checked; they are unpacked under build/, never
-# installed, so that nothing else can be drawn from there.
+# --- 3. What confines each child (devices/confine.c) ------------------------------------------------
+make_confine() {
+    # Without a C library: it is executed before each child, and like this that costs nothing.
+    gcc -std=c11 -O2 -static -nostdlib -ffreestanding -fno-stack-protector -fno-asynchronous-unwind-tables \
+        -fno-tree-loop-distribute-patterns -Wall -Wextra -Wconversion -Werror -s \
+        -Wl,-z,noexecstack,--build-id=none -o devices/kata-confine.new devices/confine.c
+    mv devices/kata-confine.new devices/kata-confine
+}
+
+step_confine() {
+    local key
+    key=$(cat devices/confine.c scripts/setup.sh | sha256sum | cut -c1-64)
+    fresh confine "$key" && [[ -x devices/kata-confine ]] && return
+    rm -f "$STAMPS/confine"
+    run confine make_confine
+    stamp confine "$key"
+}
+
+# --- 4. What only other Debian releases have --------------------------------------------------------
+# vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.1 and 1.2, the peers of the interop
+# tests; the containerds of the compatibility tests (bookworm's 1.6, trixie's 1.7 and sid's 2.x, each with its
+# ctr; runc is the host's) but for the host's own; and passt, the vhost-user network's back end of the tests. A
+# private apt configuration (guest/debian.py) fetches just these, signatures checked; they are unpacked under
+# build/, never installed, so that nothing else can be drawn from there.
 VSOCK=build/vsock/usr/bin/vhost-device-vsock
-GO_TTRPC=build/interop/sid
+GO_TTRPC=build/interop
 CONTAINERDS=build/containerd
 PASST=build/passt
-APT=$PWD/build/apt
 
-from_release() { # DIRECTORY PACKAGE/RELEASE...: unpack the packages into the directory
-    local target=$1 mirror release
-    shift
-    mirror=$(apt-get indextargets --no-release-info --format '$(REPO_URI)' 'Identifier: Packages' |
-        grep -m1 '/debian/$') || { echo "no Debian mirror among apt's sources"; return 1; }
-    # A mirror that lags behind sid serves an older list: still signed, and good enough for this.
-    local options=(
-        -o Acquire::Check-Valid-Until=false
-        -o Acquire::Retries=3 -o Acquire::Languages=none -o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
-        -o Dir::Etc::SourceList="$APT/sources.list" -o Dir::Etc::SourceParts="$APT/parts"
-        -o Dir::Etc::Preferences=/dev/null -o Dir::Etc::PreferencesParts="$APT/parts"
-        -o Dir::State::Lists="$APT/lists" -o Dir::Cache="$APT/cache" -o APT::Sandbox::User=root
-        -o APT::Default-Release=
-    )
-    if [[ ! -e $APT/ready ]]; then
-        rm -rf "$APT"
-        mkdir -p "$APT/lists/partial" "$APT/cache/archives/partial" "$APT/parts"
-        for release in trixie sid; do
-            printf 'deb [signed-by=%s] %s %s main\n' /usr/share/keyrings/debian-archive-keyring.gpg "$mirror" "$release"
-        done >"$APT/sources.list"
-        apt-get -q "${options[@]}" update
-        touch "$APT/ready"
-    fi
-    rm -rf "$APT/deb" "$target" "$target.new"
-    mkdir -p "$APT/deb" "$target.new"
-    (cd "$APT/deb" && apt-get -q "${options[@]}" download "$@")
-    local deb
-    for deb in "$APT"/deb/*.deb; do dpkg-deb -x "$deb" "$target.new"; done
-    ls "$APT/deb"
-    mv "$target.new" "$target"
-}
+from_release() { .venv/bin/python -m scripts.fetch "$@"; } # DIRECTORY PACKAGE/SUITE...
 
 step_vsock() {
     if [[ ! -x $VSOCK && (! -e /dev/vhost-vsock || -n ${KATA_WANT_VSOCK_DAEMON:-}) ]]; then
@@ -136,9 +143,14 @@ step_vsock() {
 }
 
 step_peers() { # what the tests speak with
-    local version
-    if [[ ! -d $GO_TTRPC ]]; then
-        run go-ttrpc from_release "$GO_TTRPC" golang-github-containerd-ttrpc-dev/sid golang-github-containerd-log-dev/sid
+    local version own
+    if [[ ! -d $GO_TTRPC/sid ]]; then
+        run go-ttrpc from_release "$GO_TTRPC/sid" golang-github-containerd-ttrpc-dev/sid golang-github-containerd-log-dev/sid
+    fi
+    # What it is built with comes along: the messages of newer releases are not gogo's any more.
+    if [[ ! -d $GO_TTRPC/bookworm/usr/share/gocode/src/google.golang.org/genproto ]]; then
+        run go-ttrpc-1.1 from_release "$GO_TTRPC/bookworm" golang-github-{containerd-ttrpc,gogo-protobuf}-dev/bookworm \
+            golang-google-{genproto,grpc,protobuf}-dev/bookworm golang-github-golang-protobuf-1-5-dev/bookworm
     fi
     # passt speaks vhost-user since 2024. It needs a newer libc than Debian 12's: it gets its own, and is run
     # by that libc's loader.
@@ -147,8 +159,9 @@ step_peers() { # what the tests speak with
         "$PASST/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" --library-path "$PASST/usr/lib/x86_64-linux-gnu" \
             "$PASST/usr/bin/passt" --version >/dev/null || die "the passt in $PASST does not run here"
     fi
-    for version in 1.7/trixie 2/sid; do
-        [[ -x $CONTAINERDS/${version%/*}/usr/bin/containerd ]] && continue
+    own=$(column containerd-version)
+    for version in 1.6/bookworm 1.7/trixie 2/sid; do
+        [[ ${version%/*} == "$own" || -x $CONTAINERDS/${version%/*}/usr/bin/containerd ]] && continue
         run "containerd-${version%/*}" from_release "$CONTAINERDS/${version%/*}" "containerd/${version#*/}"
         "$CONTAINERDS/${version%/*}/usr/bin/containerd" --version >/dev/null ||
             die "the containerd in $CONTAINERDS/${version%/*} does not run here"
@@ -190,21 +203,31 @@ step_firecracker() {
     stamp firecracker "$key"
 }
 
-# --- 4. The guest -----------------------------------------------------------------------------------
+# --- 5. The guest -----------------------------------------------------------------------------------
+build_guest() { # the kernel's release
+    local release
+    release=$(column guest)
+    .venv/bin/python -m guest.build --release "${release/#host/}" --kernel "$1"
+}
+
 step_guest() {
-    [[ -f guest/build.py ]] || { say "guest: no builder yet"; return; }
-    local key
+    local key kernel=${KERNEL:-}
+    # What was chosen stays, until something else is: `make guest KERNEL=default` takes the choice away.
+    [[ -n $kernel || ! -s $STAMPS/kernel ]] || kernel=$(<"$STAMPS/kernel")
+    kernel=${kernel/#default/}
     key=$(find guest agent ttrpc proto -type f -not -name '*.pyc' -not -path '*/__pycache__/*' -print0 | sort -z |
-        xargs -0 sha256sum | sha256sum | cut -c1-64)
+        xargs -0 sha256sum | sha256sum | cut -c1-64)-$kernel
     fresh guest "$key" && [[ -s build/guest/vmlinux && -s build/guest/initrd.img ]] && return
     rm -f "$STAMPS/guest"
-    run guest .venv/bin/python -m guest.build
+    run guest build_guest "$kernel"
     stamp guest "$key"
+    stamp kernel "$kernel"
 }
 
 [[ $(dpkg --print-architecture 2>/dev/null) == amd64 ]] || die "this needs Debian on amd64"
+RELEASE=$(host_release)
+[[ -n $(column guest) ]] || die "this host is $RELEASE; known are:$(sed -n 's/^release *//p' "$TABLE" | tr -s ' ' | sed 's/^/ /')"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv vsock peers firecracker guest)
+((${#steps[@]})) || steps=(packages venv confine vsock peers firecracker guest)
 for step in "${steps[@]}"; do "step_$step"; done
-rm -rf "$APT"
 say "ready (${SECONDS} s)"

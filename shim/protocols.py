@@ -82,6 +82,8 @@ class GuestContainer:
     sandbox_pidns: bool = False
     #: What of the OCI spec Kata's protocol has no field for (`shim.spec.oci_fields.BEYOND`), in OCI's shape.
     beyond: Mapping[str, Any] = field(default_factory=dict)
+    #: Paths in the guest, and what its user calls what is there: for errors.
+    words: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +251,7 @@ class DaemonContext:
     `runtime_class` is "fc" for io.containerd.kata-fc.v2, "" for io.containerd.kata.v2: see
     `shim.config.find`.
     `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
+    `placed`: whoever started the shim named the cgroup that it is in.
     """
 
     namespace: str
@@ -269,6 +272,7 @@ class DaemonContext:
     shutdown: Callable[[], None]
     runtime_class: str = ""
     host_mounts: int | None = None
+    placed: bool = False
 
 
 class ShimService(Protocol):

@@ -32,8 +32,9 @@ from shim.config.options import config_path
 from shim.protocols import DaemonContext, Deadlines
 from shim.resources.direct_volumes import check as check_direct
 from shim.resources.disks import disk_style
+from shim.resources.host_cgroup import cgroup_settings
 from shim.resources.network.settings import network_settings
-from shim.resources.sizing import sized
+from shim.resources.sizing import sized, spec_wants
 from shim.resources.vfio_settings import vfio_settings, wants
 from shim.sandbox.cold_devices import cold_devices, key, swap, with_agent_params
 from shim.sandbox.health import HealthSettings
@@ -43,7 +44,7 @@ from shim.sandbox.settings import SandboxSettings
 from shim.spec import oci_fields
 from shim.spec.documents import load_spec
 from shim.spec.guest_devices import check_devices, host_devices
-from shim.spec.guest_spec import plan_volumes
+from shim.spec.guest_spec import own_shm, plan_volumes
 from shim.spec.pod_role import container_type
 from shim.state import logs
 from shim.state.bundle import OWN, SINGLE
@@ -224,9 +225,10 @@ class VirtContainer:
             state_dir=context.state_dir,
             container_type=container_type(spec),
             network=network_settings(config.runtime, section, spec, context.sandbox_id),
-            hostname=spec.get("hostname", ""),
+            hostname=spec.get("hostname") or os.uname().nodename,
             dns=dns,
             shm_size=shm_size,
+            shm_source=own_shm(spec) if container_type(spec) == OWN else "",
             share_path=context.share_dir,
             devices=cold_devices(config, section, context.share_dir),
             deadlines=Deadlines(
@@ -240,6 +242,7 @@ class VirtContainer:
             bounds=bounds,
             agent_port=agent.server_port,
             direct_stdio=config.runtime.use_passfd_io,
+            kernel_modules=agent.kernel_modules,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,
             disks=disk_style(section),
@@ -248,6 +251,13 @@ class VirtContainer:
             swap=swap(section),
             first_spec=None if container_type(spec) == OWN else spec,
             host_mounts=context.host_mounts,
+            cgroup=cgroup_settings(
+                spec,
+                context.sandbox_id,
+                only=config.runtime.sandbox_cgroup_only,
+                limited=spec_wants(spec, pod=container_type(spec) != "single_container"),
+                keep_shim=context.placed,
+            ),
         )
         _log.info(
             "sandbox",

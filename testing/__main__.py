@@ -2,7 +2,7 @@
 
 Without arguments it prints how to use it and stays until Ctrl-C; with arguments it runs `ctr` with them
 once, shows what the daemon and the shim logged, and goes. RUNTIME stands for io.containerd.kata.v2, ID for
-a fresh name. KATA_E2E_CONTAINERD chooses the containerd: 1.6 (the default), 1.7 or 2.
+a fresh name. KATA_E2E_CONTAINERD chooses the containerd: 1.6, 1.7 or 2; the host's own is the default.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 
-from testing.containerd import KATA, VERSIONS, Containerd
+from testing.containerd import KATA, Containerd, chosen_version
 from testing.images import busybox_image
 
 
 def main() -> int:
     """Run; answers the exit code."""
-    with Containerd(debug=True, version=os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]) as containerd:
+    with Containerd(debug=True, version=chosen_version()) as containerd:
         archive = containerd.root / "busybox.tar"
         busybox_image(archive, "local/busybox:1")
         containerd.ctr("image", "import", str(archive))

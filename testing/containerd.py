@@ -14,9 +14,11 @@ be told from other people's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -42,7 +44,9 @@ __all__ = [
     "Containerd",
     "CtrError",
     "Result",
+    "chosen_version",
     "install_shim",
+    "own_version",
     "programs",
 ]
 
@@ -53,7 +57,7 @@ PAUSE = "docker.io/local/pause:1"
 """The image that the CRI plugin takes for sandboxes. CRI completes short names as Docker does."""
 
 VERSIONS = ("1.6", "1.7", "2")
-"""The containerds that there are: Debian 12's own, and those that scripts/setup.sh unpacks beside it."""
+"""The containerds that there are: the host's own, and those that scripts/setup.sh unpacks beside it."""
 
 _OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
 # What `ctr --cni` reads is fixed, /etc/cni/net.d and /opt/cni/bin: in mounts of its own it finds ours there.
@@ -115,11 +119,31 @@ class CtrError(Exception):
         self.result = result
 
 
+@functools.cache
+def own_version() -> str:
+    """Which of VERSIONS the host's own is: Debian 12 has 1.6, 13 has 1.7, sid 2. Raises LookupError."""
+    asked = subprocess.run(
+        ["/usr/bin/containerd", "--version"], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+    found = re.search(r"\s[v]?(\d+)\.(\d+)\.", asked)
+    version = f"{found[1]}.{found[2]}" if found and found[1] == "1" else found[1] if found else asked
+    if version not in VERSIONS:
+        raise LookupError(f"/usr/bin/containerd says {asked.strip()!r}: there are {', '.join(VERSIONS)}")
+    return version
+
+
+def chosen_version() -> str:
+    """The containerd for tests: KATA_E2E_CONTAINERD, or else the host's own."""
+    return os.environ.get("KATA_E2E_CONTAINERD") or own_version()
+
+
 def programs(version: str) -> Path:
     """The directory of this version's containerd, ctr and runc shim. Raises LookupError if it is not here."""
     if version not in VERSIONS:
         raise LookupError(f"no containerd {version!r}: there are {', '.join(VERSIONS)}")
-    directory = Path("/usr/bin") if version == "1.6" else PROJECT / "build/containerd" / version / "usr/bin"
+    directory = PROJECT / "build/containerd" / version / "usr/bin"
+    if not directory.exists() and version == own_version():
+        return Path("/usr/bin")
     if not (directory / "containerd").exists():
         raise LookupError(f"{directory}/containerd is not there; run `make setup`")
     return directory
@@ -185,12 +209,12 @@ class Containerd:
 
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
-    containerd, and so the shims, log at debug level; `version` is one of VERSIONS; `cri` enables the CRI
-    plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what it likes. Its
-    handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API, `kata-streaming`
-    with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge, in a network that the daemon then
-    has of its own too (`in_network`). `blockfile` (not with 1.6) enables the snapshotter that gives each
-    container an image file of 64 MiB with ext4 in it.
+    containerd, and so the shims, log at debug level; `version` is one of VERSIONS, "" the host's own; `cri`
+    enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what
+    it likes. Its handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API,
+    `kata-streaming` with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge, in a network
+    that the daemon then has of its own too (`in_network`). `blockfile` (not with 1.6) enables the
+    snapshotter that gives each container an image file of 64 MiB with ext4 in it.
     """
 
     def __init__(
@@ -199,14 +223,14 @@ class Containerd:
         overrides: Mapping[str, Mapping[str, Value | None]] | None = None,
         env: Mapping[str, str] | None = None,
         debug: bool = False,
-        version: str = VERSIONS[0],
+        version: str = "",
         namespace: str = "default",
         cri: bool = False,
         cni: bool = False,
         blockfile: bool = False,
     ) -> None:
-        self.version = version
-        self.programs = programs(version)
+        self.version = version or own_version()
+        self.programs = programs(self.version)
         self.tag = "k" + secrets.token_hex(3)
         self.root = Path(tempfile.mkdtemp(prefix=f"kata-{self.tag}-", dir="/tmp"))
         self.namespace = namespace
@@ -392,7 +416,7 @@ class Containerd:
         """The argv that runs a program in the daemon's network, where CNI's host ends are."""
         return ["nsenter", f"--net=/proc/{self.pid}/ns/net", *argv]
 
-    def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 60, check: bool = True) -> Result:
+    def ctr(self, *args: str, stdin: bytes | None = None, timeout: float = 120, check: bool = True) -> Result:
         """Run `ctr args...` to its end, `timeout` seconds at most.
 
         `stdin` is written to its stdin, and closed; without it stdin is empty. Raises CtrError when
@@ -423,7 +447,7 @@ class Containerd:
         runtime: str = KATA,
         options: Sequence[str] = (),
         stdin: bytes | None = None,
-        timeout: float = 60,
+        timeout: float = 120,
         check: bool = True,
         name: str | None = None,
     ) -> Result:

@@ -35,6 +35,7 @@ _DIRECTORIES = (
     "/var/lib/kata-containers/sandboxes",
     "/run/kata-containers/shared/sandboxes",
     "/run/kata-containers/shared/containers",
+    "/run/kata-containers/users",
     "/run/vc/sbs",
     "/run/vc/vm",
     "/run/containerd/s",
@@ -123,7 +124,8 @@ def _cgroups() -> Iterator[str]:
 
 def _listing(directory: str) -> Iterator[str]:
     with contextlib.suppress(OSError):
-        yield from (os.path.join(directory, name) for name in os.listdir(directory))
+        names = [name for name in os.listdir(directory) if name != ".lock"]  # of the directory itself
+        yield from (os.path.join(directory, name) for name in names)
 
 
 def shim_socket(address: str, namespace: str, group: str) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 __all__ = ["CHUNK", "END", "FRAME_MAX", "GRACE", "LINGER", "InPump", "OutPump", "pending_bytes"]
 
 FRAME_MAX = 65536
-CHUNK = 61440  # whole pages of a pipe, and with its header one vsock packet (64 KiB)
+CHUNK = 28668  # with its header one vsock packet (agent/vsock.py)
 BURST = 4  # chunks per wake-up, so that one busy stream does not starve the others
 GRACE = 0.1  # seconds that output is still taken from survivors after the process itself died
 LINGER = 10.0  # seconds that the host may still read after the container is removed

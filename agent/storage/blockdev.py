@@ -1,7 +1,8 @@
 """Block devices: from the host's name for them to the node in the guest's /dev.
 
-What: `find_device` waits until the kernel has the device and answers its path, `wait_for_link` the same for
-a network card; `resolve_devices` puts guest numbers into a spec that was written with the host's.
+What: `find_device` waits until the kernel has the device and answers its path, `wait_for_link` and
+`wait_for_address` the same for a network card; `resolve_devices` puts guest numbers into a spec that was
+written with the host's.
 Why by uevent: hot-plug takes some 50 ms and the kernel announces its end; nothing is polled.
 Invariants: the host's text only selects among what sysfs lists, it never becomes a path of ours;
 waiting ends at `HOTPLUG_DEADLINE`.
@@ -10,6 +11,7 @@ waiting ends at `HOTPLUG_DEADLINE`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
 import socket
@@ -28,6 +30,7 @@ __all__ = [
     "on_uevent",
     "pci_directory",
     "resolve_devices",
+    "wait_for_address",
     "wait_for_link",
     "wait_for_size",
 ]
@@ -182,6 +185,26 @@ async def wait_for_link(path: str, *, sysfs: str = SYSFS, timeout: float = HOTPL
             raise RpcError(
                 Code.NOT_FOUND, f"no network card {path[:80]} appeared within {timeout:g} s"
             ) from None
+
+
+async def wait_for_address(mac: str, *, sysfs: str = SYSFS, timeout: float = HOTPLUG_DEADLINE) -> None:
+    """Return when a network card has this MAC address, or after the deadline: a card that is part of the VM
+    from its start has a driver some time after the agent runs (LATE_MODULES of guest/contents.py)."""
+    folder, wanted = f"{sysfs}/class/net", mac.lower()
+
+    def is_there() -> bool | None:
+        for name in _listdir(folder):
+            try:
+                with open(f"{folder}/{name}/address", encoding="ascii") as file:
+                    if file.read().strip() == wanted:
+                        return True
+            except OSError:  # it went meanwhile
+                continue
+        return None
+
+    if not is_there():
+        with contextlib.suppress(TimeoutError):  # whoever looks for it next says so
+            await on_uevent(is_there, timeout)
 
 
 async def wait_for_size(

@@ -13,6 +13,7 @@ import asyncio
 import errno
 import functools
 import os
+import shutil
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from agent.reaper import Reaper
     from proto import agent_pb2
 
-__all__ = ["DRIVERS", "ROOTS", "Storages", "checked", "update_ephemeral"]
+__all__ = ["DRIVERS", "ROOTS", "Storages", "checked"]
 
 ROOTS = ("/run/kata-containers/",)
 
@@ -113,8 +114,8 @@ async def _bind(storage: agent_pb2.Storage) -> None:
 
 async def _ephemeral(storage: agent_pb2.Storage) -> None:
     taken, options = _split(storage.options, "fsgid")
-    if storage.fstype == "hugetlbfs":
-        await _reserve_huge_pages(options)
+    if storage.fstype == "hugetlbfs" and any(option.startswith("size=") for option in options):
+        await _reserve_huge_pages(options)  # for a host that counts them by volumes; ours by limits
     await _mount(storage, storage.source or "tmpfs", storage.fstype or "tmpfs", options)
     if "fsgid" in taken:
         _own(storage.mount_point, _number(taken["fsgid"], 10, "fsgid"))
@@ -156,6 +157,13 @@ async def _overlay(storage: agent_pb2.Storage) -> None:
     await _mount(storage, storage.source or "overlay", "overlay", options)
 
 
+async def _watchable(storage: agent_pb2.Storage) -> None:
+    from agent.storage.watched import bring_up_to_date
+
+    target = storage.mount_point
+    await in_thread(f"copying to {target}", lambda: bring_up_to_date(storage.source, target))
+
+
 async def _block(storage: agent_pb2.Storage) -> None:
     from agent.storage.blockdev import find_device, wait_for_size
 
@@ -188,6 +196,7 @@ _DRIVERS: dict[str, Callable[[agent_pb2.Storage], Awaitable[None]]] = {
     "local": _local,
     "bind": _bind,
     "overlayfs": _overlay,
+    "watchable-bind": _watchable,
     "blk": _block,
     "mmioblk": _block,
     "scsi": _block,
@@ -209,6 +218,7 @@ class Storages:
     def __init__(self, reaper: Reaper | None = None) -> None:
         self._reaper = reaper  # without one no file systems are made
         self._users: dict[str, int] = {}
+        self._copies: set[str] = set()  # those of them that are directories of ours
         self._lock = asyncio.Lock()
 
     async def add(self, storages: Iterable[agent_pb2.Storage]) -> list[str]:
@@ -234,7 +244,14 @@ class Storages:
             if target not in self._users:
                 if "create_filesystem" in storage.driver_options:
                     await self._format(storage)
-                await driver(storage)
+                try:
+                    await driver(storage)
+                except BaseException:
+                    if driver is _watchable:
+                        shutil.rmtree(target, ignore_errors=True)
+                    raise
+                if driver is _watchable:
+                    self._copies.add(target)
                 log.debug(f"storage {storage.driver} at {target}")
             self._users[target] = self._users.get(target, 0) + 1
 
@@ -256,22 +273,34 @@ class Storages:
                     self._users[target] = left
                     continue
                 self._users.pop(target, None)
+                what, let_go = f"unmounting {target}", functools.partial(_unmount, target)
+                if target in self._copies:
+                    self._copies.discard(target)
+                    what, let_go = f"removing {target}", functools.partial(shutil.rmtree, target)
                 try:
-                    await in_thread(f"unmounting {target}", functools.partial(_unmount, target))
+                    await in_thread(what, let_go)
                 except RpcError as error:
                     log.error(error.message)
 
-
-async def update_ephemeral(storages: Iterable[agent_pb2.Storage]) -> None:
-    """UpdateEphemeralMounts: remount tmpfs storages with new options (their size)."""
-    for storage in storages:
-        if storage.driver != "ephemeral":
-            raise RpcError(Code.INVALID_ARGUMENT, f"storage driver {storage.driver[:60]!r} cannot be updated")
-        target = checked(storage.mount_point)
-        _, options = _split(storage.options, "fsgid")
-        options.append("remount")
-        what = f"remounting {target}"
-        await in_thread(what, functools.partial(mount, storage.source, target, storage.fstype, options))
+    async def update(self, storages: Iterable[agent_pb2.Storage]) -> None:
+        """UpdateEphemeralMounts: remount tmpfs storages with new options (their size), and copy watched ones
+        again. Raises RpcError."""
+        for storage in storages:
+            target = checked(storage.mount_point)
+            if storage.driver == "ephemeral":
+                _, options = _split(storage.options, "fsgid")
+                options.append("remount")
+                work = functools.partial(mount, storage.source, target, storage.fstype, options)
+                await in_thread(f"remounting {target}", work)
+            elif storage.driver != "watchable-bind":
+                raise RpcError(
+                    Code.INVALID_ARGUMENT, f"storage driver {storage.driver[:60]!r} cannot be updated"
+                )
+            else:
+                async with self._lock:
+                    if target not in self._users:
+                        raise RpcError(Code.NOT_FOUND, f"there is no storage at {target}")
+                    await _watchable(storage)
 
 
 def _unmount(target: str) -> None:

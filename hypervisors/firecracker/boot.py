@@ -41,17 +41,24 @@ class Call:
 
 
 def arguments(
-    section: FirecrackerConfig, *, jail: str = "", base: str = "", netns: str | None = None, cgroups: int = 2
+    section: FirecrackerConfig,
+    *,
+    jail: str = "",
+    base: str = "",
+    owner: tuple[int, int] = (0, 0),
+    netns: str | None = None,
+    cgroups: int = 2,
 ) -> list[str]:
     """argv of Firecracker. `jail`: the id under which the jailer runs it below `base`, "" without a jailer;
-    `cgroups`: the host's cgroup version. Without a jailer the caller sees to the network namespace."""
+    `owner`: the user and group that it runs as there; `cgroups`: the host's cgroup version. Without a jailer
+    the caller sees to the network namespace."""
     own = ["--api-sock", API_SOCKET]
     if section.disable_seccomp:
         own.append("--no-seccomp")
     if not jail:
         return [section.path, *own]
     argv = [section.jailer_path, "--id", jail, "--exec-file", section.path]
-    argv += ["--uid", str(section.jailer_uid), "--gid", str(section.jailer_gid)]
+    argv += ["--uid", str(owner[0]), "--gid", str(owner[1])]
     if section.jailer_cgroups:
         argv += ["--cgroup-version", str(cgroups)]
         for setting in section.jailer_cgroups:

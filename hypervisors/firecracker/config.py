@@ -24,7 +24,7 @@ class FirecrackerConfig(SandboxSection):
     # --- programs
     path: str = ""
     jailer_path: str = ""  # "": Firecracker runs without its jailer
-    jailer_uid: int = 0  # ours: whom the jailed Firecracker runs as
+    jailer_uid: int = 0  # ours: whom the jailed Firecracker runs as; 0: a user of the sandbox's own
     jailer_gid: int = 0  # ours
     jailer_cgroups: tuple[str, ...] = ("pids.max=64",)  # ours: FILE=VALUE; () leaves the cgroup alone
 
@@ -46,6 +46,8 @@ class FirecrackerConfig(SandboxSection):
     memory_path: str = ""
 
     # --- security
+    rootless: bool = True  # Kata: false. With the jailer and without a jailer_uid
+    rootless_users: str = "2000000000-2000065535"  # ours: the numbers that such users are taken from
     disable_seccomp: bool = False
 
 

@@ -17,7 +17,7 @@ from hypervisors.base import Capabilities, CheckResult
 from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.vmm import Firecracker
-from hypervisors.rules import adjust_sandbox_section, wrong
+from hypervisors.rules import adjust_sandbox_section, check_users, wrong
 
 __all__ = ["FirecrackerPlugin", "plugin"]
 
@@ -89,6 +89,7 @@ class FirecrackerPlugin:
             raise wrong(
                 self.name, "block_device_slots", section.block_device_slots, f"is not in 0..{_MAX_SLOTS}"
             )
+        check_users(self.name, section.rootless_users)
         for key in ("jailer_uid", "jailer_gid"):
             if getattr(section, key) < 0:
                 raise wrong(self.name, key, getattr(section, key), "is no id")

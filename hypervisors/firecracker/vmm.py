@@ -34,12 +34,14 @@ from devices.kinds import Op
 from devices.rendezvous import connect_when_listening
 from devices.threads import acquire, look
 from devices.undo import UndoLog
+from devices.users import User, parse_range, take
 from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.firecracker import boot
 from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
+from hypervisors.firecracker.confinement import jailer_confinement, plain_confinement
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
 from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threads
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
@@ -67,6 +69,7 @@ class Firecracker:
         self._state_dir = state_dir
         self._undo = undo
         self._netns: str | None = None
+        self._user: User | None = None  # from `prepare_vm` on, if it has one of its own
         self._parts = Parts()
         self._stopping = False
         self._ended: asyncio.Future[VmExit] | None = None
@@ -89,6 +92,10 @@ class Firecracker:
                 hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
             )
         self._netns = netns
+        section = self._section
+        if section.jailer_path and section.rootless and not section.jailer_uid:
+            users = parse_range(section.rootless_users)
+            self._user = await acquire(take, self._undo, users, lost=self._have_user)
         self._parts.den = await acquire(self._open_den)
 
     async def start_vm(self, timeout: float) -> None:
@@ -301,6 +308,9 @@ class Firecracker:
             self._undo.forget(entry)
         if parts.den is not None:
             await acquire(_remove_files, parts.den)
+        if self._user is not None:
+            user, self._user = self._user, None
+            await self._undo.release(user.entry)
 
     async def check(self) -> None:
         """See `Hypervisor.check`."""
@@ -333,6 +343,7 @@ class Firecracker:
         return Capabilities(
             devices=abilities(self._section.block_device_slots),
             tap_by_name=True,
+            tap_owner=self._owner,
             hybrid_vsock=True,
             pause=True,
             snapshot=True,
@@ -351,10 +362,19 @@ class Firecracker:
     def _open_den(self) -> Den:
         if not self._section.jailer_path:
             return Den.plain(self._state_dir, self._undo)
-        section = self._section
-        return Den.jail(
-            jail_id(self._state_dir), section.path, self._undo, uid=section.jailer_uid, gid=section.jailer_gid
-        )
+        uid, gid = self._owner
+        return Den.jail(jail_id(self._state_dir), self._section.path, self._undo, uid=uid, gid=gid)
+
+    @property
+    def _owner(self) -> tuple[int, int]:
+        """The user and group of the jailed Firecracker."""
+        if self._user is not None:
+            return self._user.id, self._user.id
+        return self._section.jailer_uid, self._section.jailer_gid
+
+    def _have_user(self, user: User) -> None:
+        """Nobody waits for it any more; `cleanup` gives it back."""
+        self._user = user
 
     async def _spawn(self, timeout: float) -> None:
         """Firecracker up to an answering API, log and metrics flowing. Raises KataError, OSError."""
@@ -368,10 +388,17 @@ class Firecracker:
                 parts.cgroups.append(self._undo.record("cgroup", path=path))
         self._check_stopping()
         parts.process = await Child.spawn(
-            boot.arguments(section, jail=jail, base=JAIL_BASE, netns=self._netns, cgroups=version),
+            boot.arguments(
+                section,
+                jail=jail,
+                base=JAIL_BASE,
+                owner=self._owner,
+                netns=self._netns,
+                cgroups=version,
+            ),
             name=_NAME,
             undo=self._undo,
-            netns=None if jail else self._netns,
+            confinement=jailer_confinement() if jail else plain_confinement(self._netns),
             cwd=None if jail else den.root,
             on_output=parts.report.on_console if section.enable_debug else None,
         )

@@ -20,7 +20,7 @@ __all__ = ["MOST", "TCG_KEEPS_VCPUS", "abilities"]
 _AT_START = "it is part of the VM from its start"
 _NO_PORT = "no port or bridge is configured (pcie_root_port, pcie_switch_port, default_bridges)"
 _NO_PCI = f"a {MICROVM} has no PCI, and nothing is plugged while it runs"
-TCG_KEEPS_VCPUS = "QEMU 7.2 corrupts its memory then under TCG"
+TCG_KEEPS_VCPUS = "under TCG what the guest has brought online stays"
 _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
 
 _PMEM = Support(

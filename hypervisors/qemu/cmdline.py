@@ -30,6 +30,7 @@ MICROVM = "microvm"
 PMEM_DRIVER = "virtio-pmem"
 """The block_device_driver that makes disks memory of the guest: Kata's word for it, an NVDIMM with QEMU."""
 _MEMORY_ID = "mem0"
+_MONITOR_OBJECTS = (11, 1)  # since when -mon is deprecated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,7 @@ class Plan:
     `max_vcpus`, `max_memory` (MiB): what the VM can grow to; not more than it starts with means that it
     cannot. `virtio_mem`: its PCI slot, if memory grows so. `ports`: what opens PCI buses for hot-plug.
     `scsi`: where the SCSI controller sits, if disks behind it are there from the start.
+    `version`: QEMU's, () if it is not known.
     `tsc_khz`: the host's clock, for a microvm under TCG, which hangs now and then while it measures it
     (facts/guest-vm.md); else 0.
     """
@@ -56,6 +58,18 @@ class Plan:
     ports: Sequence[Port] = ()
     tsc_khz: int = 0
     scsi: Place | None = None
+    version: tuple[int, ...] = ()
+
+    @property
+    def all_vcpus_at_start(self) -> bool:
+        """Whether the VM has all its vCPUs from the start, and the guest keeps those offline that nobody has
+        asked for yet.
+
+        So it is under TCG. Guests of Linux 6.12.y and later count what may be plugged only under a hypervisor
+        that they recognise, and TCG is none; QEMU reports success all the same. And QEMU 7.2 corrupts its
+        heap when a vCPU is unplugged there, 10.0 when more come over a VM's life than it began room for.
+        """
+        return self.accelerator is Accelerator.TCG and self.max_vcpus > self.vcpus
 
     @property
     def microvm(self) -> bool:
@@ -83,6 +97,8 @@ def kernel_command_line(plan: Plan) -> str:
         words.append("quiet")
     if plan.max_memory > section.default_memory:
         words += ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"]
+    if plan.all_vcpus_at_start:
+        words.append(f"maxcpus={plan.vcpus}")
     if section.enable_iommu:
         words += ["intel_iommu=on", "iommu=pt"]
     if section.image:
@@ -119,7 +135,10 @@ def arguments(plan: Plan) -> list[str]:
         words += ["-initrd", section.initrd]
     words += ["-append", kernel_command_line(plan)]
     words += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
-    words += ["-mon", "chardev=qmp,mode=control"]
+    if plan.version >= _MONITOR_OBJECTS:
+        words += ["-object", "monitor-qmp,id=control,chardev=qmp"]
+    else:
+        words += ["-mon", "chardev=qmp,mode=control"]
     words += ["-rtc", "base=utc,clock=host"]
     if plan.microvm:
         words += ["-global", "virtio-mmio.force-legacy=false"]  # vhost-user devices need virtio 1.0
@@ -149,6 +168,8 @@ def _protection(plan: Plan) -> ProtectionConfig | None:
 
 
 def _smp(plan: Plan) -> str:
+    if plan.all_vcpus_at_start:
+        return str(plan.max_vcpus)
     return f"{plan.vcpus},maxcpus={plan.max_vcpus}" if plan.max_vcpus > plan.vcpus else str(plan.vcpus)
 
 

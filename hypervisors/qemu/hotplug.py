@@ -15,7 +15,7 @@ Source: qapi/{block-core,net,qdev}.json of QEMU 7.2.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from devices.errors import BugError, CallerError, HypervisorError, KataError
 from devices.kinds import Kind
 from hypervisors.qemu.events import deleted
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, sensible
-from hypervisors.qemu.recipes import SCSI, BackEnd, Placed, Recipe, recipe, scsi_controller
+from hypervisors.qemu.recipes import SCSI, BackEnd, Placed, Recipe, recipe, reopened, scsi_controller
 
 __all__ = ["LUNS", "Plugger", "scsi_seat"]
 
@@ -243,15 +243,21 @@ class Plugger:
 
     async def _make(self, back_end: BackEnd, plugged: _Plugged) -> None:
         """One back end, its descriptors first, each noted before it is there."""
+        if back_end.option == "add-fd":
+            await self._give(back_end.fds["fd"], back_end.properties["set"], plugged)
+            return
+        add, delete, named = _COMMANDS[back_end.option]
         names: dict[str, str] = {}
         for key, fds in back_end.fds.items():
+            if back_end.reopens:
+                names[key] = reopened(await self._give(fds, back_end.reopens, plugged))
+                continue
             labels = [f"{key}-{back_end.name}-{number}" for number in range(len(fds))]
             for label, fd in zip(labels, fds, strict=True):
                 plugged.back_end.append(("closefd", {"fdname": label}))
                 await self._qmp.execute("getfd", {"fdname": label}, fds=[fd])
             names[key] = ":".join(labels)
-        add, delete, key = _COMMANDS[back_end.option]
-        plugged.back_end.append((delete, {key: back_end.name}))
+        plugged.back_end.append((delete, {named: back_end.name}))
         arguments = back_end.arguments(names)
         if back_end.option == "chardev":
             if "path" in arguments:
@@ -260,6 +266,12 @@ class Plugger:
                 address = {"type": "fd", "data": {"str": arguments.pop("fd")}}
             arguments["backend"] = {"type": "socket", "data": {"addr": address, "server": False}}
         await self._qmp.execute(add, arguments)
+
+    async def _give(self, fds: Sequence[int], fdset: int, plugged: _Plugged) -> int:
+        """Give QEMU a file's descriptor, as the only one of a set; its number there."""
+        plugged.back_end.append(("remove-fd", {"fdset-id": fdset}))
+        answer = await self._qmp.execute("add-fd", {"fdset-id": fdset}, fds=list(fds))
+        return int(answer["fd"])
 
     async def _forget(self, command: str, arguments: dict[str, Any]) -> None:
         """Remove it; what never came is fine (a descriptor goes with its netdev, too).

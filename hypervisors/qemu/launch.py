@@ -1,7 +1,7 @@
 """QEMU from a plan to an answering control connection.
 
-What: `launch` hands QEMU its sockets, starts it in the pod's network namespace, has its death watched
-and negotiates QMP.
+What: `launch` hands QEMU its sockets and disks, starts it in its confinement, has its death watched and
+negotiates QMP.
 Invariants: daemons' sockets are connected before QEMU starts and are inherited by it: QEMU finds
 nothing to wait for. Our copies of what QEMU inherits are closed, whatever happens. Whoever dies first
 ends the wait.
@@ -22,6 +22,7 @@ from devices.errors import HypervisorError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 from hypervisors.qemu.cmdline import Plan, arguments
+from hypervisors.qemu.confinement import confinement
 from hypervisors.qemu.death import GATHER, Death
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
@@ -36,6 +37,8 @@ async def launch(
     *,
     undo: UndoLog,
     netns: str | None,
+    user: int,
+    state_dir: str,
     qmp_path: str,
     timeout: float,
     on_event: Callable[[QmpEvent], None],
@@ -63,7 +66,7 @@ async def launch(
             ]
         home_port = parts.channel.home_port if parts.channel else 0
         plan = dataclasses.replace(plan, qmp_fd=listener.fileno(), devices=placed, home_port=home_port)
-        fds = [listener.fileno(), *(one.fd for one in placed if one.fd >= 0)]
+        fds = [listener.fileno(), *(fd for one in placed for fd in (one.fd, one.file) if fd >= 0)]
         for one in placed:
             if isinstance(one.device, NetworkConfig):
                 fds += [*one.device.tap_fds, *one.device.vhost_fds]
@@ -73,7 +76,9 @@ async def launch(
             [plan.section.path, *arguments(plan)],
             name="qemu",
             undo=undo,
-            netns=netns,
+            confinement=confinement(
+                plan, placed, user=user, netns=netns, state_dir=state_dir, locked=parts.locked
+            ),
             pass_fds=fds,
             on_output=on_output,
         )
@@ -85,6 +90,7 @@ async def launch(
         for sock in inherited:
             sock.close()
         parts.helpers.handed_over()
+        parts.let_all_go()
     if parts.console is not None:
         parts.console.handed_over()
     death.begin(f"watch {plan.sandbox_id}")

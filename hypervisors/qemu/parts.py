@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from devices.child import Child, process_memory, process_stat
 from devices.console import Console
@@ -26,7 +28,8 @@ __all__ = ["Parts"]
 @dataclass(slots=True)
 class Parts:
     """See the module's docstring. `daemons`: those that every VM needs; `helpers` serve single devices.
-    `vhost_fd` is kernel vsock's descriptor, -1 without."""
+    `vhost_fd` is kernel vsock's descriptor, -1 without. `files`: of disks, by device, until QEMU has them.
+    `locked`: bytes that QEMU must be able to lock."""
 
     placed: list[Placed] = field(default_factory=list)
     daemons: list[Child] = field(default_factory=list)
@@ -37,6 +40,26 @@ class Parts:
     channel: HybridVsock | KernelVsock | None = None
     process: Child | None = None
     qmp: QmpClient | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    locked: int = 0
+    _fdsets: Iterator[int] = field(default_factory=lambda: count(1))
+
+    def keep(self, device_id: str, file: int) -> int:
+        """Keep a disk's descriptor open until `let_go`; a number for it in QEMU, never given twice."""
+        self.let_go(device_id)
+        self.files[device_id] = file
+        return next(self._fdsets)
+
+    def let_go(self, device_id: str) -> None:
+        """QEMU has its file, or will not get it. Idempotent."""
+        file = self.files.pop(device_id, -1)
+        if file >= 0:
+            os.close(file)
+
+    def let_all_go(self) -> None:
+        """QEMU has inherited all files, or there will be none. Idempotent."""
+        for device_id in list(self.files):
+            self.let_go(device_id)
 
     async def end_daemons(self) -> None:
         """Stop the vsock daemon and what serves the devices, each whatever becomes of the others. Idempotent.

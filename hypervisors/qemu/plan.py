@@ -24,7 +24,9 @@ HOTPLUG_MACHINES = ("q35",)
 """On others neither CPUs nor DIMMs nor ports can be plugged."""
 
 
-def first_plan(section: HypervisorConfig, accelerator: Accelerator, sandbox_id: str) -> Plan:
+def first_plan(
+    section: HypervisorConfig, accelerator: Accelerator, sandbox_id: str, version: tuple[int, ...] = ()
+) -> Plan:
     """The plan without devices and descriptors."""
     vcpus, memory = max(1, math.ceil(section.default_vcpus)), section.default_memory
     grows = section.machine_type in HOTPLUG_MACHINES
@@ -39,6 +41,7 @@ def first_plan(section: HypervisorConfig, accelerator: Accelerator, sandbox_id: 
         devices=(),
         max_vcpus=max(vcpus, section.default_maxvcpus) if grows else vcpus,
         max_memory=memory + room if more_memory else memory,
+        version=version,
         tsc_khz=host_khz() if section.machine_type == MICROVM and accelerator is Accelerator.TCG else 0,
     )
 

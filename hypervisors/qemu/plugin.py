@@ -25,6 +25,7 @@ from hypervisors.rules import (
     adjust_sandbox_section,
     check_program,
     check_sandbox_section,
+    check_users,
     check_word,
     wrong,
 )
@@ -84,6 +85,7 @@ class QemuPlugin:
         check_sandbox_section(self.name, section)
         check_word(self.name, "machine_type", section.machine_type, _MACHINES)
         check_word(self.name, "accelerator", section.accelerator, ("auto", "kvm", "tcg"))
+        check_users(self.name, section.rootless_users)
         if not section.hotplug_timeout > 0:
             raise wrong(self.name, "hotplug_timeout", section.hotplug_timeout, "is no number of seconds")
         for key, most in _MOST.items():

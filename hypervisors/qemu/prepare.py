@@ -1,6 +1,7 @@
 """What a device needs before QEMU gets it: a daemon, a descriptor; and what is logged of everybody's words.
 
-What: `prepare` makes a `Placed` of a device, for the start and for hot-plug alike.
+What: `prepare` makes a `Placed` of a device, for the start and for hot-plug alike. QEMU opens nothing of the
+host itself: disks are opened here.
 Invariants: a daemon gets ready while the rest is prepared; QEMU inherits its connected socket
 (`hypervisors.qemu.launch`), or gets it by QMP. What was started is in `parts`, whatever fails afterwards.
 """
@@ -28,10 +29,11 @@ from devices.errors import CallerError, HostError
 from devices.kinds import Kind
 from devices.lines import LineLog
 from devices.share_fs import Virtiofsd, is_noise
-from devices.threads import look
+from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
+from hypervisors.qemu.confinement import meeting_place
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.recipes import Placed
 
@@ -43,10 +45,10 @@ _log = structlog.get_logger("qemu")
 
 
 async def prepare(
-    parts: Parts, device: DeviceConfig, *, state_dir: str, undo: UndoLog, debug: bool, tcg: bool
+    parts: Parts, device: DeviceConfig, *, state_dir: str, undo: UndoLog, user: int, debug: bool, tcg: bool
 ) -> Placed:
-    """Where it will sit is still open. `debug`: what the guest's console says is logged; `tcg`: there is no
-    KVM. Raises HostError for what the host lacks."""
+    """Where it will sit is still open. `user`: whom QEMU runs as; `debug`: what the guest's console says is
+    logged; `tcg`: there is no KVM. Raises HostError for what the host lacks."""
     match device:
         case ShareFsConfig():
             daemon = await Virtiofsd.start(device, state_dir, undo, log_output("virtiofsd"))
@@ -61,16 +63,17 @@ async def prepare(
         case VhostUserNetConfig():
             from devices.vhost_relay import Relay
 
-            relay = Relay.start(device.path, f"{state_dir}/{device.id}.sock")
+            relay = Relay.start(device.path, f"{meeting_place(state_dir)}/{device.id}.sock", user=user)
             parts.helpers.add(device, relay)
             # QEMU 7.2 under TCG dies when the guest sets up this card's message interrupts.
             return Placed(device=device, path=relay.path, msi=not tcg, give_up=relay.abort)
         case VsockConfig():
-            return await _vsock(parts, device, state_dir, undo)
+            return await _vsock(parts, device, state_dir, undo, user)
         case BlockConfig():
-            host_device = await look(is_block_device, device.path)
-            size = await look(memory_size, device) if device.kind is Kind.PMEM else 0
-            return Placed(device=device, host_device=host_device, bytes=size)
+            size = await look(memory_size, device, user) if device.kind is Kind.PMEM else 0
+            file = await acquire(open_disk, device, lost=os.close)
+            fdset = parts.keep(device.id, file)
+            return Placed(device=device, file=file, fdset=fdset, host_device=is_block(file), bytes=size)
         case ConsoleConfig():
             parts.console = Console(log_console() if debug else None)
             return Placed(device=device, fd=parts.console.guest_end)
@@ -78,27 +81,44 @@ async def prepare(
             return Placed(device=device)
 
 
-async def _vsock(parts: Parts, device: VsockConfig, state_dir: str, undo: UndoLog) -> Placed:
+async def _vsock(parts: Parts, device: VsockConfig, state_dir: str, undo: UndoLog, user: int) -> Placed:
     if os.path.exists(VHOST_VSOCK):
         parts.vhost_fd, cid = reserve_cid(VHOST_VSOCK)
         parts.channel = KernelVsock(cid, home_call=device.home_call, diagnostics=parts.diagnostics)
         return Placed(device=device, fd=parts.vhost_fd, cid=cid)
     _log.info("no kernel vsock", device=VHOST_VSOCK, instead="vhost-device-vsock")
-    parts.vsock = await VsockDaemon.start(device, state_dir, undo, log_output("vhost-device-vsock"))
+    log = log_output("vhost-device-vsock")
+    parts.vsock = await VsockDaemon.start(device, state_dir, undo, log, user=user)
     parts.daemons.append(parts.vsock.child)
-    parts.channel = HybridVsock(parts.vsock.path, home_call=device.home_call, diagnostics=parts.diagnostics)
+    parts.channel = HybridVsock(
+        parts.vsock.path, home_call=device.home_call, user=user, diagnostics=parts.diagnostics
+    )
     return Placed(device=device)  # its descriptor comes in `launch`
 
 
-def is_block_device(path: str) -> bool:
-    """Whether QEMU must open it as `host_device`; False too for what is not there, which QEMU then says."""
+def open_disk(device: BlockConfig) -> int:
+    """A descriptor of the file or block device, for QEMU, which could not open it. Raises HostError."""
+    flags = (os.O_RDONLY if device.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        return stat.S_ISBLK(os.stat(path).st_mode)
-    except OSError:
-        return False
+        file = os.open(device.path, flags)
+    except OSError as error:
+        raise HostError(
+            f"the disk {device.path} cannot be opened: {error.strerror}", phase="devices"
+        ) from error
+    kind = os.fstat(file).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        os.close(file)
+        raise HostError(f"{device.path} is neither a file nor a block device", phase="devices")
+    os.set_blocking(file, True)
+    return file
 
 
-def memory_size(device: BlockConfig) -> int:
+def is_block(file: int) -> bool:
+    """Whether QEMU must open it as `host_device`."""
+    return stat.S_ISBLK(os.fstat(file).st_mode)
+
+
+def memory_size(device: BlockConfig, user: int) -> int:
     """Bytes of an image that becomes memory. Raises CallerError for one that cannot."""
     try:
         info = os.stat(device.path)
@@ -112,6 +132,8 @@ def memory_size(device: BlockConfig) -> int:
         why = "an nvdimm is a raw image in a file"
     elif info.st_size == 0 or info.st_size % page:
         why = f"its size is {info.st_size} bytes, an nvdimm's a multiple of {page}"
+    elif user and not info.st_mode & stat.S_IROTH:  # QEMU wants to open an nvdimm itself
+        why = "others may not read it, and QEMU is not root (rootless = true)"
     if why:
         raise CallerError(
             f"{device.path} cannot be an nvdimm: {why}",

@@ -45,6 +45,7 @@ __all__ = [
     "node_name",
     "protection_object",
     "recipe",
+    "reopened",
     "scsi_controller",
     "throttle",
 ]
@@ -62,9 +63,10 @@ class Placed:
     `at`: the properties that say where it sits, bus and address; none for what sits nowhere. `fd`: the
     connected socket of its vhost-user daemon or console, or the vhost descriptor; `path`: of the socket that
     QEMU is to connect to itself; `cid`: kernel vsock only, else 0. `host_device`: a disk that is a block
-    device of the host. `bytes`: of a disk that becomes memory. `msi`: whether it may signal by messages.
-    `give_up`: ends the connection to what serves it, for which QEMU may wait with everything else standing
-    still.
+    device of the host. `file`: the open disk, and `fdset`, not 0, the number under which QEMU gets it;
+    without, QEMU opens the disk's path itself. `bytes`: of a disk that becomes memory. `msi`: whether it may
+    signal by messages. `give_up`: ends the connection to what serves it, for which QEMU may wait with
+    everything else standing still.
     """
 
     device: DeviceConfig
@@ -73,6 +75,8 @@ class Placed:
     path: str = ""
     cid: int = 0
     host_device: bool = False
+    file: int = -1
+    fdset: int = 0
     bytes: int = 0
     msi: bool = True
     give_up: Callable[[], None] | None = None
@@ -81,16 +85,19 @@ class Placed:
 @dataclass(frozen=True, slots=True)
 class BackEnd:
     """One object that a device stands on. `option`: of the command line, without its dash. `fds`: descriptors
-    that it takes over, by the property that gets their numbers or names, joined by colons."""
+    that it takes over, by the property that gets their numbers or names, joined by colons. `reopens`: not 0
+    where QEMU wants a path, by which it opens the one descriptor again; the number of its fdset, if it comes
+    while QEMU runs."""
 
     option: str
     properties: Mapping[str, Any]
     fds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    reopens: int = 0
 
     @property
     def name(self) -> str:
         """What it is removed by."""
-        return str(self.properties["node-name" if self.option == "blockdev" else "id"])
+        return str(self.properties[{"blockdev": "node-name", "add-fd": "set"}.get(self.option, "id")])
 
     def arguments(self, descriptors: Mapping[str, str]) -> dict[str, Any]:
         """Its properties, with these texts for its descriptors."""
@@ -118,7 +125,9 @@ def recipe(placed: Placed, bus: str = "pci") -> Recipe:
             made = _network(device, bus)
         case VhostUserBlkConfig():
             driver = "vhost-user-blk-pci" if bus == "pci" else "vhost-user-blk"  # the others say "-device"
-            front = {"driver": driver, "num-queues": device.queues}
+            # Who serves it decides nothing here: offered config-wce, the guest reads a cache mode that
+            # qemu-storage-daemon leaves at 0, "write through", and its fsync never reaches the host's disk.
+            front = {"driver": driver, "num-queues": device.queues, "config-wce": False}
             made = _on_socket(device.id, placed.fd, {**front, "queue-size": device.queue_size})
         case VhostUserNetConfig():
             made = _vhost_user_network(device, placed, bus)
@@ -148,15 +157,30 @@ def argv(made: Recipe) -> list[str]:
     words = []
     for back_end in made.back_ends:
         numbers = {key: ":".join(map(str, fds)) for key, fds in back_end.fds.items()}
-        if back_end.option == "chardev":  # the one that takes no JSON
+        if back_end.reopens:
+            numbers = {key: reopened(fd) for key, (fd,) in back_end.fds.items()}
+        if back_end.option in ("chardev", "add-fd"):  # those that take no JSON
             parts = back_end.arguments(numbers)
+            kind = ["socket"] if back_end.option == "chardev" else []
             text = ",".join(
-                ["socket", *(f"{key}={str(part).replace(',', ',,')}" for key, part in parts.items())]
+                [*kind, *(f"{key}={str(part).replace(',', ',,')}" for key, part in parts.items())]
             )
         else:
             text = json.dumps(back_end.arguments(numbers))
         words += [f"-{back_end.option}", text]
     return [*words, "-device", json.dumps(made.front)]
+
+
+def reopened(fd: int) -> str:
+    """The path by which QEMU opens its descriptor `fd` again, with a right of its own to read the file."""
+    return f"/proc/self/fd/{fd}"
+
+
+def _given(placed: Placed) -> tuple[BackEnd, ...]:
+    """The disk's descriptor, as what is there before the disk."""
+    if not placed.fdset:
+        return ()
+    return (BackEnd("add-fd", {"set": placed.fdset}, {"fd": (placed.file,)}),)
 
 
 def node_name(device_id: str) -> str:
@@ -235,7 +259,8 @@ def _pmem(device: BlockConfig, placed: Placed) -> Recipe:
         "readonly": True,
     }
     front = {"driver": "nvdimm", "memdev": backend["id"], "unarmed": True}
-    return Recipe(front, (BackEnd("object", backend),))
+    fds = {"mem-path": (placed.file,)} if placed.fdset else {}
+    return Recipe(front, (BackEnd("object", backend, fds, reopens=placed.fdset),))
 
 
 def _common(device: BlockConfig) -> dict[str, int | str]:
@@ -252,7 +277,7 @@ def _nodes(device: BlockConfig, placed: Placed) -> tuple[BackEnd, ...]:
     options = device.options
     file: dict[str, Any] = {
         "driver": "host_device" if placed.host_device else "file",
-        "filename": device.path,
+        "filename": f"/dev/fdset/{placed.fdset}" if placed.fdset else device.path,
         "read-only": device.read_only,
     }
     node: dict[str, Any] = {
@@ -269,8 +294,9 @@ def _nodes(device: BlockConfig, placed: Placed) -> tuple[BackEnd, ...]:
         file["cache"] = node["cache"] = {"direct": options.direct, "no-flush": options.no_flush}
     if device.format is BlockFormat.QCOW2:
         node["backing"] = None
+    given = _given(placed)
     if not options.limits:
-        return (BackEnd("blockdev", node),)
+        return (*given, BackEnd("blockdev", node))
     group = {
         "qom-type": "throttle-group",
         "id": limits_name(device.id),
@@ -286,7 +312,7 @@ def _nodes(device: BlockConfig, placed: Placed) -> tuple[BackEnd, ...]:
     }
     if options.discard and not device.read_only:
         above["discard"] = "unmap"
-    return (BackEnd("object", group), BackEnd("blockdev", node), BackEnd("blockdev", above))
+    return (*given, BackEnd("object", group), BackEnd("blockdev", node), BackEnd("blockdev", above))
 
 
 def _network(device: NetworkConfig, bus: str) -> Recipe:

@@ -6,14 +6,17 @@ took a vCPU or a DIMM, or that it keeps one, DEVICE_DELETED that it gave one bac
 MEMORY_DEVICE_SIZE_CHANGE how far virtio-mem has come. Nothing is polled but the latter, which QEMU tells at
 most once a second.
 Invariants:
-- What the VM has is QEMU's word each time, never a count of ours: a failed step leaves no lie behind.
+- What the VM has is QEMU's word each time, never a count of ours (but of what the guest may bring online):
+  a failed step leaves no lie behind.
 - One resize at a time; asking for what there is does nothing.
 - Growing happens or raises. Shrinking is a request: the guest may keep what it uses, which is no error, and
   the answer is what there is then. What it has not answered about in time counts as gone, since it may
   go at any moment; of virtio-mem the request is taken back.
-- What the VM was started with stays; DIMMs go whole; under TCG no vCPU goes, because QEMU 7.2 then
-  corrupts its heap (facts/guest-vm.md part 4).
-- A DIMM's back end goes with it, or at the next resize if the guest was late.
+- What the VM was started with stays; DIMMs go whole. Under TCG all vCPUs are there from the start and none
+  goes (`Plan.all_vcpus_at_start`): to grow is to let the guest bring more of them online.
+- A DIMM's back end goes with it, or at the next resize if the guest was late. No name of one comes twice in
+  a VM's life: QEMU 10 and 11 give a memfd of a name that has just gone the old one's descriptor, and close it
+  a moment later. All vhost-user daemons then lose their connection with the next DIMM (docs/hosts.md).
 - A guest that gives memory back which it needs kills for it: who shrinks asks it first what it can spare.
 Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2; ACPI 6.4, _OST (6.3.5).
 """
@@ -30,7 +33,6 @@ from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
 from hypervisors.qemu.events import let_go, size_is, taken
-from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent, sensible
 
 __all__ = ["Sizer"]
@@ -41,7 +43,7 @@ _MAX_GROWTH = 8
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
 
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.2  # seconds between two questions for virtio-mem's size
-_DIMM = "dimm"  # and a number, the highest of all when it came
+_DIMM = "dimm"  # and a number, the highest that ever was
 _BACK_END = "mem-"  # and the DIMM's name
 
 _log = structlog.get_logger("qemu.sizing")
@@ -65,6 +67,8 @@ class Sizer:
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
         self._leaving: set[str] = set()  # asked of the guest, without an answer yet
+        self._last_dimm = -1
+        self._granted = plan.vcpus  # of those that are there from the start
         self._back_ends: set[str] = set()  # DIMMs that have one, or may have; noted before they come
 
     # --- vCPUs
@@ -74,23 +78,18 @@ class Sizer:
         plan = self._plan
         if plan.max_vcpus <= plan.vcpus and count != plan.vcpus:
             raise UnsupportedByHypervisor("qemu", f"other than {plan.vcpus} vCPUs as this VM is configured")
+        if plan.all_vcpus_at_start:
+            return self._grant(count)
         async with self._lock:
             slots = await self._cpu_slots()
             present = self._count(slots)
             if count > present:
                 free = [slot for slot in slots if "qom-path" not in slot]
                 if count > present + len(free):
-                    raise HypervisorError(
-                        f"{count} vCPUs are asked for; this VM can have {present + len(free)}",
-                        phase="sizing",
-                        hint="raise default_maxvcpus, if the host has more CPUs",
-                        code="RESOURCE_EXHAUSTED",
-                    )
+                    raise _too_many(count, present + len(free))
                 for slot in free[: count - present]:
                     await self._plug_cpu(slot)
             elif count < present:
-                if plan.accelerator is Accelerator.TCG:
-                    raise UnsupportedByHypervisor("qemu", f"unplug of a vCPU: {TCG_KEEPS_VCPUS}")
                 if count < plan.vcpus:
                     raise UnsupportedByHypervisor("qemu", f"fewer vCPUs than it started with ({plan.vcpus})")
                 plugged = [name for name in map(_name, slots) if name and name not in self._leaving]
@@ -98,6 +97,15 @@ class Sizer:
                     if not await self._unplug(name):
                         break
                 return self._count(await self._cpu_slots())
+        return count
+
+    def _grant(self, count: int) -> int:
+        """More of the vCPUs that are offline since the start."""
+        if count > self._plan.max_vcpus:
+            raise _too_many(count, self._plan.max_vcpus)
+        if count < self._granted:
+            raise UnsupportedByHypervisor("qemu", f"unplug of a vCPU: {TCG_KEEPS_VCPUS}")
+        self._granted = count
         return count
 
     def _count(self, slots: Iterable[dict[str, Any]]) -> int:
@@ -146,11 +154,10 @@ class Sizer:
                 return present - await self._unplug_dimms(
                     [dimm for dimm in dimms if dimm not in leaving], present - mib
                 )
-            number = max((dimm.number for dimm in dimms), default=-1)
             while present < mib:
                 step = min(mib - present, max(_STEP, present * _MAX_GROWTH // _STEP * _STEP))
-                number += 1
-                await self._plug_dimm(_Dimm(number, step))
+                self._last_dimm += 1
+                await self._plug_dimm(_Dimm(self._last_dimm, step))
                 present += step
             return present
 
@@ -303,3 +310,12 @@ def _name(slot: dict[str, Any]) -> str:
     """The id of the vCPU that was plugged into it; "" without one."""
     path = str(slot.get("qom-path", ""))
     return path.removeprefix(_PERIPHERAL) if path.startswith(_PERIPHERAL) else ""
+
+
+def _too_many(count: int, most: int) -> HypervisorError:
+    return HypervisorError(
+        f"{count} vCPUs are asked for; this VM can have {most}",
+        phase="sizing",
+        hint="raise default_maxvcpus, if the host has more CPUs",
+        code="RESOURCE_EXHAUSTED",
+    )

@@ -22,7 +22,7 @@ from typing import TypeVar
 import structlog
 
 from devices.addresses import FlatSpace, PciTopology
-from devices.child import Child, process_start_time
+from devices.child import Child, process_start_time, thread_ids
 from devices.config import (
     BalloonConfig,
     BlockConfig,
@@ -31,16 +31,27 @@ from devices.config import (
     ProtectionConfig,
     VfioConfig,
 )
-from devices.errors import BugError, CallerError, HypervisorError, KataError, UnsupportedByHypervisor
+from devices.errors import (
+    BugError,
+    CallerError,
+    HostError,
+    HypervisorError,
+    KataError,
+    UnsupportedByHypervisor,
+)
 from devices.kinds import Kind, Op
 from devices.lines import Budget
 from devices.manager import disk_name
+from devices.threads import acquire, look
 from devices.undo import UndoLog
+from devices.users import User, parse_range, take
+from devices.versions import Version, version_of
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import abilities
 from hypervisors.qemu.cmdline import MICROVM, Plan
+from hypervisors.qemu.confinement import check_readable, lend_nodes, meeting_place, take_back_nodes
 from hypervisors.qemu.death import Death
 from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.hotplug import LUNS, Plugger, scsi_seat
@@ -79,6 +90,7 @@ class Qemu:
         self._state_dir = state_dir
         self._undo = undo
         self._netns: str | None = None
+        self._user: User | None = None  # from `prepare_vm` on, unless QEMU runs as root
         self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
         self._events = Budget(_NAME, "QMP events")
@@ -95,13 +107,24 @@ class Qemu:
     # --- the VM's life
 
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
-        """See `Hypervisor.prepare_vm`. Chooses the accelerator."""
+        """See `Hypervisor.prepare_vm`. Chooses accelerator and user, and knows QEMU's version then."""
         if id != self._sandbox_id:
             raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
         self._netns = netns
-        choice = choose_accelerator(self._section.accelerator)
-        self._plan = first_plan(self._section, choice.accelerator, self._sandbox_id)
-        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason)
+        section = self._section
+        choice = choose_accelerator(section.accelerator)
+        version = Version()
+        with contextlib.suppress(HostError):  # one that cannot be run is told by the start
+            version = await version_of(section.path, self._undo)
+        plan = first_plan(section, choice.accelerator, self._sandbox_id, version.numbers)
+        if section.rootless:
+            check_readable(plan)
+            users = parse_range(section.rootless_users)
+            self._user = await acquire(take, self._undo, users, lost=self._have_user)
+        os.makedirs(meeting_place(self._state_dir), exist_ok=True)
+        os.chmod(meeting_place(self._state_dir), 0o711)  # noqa: S103  (QEMU's user passes through)
+        self._plan = plan
+        _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason, qemu=str(version))
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
@@ -227,6 +250,8 @@ class Qemu:
             except BaseException:
                 await helpers.end(device.id)
                 raise
+            finally:
+                self._parts.let_go(device.id)
         if helper is not None:
             helper.handed_over()
         return path
@@ -240,12 +265,13 @@ class Qemu:
             device,
             state_dir=self._state_dir,
             undo=self._undo,
+            user=self._uid,
             debug=self._section.enable_debug,
             tcg=self._plan.accelerator is Accelerator.TCG,
         )
 
     async def _admit(self, device: VfioConfig) -> None:
-        from hypervisors.qemu.vfio import admit  # few VMs have such a device
+        from hypervisors.qemu.vfio import admit, locked_bytes, raise_limit  # few VMs have such a device
 
         assert self._plan is not None  # `capabilities` needed it
         # Behind an IOMMU in the guest each device has mappings of its own.
@@ -253,13 +279,12 @@ class Qemu:
             _log.warning("the VM gives no free memory back from now on: a device of VFIO pins all of it")
         self._passed.add(device.id)
         times = len(self._passed) if self._section.enable_iommu else 1
-        await admit(
-            device,
-            program=self._section.path,
-            memory=self._plan.max_memory * times,
-            qmp=self._parts.qmp,
-            pid=self._parts.process.pid if self._parts.process else 0,
-        )
+        parts = self._parts
+        await admit(device, program=self._section.path, qmp=parts.qmp, undo=self._undo)
+        parts.locked = locked_bytes(self._plan.max_memory * times)
+        if parts.process is not None:
+            raise_limit(parts.process.pid, parts.locked)
+            await acquire(lend_nodes, parts.process.pid, device, self._uid)
 
     async def remove_device(self, device_id: str) -> None:
         """What was hot-plugged; before `start_vm` whatever is no part of the VM itself."""
@@ -273,12 +298,19 @@ class Qemu:
                 finally:
                     if not self._plugger.present(device_id):
                         await helpers.end(device_id)
+            if (
+                placed is not None
+                and isinstance(placed.device, VfioConfig)
+                and self._parts.process is not None
+            ):
+                await acquire(take_back_nodes, self._parts.process.pid, placed.device)
             return
         placed = next((one for one in self._parts.placed if one.device.id == device_id), None)
         served = helpers.of(device_id) is not None
         if self._death is not None or placed is None or (placed.fd >= 0 and not served):
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
+        self._parts.let_go(device_id)
         self._release(device_id)
         await helpers.end(device_id)
 
@@ -318,10 +350,14 @@ class Qemu:
         return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
-        """See `Hypervisor.get_thread_ids`."""
+        """See `Hypervisor.get_thread_ids`. QEMU tells the numbers that they have in its pid namespace."""
         cpus = await self._qmp().execute("query-cpus-fast")
+        try:
+            known = await look(thread_ids, self._process().pid)
+        except ProcessLookupError:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION") from None
         with sensible("query-cpus-fast"):
-            return VcpuThreadIds({int(cpu["cpu-index"]): int(cpu["thread-id"]) for cpu in cpus})
+            return VcpuThreadIds({int(cpu["cpu-index"]): known[int(cpu["thread-id"])] for cpu in cpus})
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -349,8 +385,14 @@ class Qemu:
         if parts.vhost_fd >= 0:
             os.close(parts.vhost_fd)
             parts.vhost_fd = -1
+        parts.let_all_go()
         with contextlib.suppress(OSError):
             os.unlink(f"{self._state_dir}/qmp.sock")
+        with contextlib.suppress(OSError):
+            os.rmdir(meeting_place(self._state_dir))
+        if self._user is not None:
+            user, self._user = self._user, None
+            await self._undo.release(user.entry)
 
     async def check(self) -> None:
         """See `Hypervisor.check`."""
@@ -438,6 +480,8 @@ class Qemu:
             self._death,
             undo=self._undo,
             netns=self._netns,
+            user=self._uid,
+            state_dir=self._state_dir,
             qmp_path=f"{self._state_dir}/qmp.sock",
             timeout=timeout,
             on_event=self._on_event,
@@ -461,6 +505,14 @@ class Qemu:
 
     def _with_evidence(self, error: KataError) -> KataError:
         return error.with_context(phase="boot", details=self.diagnostics())
+
+    @property
+    def _uid(self) -> int:
+        return self._user.id if self._user is not None else 0
+
+    def _have_user(self, user: User) -> None:
+        """Nobody waits for it any more; `cleanup` gives it back."""
+        self._user = user
 
     def _process(self) -> Child:
         process = self._parts.process

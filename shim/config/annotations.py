@@ -105,11 +105,12 @@ HYPERVISOR: Mapping[str, Rule] = {
             "enable_iothreads", "enable_mem_prealloc", "enable_vhost_user_store", "enable_virtio_mem",
             "hot_plug_vfio", "hotplug_vfio_on_root_bus", "hugepage_type", "indep_iothreads", "machine_type",
             "memory_offset", "memory_slots", "msize_9p", "network_queues", "pcie_root_port",
-            "pcie_switch_port", "rootless", "rx_rate_limiter_max_rate", "shared_fs",
+            "pcie_switch_port", "rx_rate_limiter_max_rate", "shared_fs",
             "tx_rate_limiter_max_rate", "use_legacy_serial", "virtio_fs_cache", "virtio_fs_cache_size",
         ),
         Rule(),
     ),
+    "rootless": Rule(reads="never"),  # whom the VMM runs as is the administrator's matter
     # Hashes of files: nothing here checks any, and to accept one would promise it.
     **dict.fromkeys(
         ("asset_hash_type", "firmware_hash", "image_hash", "initrd_hash", "jailer_hash", "kernel_hash",
@@ -135,7 +136,7 @@ RUNTIME: Mapping[str, Rule] = {
     "internetworking_model": Rule(),
     "name": Rule(),
     "sandbox_bind_mounts": Rule(reads="never"),  # host paths; Kata refuses it too
-    "sandbox_cgroup_only": Rule(),
+    "sandbox_cgroup_only": Rule(reads="never"),  # likewise, who pays for the VM
     "shared_mounts": Rule(reads="never"),  # mounts between containers: not implemented
     "vfio_mode": Rule(),
 }

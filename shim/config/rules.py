@@ -8,6 +8,7 @@ anything is started.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ PATH_KEYS: Mapping[str, str] = {
 _MODELS = ("", "tcfilter", "macvtap", "none")
 _VFIO_MODES = ("guest-kernel", "vfio")
 _HEALTH_ACTIONS = ("none", "end")
+MAX_MODULES = 256
+_MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _LOG_LEVELS = ("trace", "debug", "info", "warn", "warning", "error", "critical")
 
 
@@ -76,6 +79,12 @@ def check_agent(agent: AgentConfig, table: Table) -> list[str]:
             )
 
     expect(0 < agent.server_port < 1 << 32, "server_port", "a vsock port (1 to 4294967295)")
+    lines = [line.split() for line in agent.kernel_modules]
+    expect(
+        len(lines) <= MAX_MODULES and all(words and _MODULE.fullmatch(words[0]) for words in lines),
+        "kernel_modules",
+        f"at most {MAX_MODULES} names of modules, each with its parameters",
+    )
     expect(agent.dial_timeout_ms > 0, "dial_timeout_ms", "above 0")
     expect(
         agent.reconnect_timeout_ms >= agent.dial_timeout_ms,

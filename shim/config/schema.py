@@ -49,6 +49,7 @@ class RuntimeConfig:
     dan_conf: str = ""  # the directory of files that name a sandbox's cards: <sandbox id>.json
     internetworking_model: str = "tcfilter"  # tcfilter | macvtap | none; "" is tcfilter
     disable_new_netns: bool = False  # the VMM stays in the host's network, and the pod has none
+    sandbox_cgroup_only: bool = False  # all of a pod in its cgroup on the host; false: its vCPUs, or its VMM
     static_sandbox_resource_mgmt: bool = False  # the VM has its size from the start and never another
     vfio_mode: str = (
         "guest-kernel"  # who has a device of VFIO in the guest: its kernel, or "vfio": the container
@@ -73,6 +74,7 @@ class AgentConfig:
     health_check_interval: float = 30.0  # ours: seconds, 0 for never; Kata's is fixed
     health_check_request_timeout_ms: int = 10_000  # Kata: 90000, for a single question
     health_check_action: str = "none"  # ours: none | end; Kata ends its shim
+    kernel_modules: tuple[str, ...] = ()  # each a module of the guest and its parameters, by blanks
     home_call: bool = True  # ours. resolved: absent is true for our guest, false for a stock one
 
     @property
@@ -189,7 +191,6 @@ RUNTIME_INACTIVE: Mapping[str, Any] = {
     "passfd_listener_port": 1027,
     "pod_resource_api_sock": "",
     "sandbox_bind_mounts": (),
-    "sandbox_cgroup_only": False,
     "shared_mounts": [],
 }
 
@@ -199,7 +200,6 @@ AGENT_INACTIVE: Mapping[str, Any] = {
     "container_pipe_size": 0,
     "debug_console_enabled": False,
     "enable_tracing": False,
-    "kernel_modules": (),
     "launch_process_timeout": 0,
     "log_level": "info",
     "log_port": 1025,

@@ -79,10 +79,12 @@ def run(
     code = 1
     place = _Place(address.removeprefix("unix://"))
     try:
-        host_mounts = _prepare_process()
+        host_mounts, problem = _prepare_process()
         # Never closed: that would wait for threads which look at file systems that do not answer.
         runner = asyncio.Runner()
-        code = runner.run(_serve(flags, sandbox_id, bundle, place, listener, config_path, host_mounts))
+        code = runner.run(
+            _serve(flags, sandbox_id, bundle, place, listener, config_path, host_mounts, problem)
+        )
     except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
         place.leave()
@@ -104,18 +106,20 @@ class _Place:
             unlink_socket(str(facts["path"]), int(facts["inode"]), int(facts["made"]))
 
 
-def _prepare_process() -> int | None:
-    """Returns a descriptor of the mount namespace that was left, None if it could not be."""
+def _prepare_process() -> tuple[int | None, KataError | None]:
+    """A descriptor of the mount namespace that was left, if it was; why nothing can be served, if so."""
     os.umask(0o077)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     syscalls.set_child_subreaper()
     try:
-        return make_private()
+        return make_private(), None
     except PermissionError:
         # Not root: no mounts either, so nothing can leak.
         _log.warning("no mount namespace of our own: not permitted")
-        return None
+        return None, None
+    except KataError as error:
+        return None, error
 
 
 async def _serve(
@@ -126,13 +130,16 @@ async def _serve(
     listener: int,
     config_path: str,
     host_mounts: int | None,
+    problem: KataError | None = None,
 ) -> int:
-    """Set up, serve, take down; returns the exit code."""
+    """Set up, serve, take down; returns the exit code. `problem`: all that is left is to tell it."""
     sock = socket.socket(fileno=listener)
     sock.setblocking(False)
     server = Server(allowed_uids={0, os.geteuid()})
     stop = asyncio.Event()
     try:
+        if problem is not None:
+            raise problem
         return await _serve_tasks(
             flags, sandbox_id, bundle, place, config_path, server, sock, stop, host_mounts
         )
@@ -259,6 +266,7 @@ async def _serve_tasks(
         shutdown=ask,
         runtime_class=flags.runtime_class,
         host_mounts=host_mounts,
+        placed=flags.placed,
     )
     from shim.runtime import build_service
 

@@ -38,7 +38,8 @@ class FlagError(Exception):
 
 
 class Flags:
-    """The parsed command line. Strings that were not given are empty."""
+    """The parsed command line. Strings that were not given are empty. `placed`: the caller's options name the
+    cgroup that the shim is in."""
 
     __slots__ = (
         "action",
@@ -49,6 +50,7 @@ class Flags:
         "id",
         "info",
         "namespace",
+        "placed",
         "publish_binary",
         "runtime_class",
         "socket",
@@ -63,6 +65,7 @@ class Flags:
         self.id = strings.get("id", "")
         self.bundle = strings.get("bundle", "")
         self.runtime_class = ""
+        self.placed = False
         self.socket = strings.get("socket", "")
         self.debug = bools.get("debug", False)
         self.version = bools.get("v", False) or bools.get("version", False)

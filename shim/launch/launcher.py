@@ -88,6 +88,7 @@ def _start(flags: Flags) -> "NoReturn":
     here = os.getcwd()
     options = _read_options()
     flags.debug = flags.debug or options.debug
+    flags.placed = bool(options.shim_cgroup)
     group = bundle.find_group(here, flags.id, bare=True)
     check_id("sandbox-id", group.sandbox_id)
     path = bundle.socket_path(flags.address, flags.namespace, group.sandbox_id, options.socket_dir)

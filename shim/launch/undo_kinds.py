@@ -29,7 +29,14 @@ def _poststop(facts: Facts, timeout: float) -> None:
     run_poststop(facts, timeout)
 
 
-_KINDS = {**KINDS, "poststop": _poststop, "tap": _tap}
+def _cgroups(facts: Facts, timeout: float) -> None:
+    """The cgroups of a sandbox on the host."""
+    from shim.resources.host_cgroup import release as remove
+
+    remove(facts, timeout)
+
+
+_KINDS = {**KINDS, "cgroups": _cgroups, "poststop": _poststop, "tap": _tap}
 
 
 def release(record: Record, timeout: float = 2.0) -> None:

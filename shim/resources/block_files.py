@@ -51,6 +51,8 @@ class _Container:
 class BlockFiles:
     """By disks and copies, for the sandbox with this key. `agent` answers the agent once the VM runs."""
 
+    live = False
+
     def __init__(
         self,
         key: str,

@@ -23,7 +23,9 @@ __all__ = ["ContainerFiles", "SharedFiles"]
 
 
 class ContainerFiles(Protocol):
-    """All containers' files of one sandbox."""
+    """All containers' files of one sandbox. `live`: the guest sees what changes on the host later."""
+
+    live: bool
 
     async def set_up(self) -> None:
         """Before the VM starts. Raises KataError."""
@@ -66,6 +68,8 @@ class ContainerFiles(Protocol):
 
 class SharedFiles:
     """By virtio-fs. See `shim.resources.shared_dir`."""
+
+    live = True
 
     def __init__(self, share: SharedDir) -> None:
         self._share = share

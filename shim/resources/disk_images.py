@@ -9,7 +9,8 @@ Invariants:
   was made from; equal digests mean equal content.
 - Who uses an image holds a shared lock on it; the store is kept below `STORE_LIMIT` by removing what nobody
   holds, oldest use first.
-- Nothing in here runs what the image contains. Programs run with a deadline.
+- Nothing in here runs what the image contains. Programs run with a deadline; each sees the file that it
+  makes, and what it makes it of.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 import structlog
 
 from devices.child import Child
+from devices.confine import Bind, Confinement, View
 from devices.errors import HostError
 from devices.threads import acquire
 from devices.undo import UndoLog
@@ -36,6 +38,7 @@ STORE_LIMIT = 16 << 30  # bytes
 SCRATCH_SIZE = 8 << 30  # bytes; the file is sparse
 _BUILD = 900.0  # seconds for one image; some 100 MB a second
 _MAKE = 60.0
+_MKE2FS = ("/etc/mke2fs.conf",)
 
 _log = structlog.get_logger("images")
 _numbers = itertools.count()
@@ -82,7 +85,13 @@ class ImageStore:
             partial = f"{path}.{os.getpid()}-{next(_numbers)}"
             entry = self._undo.record("file", path=partial)
             try:
-                await _run(self._undo, "mkfs.erofs", ["-d0", "-x1", partial, tree], _BUILD)
+                _touch(partial)
+                reads_all = Confinement(
+                    capabilities=("dac_read_search",),
+                    view=View(binds=(Bind(path=partial, writable=True), Bind(path=tree))),
+                )
+                argv = ["-d0", "-x1", partial, tree]
+                await _run(self._undo, "mkfs.erofs", argv, _BUILD, reads_all)
                 os.chmod(partial, 0o444)  # for a VMM without root's rights; the directory is root's
                 held = await acquire(_hold, partial, lost=_drop)
                 os.rename(partial, path)
@@ -131,7 +140,12 @@ async def make_scratch(undo: UndoLog, path: str) -> None:
     finally:
         os.close(fd)
     options = ["-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard"]
-    await _run(undo, "mkfs.ext4", [*options, path], _MAKE)
+    binds = (Bind(path=path, writable=True), *(Bind(path=each) for each in _MKE2FS if os.path.exists(each)))
+    await _run(undo, "mkfs.ext4", [*options, path], _MAKE, Confinement(view=View(binds=binds)))
+
+
+def _touch(path: str) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
 
 
 def _hold(path: str) -> int:
@@ -153,12 +167,14 @@ def _drop(held: int) -> None:
         os.close(held)
 
 
-async def _run(undo: UndoLog, program: str, arguments: Sequence[str], timeout: float) -> None:
+async def _run(
+    undo: UndoLog, program: str, arguments: Sequence[str], timeout: float, confinement: Confinement
+) -> None:
     path = shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
     if path is None:
         package = "erofs-utils" if program == "mkfs.erofs" else "e2fsprogs"
         raise HostError(f"there is no {program}", phase="rootfs", hint=f"install {package}")
-    child = await Child.spawn([path, *arguments], name=program, undo=undo)
+    child = await Child.spawn([path, *arguments], name=program, undo=undo, confinement=confinement)
     try:
         status = await child.wait(timeout)
     except TimeoutError:

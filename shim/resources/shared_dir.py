@@ -22,6 +22,8 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import structlog
+
 from devices import mounts
 from devices.beneath import open_named
 from devices.errors import CallerError, HostError, KataError
@@ -32,6 +34,8 @@ from shim.spec.guest_spec import Volume
 from shim.state.safefs import remove_tree
 
 __all__ = ["ROOTS", "ROOTS_TAG", "SHARE_TAG", "SharedDir"]
+
+_log = structlog.get_logger("volumes")
 
 SHARE_TAG, ROOTS_TAG = "kataShared", "kataRoots"
 """What the guest mounts: the share (Kata's name), and that of root file systems."""
@@ -99,12 +103,13 @@ class SharedDir:
     def merge(self, volumes: Sequence[Volume]) -> list[Volume]:
         """The same volumes, each under the name of one there that shows the same, or a name not taken."""
         names = {shared.key: name for name, shared in self._volumes.items()}
+        nested = _nested(volumes)
         merged = []
         for volume in volumes:
             name = names.get(_key(volume), volume.share_name)
             while name in self._volumes and self._volumes[name].key != _key(volume):
                 name += "_"  # its container is gone, and another one with its id has come
-            merged.append(replace(volume, share_name=name))
+            merged.append(replace(volume, share_name=name, nested=volume.index in nested))
         return merged
 
     def add_container(
@@ -176,6 +181,12 @@ class SharedDir:
                     phase="volume",
                     code="INVALID_ARGUMENT",
                 )
+            if stat.S_ISSOCK(info.st_mode) or stat.S_ISFIFO(info.st_mode):
+                _log.warning(
+                    "a socket or FIFO of the host as a volume: through the VM's wall nobody answers on it",
+                    source=volume.source,
+                    destination=volume.destination,
+                )
             target = os.path.join(self._passthrough, volume.share_name)
             if stat.S_ISDIR(info.st_mode):
                 shared.entries.append(self._undo.record("dir", path=target))
@@ -184,7 +195,14 @@ class SharedDir:
                 shared.entries.append(self._undo.record("file", path=target))
                 os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644))
             shared.entries.append(self._undo.record("mount", path=target))
-            mounts.bind(source, target, read_only=volume.readonly, recursive=volume.recursive, tenant=True)
+            mounts.bind(
+                source,
+                target,
+                read_only=volume.readonly,
+                deep=volume.deep,
+                recursive=volume.recursive,
+                tenant=True,
+            )
         finally:
             os.close(source)
 
@@ -219,13 +237,28 @@ class SharedDir:
         return errors + self._release(self._own)
 
 
+def _nested(volumes: Sequence[Volume]) -> set[int]:
+    """The indexes of those read-only ones below which something is mounted that is to stay as it is."""
+    wanted = {
+        volume.index: os.path.realpath(volume.source)
+        for volume in volumes
+        if volume.readonly and volume.recursive and not volume.deep and os.path.isdir(volume.source)
+    }
+    targets = [entry.target for entry in mounts.mounts_below("/")] if wanted else []
+    return {
+        index
+        for index, real in wanted.items()
+        if any(target.startswith(f"{real.rstrip('/')}/") for target in targets)
+    }
+
+
 def _key(volume: Volume) -> tuple[object, ...]:
     """What makes two volumes the same: the source, what lies there now, and how it may be used."""
     try:
         there = os.stat(volume.source)
     except OSError:  # `_add_volume` says so
         return (volume.share_name,)
-    return volume.source, there.st_dev, there.st_ino, volume.readonly, volume.recursive
+    return volume.source, there.st_dev, there.st_ino, volume.readonly, volume.deep, volume.recursive
 
 
 def _is_what(key: tuple[object, ...], info: os.stat_result) -> bool:

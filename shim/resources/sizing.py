@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ from proto import oci_pb2
 from shim.spec.limits import Size, fold_unified, wanted
 from shim.spec.oci import resources_from_json
 
-__all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits"]
+__all__ = ["Bounds", "GuestSizing", "Sizing", "boot_size", "sized", "spec_limits", "spec_wants"]
 
 _MIB = 1 << 20
 _BLOCK = 128 * _MIB  # a Linux guest's memory block on x86_64, and the least
@@ -44,6 +44,8 @@ _RESERVE = 64 * _MIB  # of the memory that the guest has to spare, what a shrink
 _SANDBOX_QUOTA = "io.kubernetes.cri.sandbox-cpu-quota"
 _SANDBOX_PERIOD = "io.kubernetes.cri.sandbox-cpu-period"
 _SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
+
+_KEYS = ("cpu", "memory", "hugepageLimits")
 
 _log = structlog.get_logger("sizing")
 
@@ -76,8 +78,13 @@ class Bounds:
 def spec_limits(spec: Mapping[str, Any]) -> oci_pb2.LinuxResources:
     """linux.resources of a container's spec. Raises CallerError for what is malformed."""
     resources = fold_unified((spec.get("linux") or {}).get("resources") or {})
-    limits, _ = resources_from_json({key: resources[key] for key in ("cpu", "memory") if resources.get(key)})
+    limits, _ = resources_from_json({key: resources[key] for key in _KEYS if resources.get(key)})
     return limits
+
+
+def spec_wants(spec: Mapping[str, Any], *, pod: bool) -> Size:
+    """The limits that are known when the VM is made: of its container, or the sums of a pod's."""
+    return wanted(_annotated(spec.get("annotations") or {}) if pod else spec_limits(spec))
 
 
 def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bool, pod: bool) -> Size:
@@ -87,14 +94,14 @@ def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bo
     no CPU, and the base's memory), because it never grows. Else: `base` plus this container's limits; a
     pod's containers come later. What has no limit stays as in `base`.
     """
-    known = wanted(_annotated(spec.get("annotations") or {}) if pod else spec_limits(spec))
+    known = spec_wants(spec, pod=pod)
     if not static:
         if pod:
             return base
-        return Size(base.vcpus + known.vcpus, base.memory + _up(known.memory, _BLOCK))
+        return Size(base.vcpus + known.vcpus, base.memory + _up(known.bytes, _BLOCK))
     return Size(
         max(overhead.vcpus + known.vcpus, 1.0) if known.vcpus else base.vcpus,
-        (overhead.memory or base.memory) + _up(known.memory, _MIB) if known.memory else base.memory,
+        (overhead.memory or base.memory) + _up(known.bytes, _MIB) if known.bytes else base.memory,
     )
 
 
@@ -137,7 +144,7 @@ def _annotated(annotations: Mapping[str, Any]) -> oci_pb2.LinuxResources:
 
 class Sizing:
     """The running VM's size. `guest` answers the agent once the VM runs; `spawn` runs a shrink in the
-    background, as long as the VM lives."""
+    background, as long as the VM lives; `room` is told of a size before the VM has it."""
 
     def __init__(
         self,
@@ -145,11 +152,13 @@ class Sizing:
         hypervisor: Hypervisor,
         guest: Callable[[], GuestSizing],
         spawn: Callable[[Any], None],
+        room: Callable[[Size], Awaitable[None]] | None = None,
     ) -> None:
         self._bounds = bounds
         self._hypervisor = hypervisor
         self._guest = guest
         self._spawn = spawn
+        self._room = room
         self._vcpus = max(1, math.ceil(bounds.boot.vcpus))
         self._memory = bounds.boot.memory
         self._block = 0
@@ -160,6 +169,12 @@ class Sizing:
     def size(self) -> Size:
         """What the VM has now."""
         return Size(self._vcpus, self._memory)
+
+    @property
+    def share(self) -> Size:
+        """The same without rounding: what the limits add up to, and the VM's own; not less than at boot."""
+        vcpus = self._bounds.base.vcpus + sum(size.vcpus for size in self._asked.values())
+        return Size(max(vcpus, self._bounds.boot.vcpus), self._memory)
 
     async def fit(
         self, container_id: str, resources: oci_pb2.LinuxResources, *, strict: bool = False
@@ -196,7 +211,7 @@ class Sizing:
         memory = self._bounds.largest.memory if able.more_memory else self._memory
         for what, possible, needed, key in (
             ("CPUs", vcpus, asked.vcpus, "default_maxvcpus"),
-            ("MiB of memory", memory >> 20, -(-asked.memory >> 20), "default_maxmemory"),
+            ("MiB of memory", memory >> 20, -(-asked.bytes >> 20), "default_maxmemory"),
         ):
             if needed <= possible:
                 continue
@@ -211,23 +226,27 @@ class Sizing:
         """vCPUs and bytes by the rule, within what is possible."""
         base, largest = self._bounds.base, self._bounds.largest
         vcpus = math.ceil(base.vcpus + sum(size.vcpus for size in self._asked.values()) - 1e-6)
-        memory = base.memory + sum(size.memory for size in self._asked.values())
+        memory = base.memory + sum(size.bytes for size in self._asked.values())
         return min(max(1, vcpus), max(1, math.ceil(largest.vcpus))), min(memory, largest.memory)
 
     async def _grow(self) -> None:
         vcpus, memory = self._wanted()
+        able = await self._hypervisor.capabilities()
+        target = self._memory
+        if memory > self._memory and able.more_memory:
+            more = _up(memory - self._memory, await self._block_size())
+            target = min(self._memory + more, self._bounds.largest.memory)
+        if self._room is not None:
+            await self._room(Size(self.share.vcpus, target))
         if vcpus <= self._vcpus and memory <= self._memory:
             return
-        able = await self._hypervisor.capabilities()
         # It can grow: one that says it cannot do this has more already, from an attempt that failed late.
         if vcpus > self._vcpus and able.can(Kind.VCPU, Op.HOT):
             with contextlib.suppress(UnsupportedByHypervisor):
                 self._vcpus = await self._hypervisor.resize_vcpu(vcpus)
-        if memory > self._memory and able.more_memory:
-            more = _up(memory - self._memory, await self._block_size())
-            target = min(self._memory + more, self._bounds.largest.memory) >> 20
+        if target > self._memory:
             with contextlib.suppress(UnsupportedByHypervisor):
-                self._memory = await self._hypervisor.resize_memory(target) << 20
+                self._memory = await self._hypervisor.resize_memory(target >> 20) << 20
         await self._guest().online_cpu_mem(self._vcpus)
         _log.info("the VM grew", vcpus=self._vcpus, memory_mib=self._memory >> 20)
 
@@ -279,7 +298,9 @@ def _merged(before: Size, resources: oci_pb2.LinuxResources) -> Size:
     new = wanted(resources)
     named_cpu = resources.CPU.Quota != 0 or resources.CPU.Cpus != ""
     return Size(
-        new.vcpus if named_cpu else before.vcpus, new.memory if resources.Memory.Limit else before.memory
+        new.vcpus if named_cpu else before.vcpus,
+        new.memory if resources.Memory.Limit else before.memory,
+        new.huge if resources.HugepageLimits else before.huge,
     )
 
 

@@ -16,6 +16,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import structlog
+
 import ttrpc
 from devices.errors import CallerError, GuestError, KataError
 from devices.plain import plain
@@ -29,7 +31,11 @@ __all__ = ["FEATURE_BEYOND", "METADATA_BEYOND", "GuestAgent"]
 
 #: The agent takes OCI fields that Kata's messages have no place for as JSON in this metadata of a call.
 FEATURE_BEYOND = METADATA_BEYOND = "kata-shim-oci"
+#: It takes what Kata's messages do not say of addresses, routes and rules, in the same metadata.
+FEATURE_NETWORK = "kata-shim-network"
 _NOTHING: Mapping[str, Any] = {}
+
+_log = structlog.get_logger("agent")
 
 _AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -81,8 +87,6 @@ class GuestAgent:
     ) -> Any:
         deadline = self._deadlines.request if timeout == 0.0 else timeout
         metadata = {METADATA_BEYOND: [json.dumps(beyond)]} if beyond else None
-        if beyond:
-            await self._check_takes(beyond)
         try:
             return await self._client.call(
                 service.methods_by_name[name],
@@ -116,18 +120,22 @@ class GuestAgent:
             return CallerError(text, phase=name, code=code)
         return GuestError(text, phase=name, code=code)
 
-    async def _check_takes(self, beyond: Mapping[str, Any]) -> None:
-        """A stock agent would not see these fields: they are refused, not lost."""
+    async def _has(self, feature: str) -> bool:
         if self._features is None:
             answer = await self._call("GetGuestDetails", agent_pb2.GuestDetailsRequest())
             self._features = frozenset(answer.agent_details.extra_features)
-        if FEATURE_BEYOND not in self._features:
+        return feature in self._features
+
+    async def _call_beyond(self, name: str, request: Any, beyond: Mapping[str, Any]) -> Any:
+        """With fields of OCI that a stock agent would not see: they are refused, not lost."""
+        if beyond and not await self._has(FEATURE_BEYOND):
             raise CallerError(
                 f"the guest's agent has no place for {', '.join(_leaves(beyond))}",
                 phase="agent",
                 hint="leave it out, or use the guest image of this project",
                 code="UNIMPLEMENTED",
             )
+        return await self._call(name, request, beyond=beyond)
 
     async def check(self, timeout: float) -> None:
         """Health.Check; raises GuestError unless the agent says SERVING."""
@@ -169,7 +177,14 @@ class GuestAgent:
         )
         _set_ports(request, ports)
         with self._trace.phase("agent.create_container", id=container_id):
-            await self._call("CreateContainer", request, beyond=guest.beyond)
+            try:
+                await self._call_beyond("CreateContainer", request, guest.beyond)
+            except KataError as error:
+                for path in sorted(
+                    guest.words, key=len, reverse=True
+                ):  # the longest first: one begins another
+                    error.cause = error.cause.replace(path, guest.words[path])
+                raise
 
     async def start_container(self, container_id: str) -> None:
         """StartContainer."""
@@ -194,7 +209,7 @@ class GuestAgent:
         request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
         _set_ports(request, ports)
         with self._trace.phase("agent.exec_process", id=f"{container_id}/{exec_id}"):
-            await self._call("ExecProcess", request, beyond=beyond)
+            await self._call_beyond("ExecProcess", request, beyond)
 
     async def signal_process(self, container_id: str, exec_id: str, signal: int) -> None:
         """SignalProcess; an empty exec id means every process of the container, its own id the init."""
@@ -273,7 +288,7 @@ class GuestAgent:
     ) -> None:
         """UpdateContainer: new cgroup limits in the guest."""
         request = agent_pb2.UpdateContainerRequest(container_id=container_id, resources=resources)
-        await self._call("UpdateContainer", request, beyond=beyond)
+        await self._call_beyond("UpdateContainer", request, beyond)
 
     async def online_cpu_mem(self, vcpus: int) -> None:
         """OnlineCPUMem: `vcpus` in all, and whatever memory is there; returns when they are in use."""
@@ -299,6 +314,12 @@ class GuestAgent:
         """CopyFile: one piece of a file, a directory or a link below the guest's share."""
         await self._call("CopyFile", request)
 
+    async def copy_again(self, storages: Sequence[agent_pb2.Storage]) -> None:
+        """UpdateEphemeralMounts: bring copies of watched volumes up to date. For our agent: a stock one does
+        so by itself, and refuses the driver here."""
+        request = agent_pb2.UpdateEphemeralMountsRequest(storages=storages)
+        await self._call("UpdateEphemeralMounts", request)
+
     async def volume_stats(self, path: str) -> csi_pb2.VolumeStatsResponse:
         """GetVolumeStats: how full what the guest has mounted there is."""
         request = agent_pb2.VolumeStatsRequest(volume_guest_path=path)
@@ -319,14 +340,26 @@ class GuestAgent:
         answer = await self._call("GetOOMEvent", agent_pb2.GetOOMEventRequest(), timeout=None)
         return str(answer.container_id)
 
-    async def update_interface(self, interface: types_pb2.Interface) -> None:
-        """UpdateInterface: found by its hardware address in the guest."""
-        await self._call("UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=interface))
+    async def update_interface(
+        self, interface: types_pb2.Interface, beyond: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        """UpdateInterface: found by its hardware address in the guest. `beyond`: what of its addresses the
+        message does not say, for an agent that takes it."""
+        request = agent_pb2.UpdateInterfaceRequest(interface=interface)
+        await self._call("UpdateInterface", request, beyond=await self._of_network(interface.name, beyond))
 
-    async def update_routes(self, routes: Sequence[types_pb2.Route]) -> None:
-        """UpdateRoutes."""
+    async def update_routes(
+        self, routes: Sequence[types_pb2.Route], beyond: Mapping[str, Any] = _NOTHING
+    ) -> None:
+        """UpdateRoutes. `beyond`: all routes and rules in full, for an agent that takes them."""
         request = agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=routes))
-        await self._call("UpdateRoutes", request)
+        await self._call("UpdateRoutes", request, beyond=await self._of_network("routes", beyond))
+
+    async def _of_network(self, what: str, beyond: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not beyond or await self._has(FEATURE_NETWORK):
+            return beyond
+        _log.warning("the guest's agent cannot be told all of the pod's network", of=what)
+        return _NOTHING
 
     async def add_arp_neighbors(self, neighbors: Sequence[types_pb2.ARPNeighbor]) -> None:
         """AddARPNeighbors."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from devices.config import ShareFsConfig
 from devices.errors import KataError
 from devices.holdings import Holdings
 from devices.kinds import Kind, Op
@@ -30,6 +31,7 @@ from shim.resources.container_files import ContainerFiles
 from shim.resources.direct_volumes import DirectVolumes
 from shim.resources.direct_volumes import find as find_direct
 from shim.resources.direct_volumes import rewrite as rewrite_direct
+from shim.resources.guest_volumes import GuestVolumes
 from shim.resources.sizing import Sizing, spec_limits
 from shim.resources.vfio_settings import wants
 from shim.sandbox.agent_client import GuestAgent
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from shim.hooks.hooks import HostHooks
     from shim.resources.vfio_devices import VfioDevices, Wanted
     from shim.sandbox.management import Management
+    from shim.spec.guest_spec import Volume
 
 __all__ = ["ContainerResources"]
 
@@ -54,7 +57,8 @@ _DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's w
 
 class ContainerResources:
     """See the module's docstring. `agent` answers the guest's once there is one; `rescan` looks for links
-    that hooks have made. `writing`: the containers with disks that they may write."""
+    that hooks have made; `spawn` runs a coroutine as long as the VM lives. `writing`: the containers with
+    disks that they may write."""
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class ContainerResources:
         trace: Trace,
         agent: Callable[[], GuestAgent],
         rescan: Callable[[], Awaitable[None]],
+        spawn: Callable[[Any], None],
     ) -> None:
         self.writing: set[str] = set()
         self._settings = settings
@@ -85,6 +90,7 @@ class ContainerResources:
             devices, self._holdings, undo, alias=settings.alias, style=settings.disks
         )
         self._management: Management | None = None  # from the first direct volume on
+        self._own = GuestVolumes(agent, spawn, live=files.live, stock=not settings.direct_stdio)
         self._vfio: VfioDevices | None = None  # once a container wants such a device
 
     async def plug_first(self) -> None:
@@ -114,13 +120,15 @@ class ContainerResources:
 
             spec = await look(complete, spec, self._settings.pod)
         kind = self._settings.container_type if container_id == self._settings.sandbox_id else MEMBER
-        volumes = [] if kind == OWN else plan_volumes(spec, container_id)
+        volumes = [] if kind == OWN else plan_volumes(spec, container_id, self._settings.shm_source)
         direct = await look(find_direct, volumes) if volumes else {}
         volumes = [volume for volume in volumes if volume.index not in direct]
+        own = await self._own.find(await self._files.name(volumes), spec)
+        volumes = own.shared
+        await self._tell_groups(container_id, volumes, spec)
         disks = [] if kind == OWN else await look(host_devices, spec)
         passed = await self._find_passed(spec) if kind != OWN else None
         root_path = os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs")
-        volumes = await self._files.name(volumes)
 
         def translate() -> tuple[oci_pb2.Spec, Rest, oci_pb2.LinuxResources]:
             document, left_out = guest_spec(
@@ -135,6 +143,7 @@ class ContainerResources:
                 devices=disks,
             )
             rewrite_direct(document, direct)
+            own.rewrite(document)
             if passed is not None:
                 from shim.resources.vfio_devices import rewrite as rewrite_passed
 
@@ -153,6 +162,8 @@ class ContainerResources:
         if kind != OWN or not self._settings.direct_stdio:
             with self._trace.phase("rootfs", id=container_id):
                 storages = await self._files.add(container_id, rootfs, root_path, volumes)
+        self._own.begin(container_id, own)
+        storages += own.storages
         if direct:
             with self._trace.phase("volumes", id=container_id):
                 storages += await self._direct.add(container_id, direct)
@@ -167,7 +178,27 @@ class ContainerResources:
             devices=devices,
             sandbox_pidns=wants_sandbox_pidns(spec),
             beyond=rest.beyond,
+            words={
+                self._files.rootfs(container_id): "its root file system",
+                **{volume.guest_path: volume.source for volume in volumes},
+                **{volume.mount_point: volume.source for volume in direct.values()},
+                **own.words,
+            },
         )
+
+    async def _tell_groups(self, name: str, volumes: Sequence[Volume], spec: Mapping[str, Any]) -> None:
+        """What of its volumes the container will find closed, although it has the group."""
+        share = next((one for one in self._settings.devices if isinstance(one, ShareFsConfig)), None)
+        if share is None or not volumes or not spec.get("process", {}).get("user", {}).get("additionalGids"):
+            return
+        from shim.resources.group_access import told
+
+        if closed := await look(told, volumes, spec, share.daemon):
+            _log.warning(
+                "no files can be made by a supplemental group: virtiofsd knows one group (docs/workloads.md)",
+                container=name,
+                volumes=closed,
+            )
 
     async def _manage(self) -> None:
         """From the first direct volume on it can be asked about and resized from outside."""
@@ -246,6 +277,7 @@ class ContainerResources:
                 _log.error("not unplugged", container=container_id, error=str(error))
             for error in await self._vfio.release(container_id) if self._vfio else ():
                 _log.error("not given back", container=container_id, error=str(error))
+        self._own.remove(container_id)
         await self._direct.remove(container_id)
         self.writing.discard(container_id)
         for error in await self._files.remove(container_id, alive=alive):
@@ -262,6 +294,7 @@ class ContainerResources:
     async def close(self) -> list[Exception]:
         """The VM is gone: give back what `release` was not asked to, going on past errors. Idempotent."""
         errors: list[Exception] = []
+        self._own.close()
         try:
             await self._direct.remove()
         except (KataError, OSError) as error:

@@ -142,11 +142,20 @@ def sandbox_spec(
     }
     # The first that names a destination counts; a spec that brings its own keeps it.
     spec["mounts"] = [*(spec.get("mounts") or []), *(_mount(*file) for file in files.items())]
+    if config.linux.cgroup_parent:
+        linux = spec.setdefault("linux", {})
+        linux["cgroupsPath"] = linux.get("cgroupsPath") or _cgroup(config.linux.cgroup_parent, sandbox_id)
     if netns:
         linux = spec.setdefault("linux", {})
         others = [space for space in linux.get("namespaces") or [] if space.get("type") != "network"]
         linux["namespaces"] = [*others, {"type": "network", "path": netns}]
     return spec
+
+
+def _cgroup(parent: str, sandbox_id: str) -> str:
+    """The sandbox's cgroup below the pod's, named as the CRI plugin names a pause container's."""
+    name = os.path.basename(parent)
+    return f"{name}:cri-containerd:{sandbox_id}" if name.endswith(".slice") else f"{parent}/{sandbox_id}"
 
 
 def _sizes(linux: cri_pb2.LinuxPodSandboxConfig) -> dict[str, str]:

@@ -34,6 +34,7 @@ from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
+from shim.resources.host_cgroup import HostCgroup
 from shim.resources.network.pod import PodNetwork
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
@@ -84,8 +85,14 @@ class VirtSandbox:
         self._network: PodNetwork | DanNetwork = PodNetwork(
             settings.network, hypervisor, self._devices, undo, trace
         )
+        self._cgroup = HostCgroup(settings.cgroup, undo) if settings.cgroup is not None else None
+        self._emulated = False
         self._sizing = Sizing(
-            settings.bounds, hypervisor, lambda: self.agent, lambda work: self._watch(work, "shrink")
+            settings.bounds,
+            hypervisor,
+            lambda: self.agent,
+            lambda work: self._watch(work, "shrink"),
+            self._make_room,
         )
         self._files: ContainerFiles
         shares = [device for device in settings.devices if isinstance(device, ShareFsConfig)]
@@ -107,6 +114,7 @@ class VirtSandbox:
             trace=trace,
             agent=lambda: self.agent,
             rescan=self._rescan,
+            spawn=lambda work: self._watch(work, "watched volumes"),
         )
         self._loss = Loss(hypervisor)
         self._health = Health(
@@ -205,7 +213,11 @@ class VirtSandbox:
         self, container_id: str, bundle: str, spec: Mapping[str, Any], rootfs: Sequence[RootfsMount]
     ) -> GuestContainer:
         """See `shim.sandbox.container_resources.ContainerResources.prepare`."""
-        return await self._containers.prepare(container_id, bundle, spec, rootfs)
+        before = self.size.vcpus
+        made = await self._containers.prepare(container_id, bundle, spec, rootfs)
+        if self.size.vcpus > before:
+            self._watch(self._follow(), "cgroup")
+        return made
 
     async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
         """See `shim.protocols.Sandbox.container_starting`."""
@@ -222,7 +234,10 @@ class VirtSandbox:
 
     async def resize(self, container_id: str, resources: oci_pb2.LinuxResources) -> None:
         """See `shim.protocols.Sandbox.resize` and `shim.resources.sizing`."""
+        before = self.size.vcpus
         await self._sizing.fit(container_id, resources, strict=True)
+        if self.size.vcpus > before:
+            self._watch(self._follow(), "cgroup")
 
     @property
     def is_pod(self) -> bool:
@@ -283,6 +298,9 @@ class VirtSandbox:
 
     async def _start_phases(self) -> None:
         settings, hypervisor = self.settings, self._hypervisor
+        if self._cgroup is not None:
+            with self._trace.phase("cgroup"):
+                await self._cgroup.open()
         with self._trace.phase("share"):
             await self._files.set_up()
         if settings.network.dan:
@@ -296,6 +314,7 @@ class VirtSandbox:
             await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
         self._watch(self._loss.watch_vm(), "vm")
+        self._watch(self._follow(), "cgroup")
         self._channel = await hypervisor.get_agent_socket()
         await self._network.join()
         with self._trace.phase("vmm.boot"):
@@ -311,7 +330,7 @@ class VirtSandbox:
                 dns=settings.dns,
                 storages=[*self._files.sandbox_storages(), _shm_storage(settings.shm_size)],
                 guest_hook_path=settings.guest_hook_path,
-                kernel_modules=settings.disks.modules(),
+                kernel_modules=[*settings.disks.modules(), *map(_module, settings.kernel_modules)],
             )
         await self._network.configure(self._agent)
         if settings.swap is not None:
@@ -323,6 +342,23 @@ class VirtSandbox:
         self._watch(watch_oom(self._agent, self._on_oom), "oom")
         self._watch(self._loss.watch_agent(), "agent")
         self._watch(self._health.watch(self._agent.check), "health")
+        await self._make_room(self._sizing.share)
+
+    async def _follow(self) -> None:
+        """Whatever of the VM is not charged to the pod yet."""
+        if self._cgroup is None:
+            return
+        try:
+            vcpus = (await self._hypervisor.get_thread_ids()).vcpus.values()
+            self._emulated = (await self._hypervisor.save_state()).accelerator == "tcg"
+            await self._cgroup.follow(await self._hypervisor.get_pids(), vcpus)
+        except KataError as error:
+            _log.debug("not charged to the pod's cgroup: the VM is gone", error=str(error))
+
+    async def _make_room(self, size: Size) -> None:
+        """The VM is to have this size: its cgroup must not stand in the way."""
+        if self._cgroup is not None:
+            await self._cgroup.limit(size, emulated=self._emulated)
 
     async def _attach_directly(self, path: str) -> None:
         """If there is this file, the network is what it says, and not what is in the pod's namespace."""
@@ -377,6 +413,7 @@ class VirtSandbox:
             *await self._containers.close(),
             *await self._network.close(),
             *await self._files.tear_down(),
+            *(await self._cgroup.close() if self._cgroup is not None else []),
         ]:
             _log.error("not released", error=str(error))
 
@@ -405,6 +442,11 @@ def _retrieve(future: asyncio.Future[None]) -> None:
     """Nobody may be waiting any more when start fails; that is no reason for asyncio to complain."""
     with contextlib.suppress(asyncio.CancelledError):
         future.exception()
+
+
+def _module(line: str) -> agent_pb2.KernelModule:
+    name, *parameters = line.split()
+    return agent_pb2.KernelModule(name=name, parameters=parameters)
 
 
 def _shm_storage(size: int) -> agent_pb2.Storage:

@@ -21,6 +21,7 @@ from shim.sandbox.health import HealthSettings
 
 if TYPE_CHECKING:
     from shim.resources.guest_swap import SwapSettings
+    from shim.resources.host_cgroup import CgroupSettings
     from shim.resources.vfio_devices import Wanted
     from shim.sandbox.pod_config import PodDefaults
 
@@ -32,9 +33,11 @@ class SandboxSettings:
     """What a sandbox is made of, decided before anything is done.
 
     `key`, `alias`, `state_dir`: see `shim.protocols.DaemonContext`. `network`: see `shim.resources.network`.
-    `shm_size` is in bytes.
-    `bounds`: the sizes that its VM can have.
+    `shm_size` is in bytes, `shm_source` what is the pod's /dev/shm on the host ("" where only its name tells,
+    see `shim.spec.guest_spec`).
+    `bounds`: the sizes that its VM can have. `kernel_modules`: each a name and parameters, by blanks.
     `direct_stdio`: the agent takes stdio on connections of its own (ours does, a stock one does not).
+    `cgroup`: the host's; None leaves everything where it is.
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
     are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
     starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
@@ -49,6 +52,7 @@ class SandboxSettings:
     hostname: str
     dns: Sequence[str]
     shm_size: int
+    shm_source: str = ""
     share_path: str
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
@@ -56,6 +60,7 @@ class SandboxSettings:
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""
+    kernel_modules: Sequence[str] = ()
     disable_guest_seccomp: bool = False
     pod: PodDefaults | None = None
     disks: DiskStyle = field(default_factory=DiskStyle)
@@ -63,5 +68,6 @@ class SandboxSettings:
     health: HealthSettings = field(default_factory=HealthSettings)
     passed: Wanted | None = None
     swap: SwapSettings | None = None
+    cgroup: CgroupSettings | None = None
     first_spec: Mapping[str, Any] | None = None
     host_mounts: int | None = None  # see `shim.protocols.DaemonContext`

@@ -11,6 +11,7 @@ Source: Kata's amend_spec (facts/kata.md 3.2 step 13 and 3.4).
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = [
     "Volume",
     "guest_rootfs",
     "guest_spec",
+    "own_shm",
     "plan_volumes",
     "wants_sandbox_pidns",
 ]
@@ -43,15 +45,19 @@ _BUNDLE_PATH = "io.katacontainers.pkg.oci.bundle_path"
 # Of a pod's member: the kinds of namespaces that it does not share with the pod (agent/sandbox.py).
 _PRIVATE = "io.kata-shim.private-namespaces"
 
-#: Bind mounts of these trees mean the guest's own, as in Kata: the host's are never shared.
+#: Bind mounts of these trees mean the guest's own, as in Kata: the host's are never shared. What somebody
+#: keeps in the host's /dev/shm is data like any other.
 _GUESTS_OWN = ("/proc", "/sys", "/dev")
+_HOSTS_SHM = "/dev/shm"
+_ID = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
     """One bind mount of the spec that needs a path of the host in the share.
 
-    `index` is its place in spec.mounts, `share_name` its name below `passthrough/`.
+    `index` is its place in spec.mounts, `share_name` its name below `passthrough/`. `deep`: read-only are the
+    mounts below it, too ("rro"); `nested`: there are some, on the host.
     """
 
     index: int
@@ -60,6 +66,8 @@ class Volume:
     readonly: bool
     recursive: bool
     share_name: str
+    deep: bool = False
+    nested: bool = False
 
     @property
     def guest_path(self) -> str:
@@ -76,8 +84,17 @@ def wants_sandbox_pidns(spec: Mapping[str, Any]) -> bool:
     return "pid" in _shared_kinds(spec)
 
 
-def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
-    """The bind mounts that must be shared with the guest. Raises CallerError for malformed mounts."""
+def own_shm(spec: Mapping[str, Any]) -> str:
+    """What a pod's own container has at /dev/shm, which is then the pod's; "" for a tmpfs of its own."""
+    for mount in spec.get("mounts") or []:
+        if mount.get("destination") == "/dev/shm" and _is_bind(mount, mount.get("options") or []):
+            return str(mount.get("source", ""))
+    return ""
+
+
+def plan_volumes(spec: Mapping[str, Any], container_id: str, pod_shm: str = "") -> list[Volume]:
+    """The bind mounts that must be shared with the guest. `pod_shm`: what `own_shm` says of the pod's own
+    container. Raises CallerError for malformed mounts."""
     volumes: list[Volume] = []
     for index, mount in enumerate(spec.get("mounts") or []):
         source, destination = mount.get("source", ""), mount.get("destination", "")
@@ -88,7 +105,9 @@ def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
         options = mount.get("options") or []
         if not _is_bind(mount, options):
             continue
-        if destination == "/dev/shm" or _below(source, _GUESTS_OWN):
+        if destination == "/dev/shm" and (source == pod_shm or _is_engines_shm(source, spec, container_id)):
+            continue
+        if _below(source, _GUESTS_OWN) and not source.startswith(f"{_HOSTS_SHM}/"):
             continue
         if not source.startswith("/"):
             raise CallerError(
@@ -103,7 +122,8 @@ def plan_volumes(spec: Mapping[str, Any], container_id: str) -> list[Volume]:
                 index=index,
                 source=source,
                 destination=destination,
-                readonly="ro" in options,
+                readonly="ro" in options or "rro" in options,
+                deep="rro" in options,
                 recursive="bind" not in options or "rbind" in options,
                 share_name=f"{container_id}-{digest}-{base or 'root'}",
             )
@@ -211,11 +231,27 @@ def _guest_mounts(mounts: list[dict[str, Any]], volumes: Mapping[int, Volume]) -
         changed: dict[str, Any] = {}
         if volume is not None:
             kept = [o for o in options if o not in {"bind", "rbind"}]
+            if volume.nested and not volume.deep:
+                # What is mounted below comes to the guest when it is walked to, and takes over "ro" from
+                # where it hangs. The host's mount of the volume itself is read-only all the same.
+                kept.remove("ro")
             changed = {"type": "bind", "source": volume.guest_path, "options": ["rbind", *kept]}
         elif mount.get("destination") == "/dev/shm" and _is_bind(mount, options):
             changed = {"type": "bind", "source": GUEST_SHM, "options": ["rbind"]}
         rewritten.append({**mount, **changed})
     return rewritten
+
+
+def _is_engines_shm(source: str, spec: Mapping[str, Any], container_id: str) -> bool:
+    """Whether the engine made it for the container or its pod, and not a volume that a user put at /dev/shm.
+
+    containerd: .../sandboxes/ID/shm, Docker: .../containers/ID/mounts/shm, CRI-O and podman:
+    .../overlay-containers/ID/userdata/shm; the host's for `hostIPC`.
+    """
+    *folders, last = source.split("/")
+    ids = {container_id, *(spec.get("annotations") or {}).values()}
+    named = any(folder in ids or _ID.fullmatch(folder) for folder in folders if folder)
+    return source in ("", _HOSTS_SHM) or (last == "shm" and named)
 
 
 def _is_bind(mount: Mapping[str, Any], options: Sequence[str]) -> bool:

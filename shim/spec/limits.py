@@ -4,7 +4,8 @@ What: `wanted` reads linux.resources; `Size` is vCPUs and bytes, of a container'
 Why: inside the VM a limit only ever takes away. One that is above what the VM has would be accepted
 by the guest and mean nothing, so the sandbox compares, and grows the VM or refuses.
 Invariants: no limit (absent, 0, -1, or beyond 2^62 bytes) asks for nothing; a cpuset counts where
-there is no quota (Kata's rule), and one that cannot be read counts as none.
+there is no quota (Kata's rule), and one that cannot be read counts as none. Huge pages count besides the
+limit of memory, as in Kubernetes: the guest reserves them (agent/huge_pages.py).
 Source: runtime-spec `config-linux.md`, cpu and memory; the period's default is the kernel's.
 """
 
@@ -25,10 +26,17 @@ _MAX_CPUS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """`vcpus` may be a fraction; `memory` is in bytes. 0 is "no limit"."""
+    """`vcpus` may be a fraction; `memory` is in bytes, and `huge`, what comes as huge pages besides. 0 is "no
+    limit"."""
 
     vcpus: float = 0.0
     memory: int = 0
+    huge: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """All of the memory."""
+        return self.memory + self.huge
 
 
 def wanted(resources: oci_pb2.LinuxResources) -> Size:
@@ -36,7 +44,8 @@ def wanted(resources: oci_pb2.LinuxResources) -> Size:
     quota, period = resources.CPU.Quota, resources.CPU.Period or _PERIOD
     limit = resources.Memory.Limit
     vcpus = quota / period if quota > 0 else float(_count(resources.CPU.Cpus))
-    return Size(vcpus=vcpus, memory=limit if 0 < limit < _NO_LIMIT else 0)
+    huge = sum(one.Limit for one in resources.HugepageLimits if one.Limit < _NO_LIMIT)
+    return Size(vcpus=vcpus, memory=limit if 0 < limit < _NO_LIMIT else 0, huge=huge)
 
 
 def fold_unified(resources: Mapping[str, Any]) -> dict[str, Any]:

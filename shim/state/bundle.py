@@ -9,6 +9,7 @@ Invariants: every path is made of constants, checked ids and hex digits.
 """
 
 import os
+import sys
 
 __all__ = [
     "MEMBER",
@@ -185,8 +186,11 @@ def digest(grpc_address: str, namespace: str, group_id: str) -> str:
     """
     joined = os.path.normpath("/".join(part for part in (grpc_address, namespace, group_id) if part))
     try:
-        # CPython 3.11's own; hashlib would load OpenSSL: 3 ms.
-        from _sha256 import sha256  # type: ignore[import-not-found]
+        # CPython's own, by the name of its version; hashlib would load OpenSSL: 3 ms.
+        if sys.version_info >= (3, 12):
+            from _sha2 import sha256
+        else:
+            from _sha256 import sha256  # type: ignore[import-not-found]
     except ImportError:
         from hashlib import sha256
     found: str = sha256(os.fsencode(joined)).hexdigest()

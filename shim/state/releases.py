@@ -143,7 +143,15 @@ def _pci_driver(facts: Facts, timeout: float) -> None:
         raise ReleaseError(str(error)) from error
 
 
+def _user(facts: Facts, timeout: float) -> None:
+    """A number of a user that a sandbox had for itself."""
+    from devices.users import give_back
+
+    give_back(facts, timeout)
+
+
 KINDS: Mapping[str, Release] = {
+    "user": _user,
     "pci-driver": _pci_driver,
     "process": _process,
     "logger": _logger,

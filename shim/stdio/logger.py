@@ -1,7 +1,7 @@
 """`binary://` loggers: a program on the host that takes a container's output.
 
 What: `Logger.start` runs PATH of `binary://PATH?key=value...` with `key value ...` as arguments (a value
-that is not there is an empty one), CONTAINER_ID and CONTAINER_NAMESPACE in its environment, stdout of the
+that is not there is an empty one), CONTAINER_ID and CONTAINER_NAMESPACE as its environment, stdout of the
 container on fd 3, stderr on fd 4, and waits until it closes fd 5: only then is it ready.
 Why: nerdctl run -d logs this way, and so does every user of containerd's cio.BinaryIO.
 Invariants:
@@ -83,7 +83,7 @@ class Logger:
             arguments.setdefault(key, value)  # of a key that is there twice runc's shim takes the first
         for pair in arguments.items():
             argv += pair
-        environment = {**os.environ, "CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
+        environment = {"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}  # and nothing else
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             ends = []
             for child_reads in (True, True, False):

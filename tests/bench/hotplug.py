@@ -151,7 +151,7 @@ async def _item(kind: Kind, folder: Path, stack: contextlib.ExitStack) -> _Item:
             return _Item(VhostUserNetConfig(id="passt", path=net.path, mac=_MAC), net.path)
         case Kind.SHARE_FS:
             share = ShareFsConfig(id="more", tag="more", source=str(folder))
-            item = _Share(share, await flavour_of(find_virtiofsd(""), MemoryUndo()), folder)
+            item = _Share(share, (await flavour_of(find_virtiofsd(""), MemoryUndo()))[0], folder)
             stack.callback(item.after)
             return item
         case _:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from devices.errors import HostError
 from guest import cpio
-from guest.kernel import ModuleTree, strip_module
+from guest.kernel import ModuleTree
 from testing.guest import PROJECT
 
 __all__ = ["BootFiles", "initramfs", "prepare"]
@@ -71,7 +71,7 @@ def _make_tree(unpacked: Path, tree: Path) -> None:
     names = modules.order(_MODULES)
     (scratch / "initramfs").mkdir()
     for name in names:
-        (scratch / "initramfs" / f"{name}.ko").write_bytes(strip_module(modules.paths[name]))
+        (scratch / "initramfs" / f"{name}.ko").write_bytes(modules.stripped(name))
     (scratch / "order").write_text("\n".join(names))
     try:
         scratch.rename(tree)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from pathlib import Path
 
 import pytest
 
+from devices.users import RANGE, parse_range
+from shim.resources.cgroup_paths import memberships
 from testing import leaks
 from testing.containerd import KATA, Containerd
 from testing.guest import Value
 from tests.benchhost.conftest import BUSYBOX, PATIENCE
 from tests.benchhost.firecrackers import section
+from tests.security.test_confinement import bits, table
 
 JAILED = pytest.param("jailed", marks=pytest.mark.benchhost(ci=True))
 PLAIN = pytest.param("plain", marks=pytest.mark.benchhost)
@@ -23,6 +27,8 @@ def overrides(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Value | None]]:
     keys = section(tmp_path_factory.mktemp("firecracker"), jailed=request.param == "jailed")
+    if request.param == "jailed":  # as a user of the sandbox's own
+        del keys["jailer_uid"], keys["jailer_gid"]
     return {"hypervisor.firecracker": keys, "runtime": {"hypervisor_name": "firecracker"}}
 
 
@@ -37,6 +43,37 @@ def _the_firecracker() -> Path:
             continue
     (only,) = found
     return only
+
+
+def _compare(process: Path, name: str) -> None:
+    """Its row of SECURITY.md with what /proc says."""
+    row = table()[name]
+    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
+    user = int(status["Uid"].split()[0])
+    assert (user in parse_range(RANGE)) == row["user"].startswith("the sandbox's")
+    assert user in parse_range(RANGE) or user == 0
+    assert status["Gid"].split()[0] == str(user)
+    assert status["Groups"].strip() == ""
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == bits(row["capabilities"])
+    assert int(status["CapBnd"], 16) & ~bits(table()["jailer"]["capabilities"]) == 0
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    own = row["own namespaces"].split(", ")
+    for kind in ("mnt", "ipc", "pid", "net"):
+        if kind != "net":  # this container has no network of its own
+            ours = os.readlink(f"/proc/{_shim()}/ns/{kind}")
+            assert (os.readlink(process / "ns" / kind) != ours) == (kind in own), kind
+    words = (process / "environ").read_bytes().decode().split("\0")
+    assert {word.partition("=")[0] for word in words if word} <= set(row["environment"].split(", "))
+
+
+def _shim() -> int:
+    """The pid of the one shim in here."""
+    (pid,) = [
+        int(process.name)
+        for process in Path("/proc").glob("[0-9]*")
+        if b"containerd-shim-kata" in (process / "cmdline").read_bytes()
+    ]
+    return pid
 
 
 def test_a_container_lives_under_firecracker(
@@ -60,14 +97,11 @@ def test_a_container_lives_under_firecracker(
         timeout=PATIENCE,
     )  # fmt: skip
     process = _the_firecracker()
-    status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
-    assert status["Uid"].split()[0] == ("1234" if jailed else "0")
-    assert (process / "root").readlink() == Path("/") or jailed
-    assert status["Seccomp"] == "2"
-    if jailed:
-        cgroup = Path("/sys/fs/cgroup") / (process / "cgroup").read_text().strip().partition("::/")[2]
-        assert cgroup.parent.name == "firecracker"
-        assert (cgroup / "pids.max").read_text() == "64\n"
+    _compare(process, "Firecracker in its jail" if jailed else "Firecracker without")
+    deadline = time.monotonic() + 60
+    while memberships(process.name)[""] != f"/default/{name}":  # whom ctr's containers are charged to
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
     def exec_(exec_id: str, *command: str, stdin: bytes | None = None) -> bytes:
         return containerd.ctr(

@@ -22,6 +22,7 @@ from typing import ClassVar
 import pytest
 
 from devices.config import VsockConfig
+from devices.confine import CAPABILITIES
 from devices.errors import BugError, GuestError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import OPERATIONS, Kind, Op
 from devices.vsock import AGENT_PORT, HybridVsock
@@ -55,6 +56,22 @@ def _unsupported(what: str) -> Iterator[None]:
 
 def _files(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def _check_confined(pid: int) -> None:
+    """What every process of a VM is denied, whoever its plugin is: SECURITY.md."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    denied = sum(
+        1 << CAPABILITIES.index(name) for name in ("sys_admin", "sys_ptrace", "sys_module", "net_admin")
+    )
+    assert status["NoNewPrivs"] == "1"
+    assert int(status["CapEff"], 16) & denied == 0
+    for kind in ("ipc", "pid"):
+        assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+    words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    ours = {word for word in words if word.startswith((b"PYTEST_CURRENT_TEST=", b"OLDPWD=", b"SHLVL="))}
+    assert ours == set()
 
 
 class HypervisorContract:
@@ -120,6 +137,8 @@ class HypervisorContract:
         metrics = await vm.get_hypervisor_metrics()
         assert metrics["resident_bytes"] > 1 << 20
         assert all(isinstance(value, float) for value in metrics.values())
+        for pid in pids:
+            _check_confined(pid)
         assert isinstance(await vm.get_jailer_root(), str)
         assert isinstance(await vm.hypervisor_config(), self.subject.plugin.section)
         # all of it at once, as a metrics scrape beside a health check does

@@ -2,7 +2,7 @@
 
 `KATA_E2E_RUNTIME=io.containerd.runc.v2` (or `runc`) runs the same tests against runc, the reference that
 the tests themselves are checked with. Tests of what only a VM has are marked `kata_only`.
-`KATA_E2E_CONTAINERD=1.6|1.7|2` runs them under that containerd; without it, under Debian 12's own.
+`KATA_E2E_CONTAINERD=1.6|1.7|2` runs them under that containerd; without it, under the host's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, PAUSE, RUNC, VERSIONS, Containerd, Result
+from testing.containerd import KATA, PAUSE, RUNC, Containerd, Result, chosen_version
 from testing.cri import NAMESPACE, Cri
 from testing.guest import guest_files
 from testing.images import busybox_image, layered_image, pause_image
@@ -25,7 +25,7 @@ from tests.e2e.vms import Boot, booting
 _ALIASES = {"": KATA, "kata": KATA, "runc": RUNC}
 RUNTIME = os.environ.get("KATA_E2E_RUNTIME", "")
 RUNTIME = _ALIASES.get(RUNTIME, RUNTIME)
-CONTAINERD = os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]
+CONTAINERD = chosen_version()
 HERE = Path(__file__).parent
 
 BUSYBOX = "local/busybox:1"

@@ -94,7 +94,7 @@ async def test_vcpus_and_memory_grow_while_files_are_read(boot: Boot, tmp_path: 
         await vm.resize_memory(8192)
     with pytest.raises(HypervisorError, match="this VM can have 2"):
         await vm.resize_vcpu(3)
-    with pytest.raises(UnsupportedByHypervisor, match=r"unplug of a vCPU: .* under TCG"):
+    with pytest.raises(UnsupportedByHypervisor, match="unplug of a vCPU: under TCG"):
         await vm.resize_vcpu(1)
 
 

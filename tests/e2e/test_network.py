@@ -104,6 +104,33 @@ def test_ctr_run_with_cni(plain: Containerd) -> None:
     assert _unsettled(plain, name) == []
 
 
+def test_routes_rules_and_modules(plain: Containerd, start: Start, lab: NetLab) -> None:
+    """Of two default routes the one with the lower metric counts; further tables, rules, ways and peers are
+    there. A module that the configuration names is loaded before the network comes."""
+    lab.sh(
+        "pod",
+        f"ip route replace default via {HOST4} metric 10; ip route del default metric 0 || true;"
+        "ip route add default via 10.199.0.9 metric 200;"
+        "ip -6 route add default via fd00:199::9 metric 2000;"
+        f"ip route add 192.0.2.0/24 via {HOST4} table 1000 mtu 1300; ip rule add from {GUEST4} lookup 1000;"
+        f"ip route add 203.0.113.0/24 nexthop via {HOST4} weight 2 nexthop via 10.199.0.9;"
+        "ip route add blackhole 198.18.0.0/15; ip addr add 10.7.0.1 peer 10.7.0.2/32 dev eth0",
+    )
+    run = _sh(plain, start(agent__kata={"kernel_modules": ["dummy numdummies=2"]}))
+    shown = run("ip route; ip route show table 1000; ip rule; ip -6 route; ip addr; ip route get 8.8.8.8")
+
+    assert f"default via {HOST4} dev eth0  metric 10" in shown
+    assert "default via 10.199.0.9 dev eth0  metric 200" in shown
+    assert "default via fd00:199::9 dev eth0  metric 2000" in shown
+    assert f"192.0.2.0/24 via {HOST4} dev eth0" in shown
+    assert f"from {GUEST4} lookup 1000" in shown
+    assert "203.0.113.0/24" in shown
+    assert "198.18.0.0/15" in shown
+    assert "10.7.0.1 peer 10.7.0.2/32" in shown
+    assert "dummy1" in shown
+    assert f"8.8.8.8 via {HOST4}" in shown
+
+
 def test_a_network_that_was_there_before(plain: Containerd, start: Start, lab: NetLab) -> None:
     """Addresses, routes, neighbours, MTU and MAC address are the pod's; nothing of ours stays in it."""
     mac = lab.sh("pod", "ip -br link show eth0").split()[2]
@@ -229,12 +256,21 @@ def test_killed_while_it_boots_it_leaves_nothing(plain: Containerd, lab: NetLab)
 
 
 def _shim_of(containerd: Containerd, name: str) -> int:
-    (pid,) = [
+    """The daemon. A child of its has the same arguments until it is another program."""
+    found = [
         one.pid
         for one in containerd.processes()
         if name in one.argv and any("containerd-shim-kata-v2" in word for word in one.argv)
     ]
+    (pid,) = [each for each in found if _parent(each) not in found]
     return pid
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:  # it was such a child
+        return pid
 
 
 def test_a_namespace_whose_path_has_gone(start: Start, plain: Containerd, lab: NetLab) -> None:

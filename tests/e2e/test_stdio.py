@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import os
@@ -141,13 +142,19 @@ def test_a_binary_logger_of_a_detached_container(
     """The way of `nerdctl run -d`: the container waits for the logger to be ready, and for it to read."""
     url, log = _logger(
         tmp_path,
-        before="time.sleep(0.5)\nsave('ready', str(time.time()))",
+        before="time.sleep(0.5)\nsave('ready', str(time.time()))\n"
+        "fds = os.listdir('/proc/self/fd')[:-1]\n"
+        "save('has', repr((list(os.environ), {fd: os.readlink('/proc/self/fd/' + fd) for fd in fds})))",
         wait=_UNTIL_FULL_AND_TOLD,
     )
     name = containerd.new_id("logged")
     script = "date +%s >&2; head -c 8388608 /dev/zero; echo done >&2; exit 7"
     containerd.ctr("run", "-d", "--runtime", runtime, "--log-uri", url, BUSYBOX, name, "sh", "-c", script)
     try:
+        environment, descriptors = ast.literal_eval(Path(log + ".has").read_text())
+        assert set(environment) - {"LC_CTYPE"} == {"CONTAINER_ID", "CONTAINER_NAMESPACE"}  # Python's own
+        inherited = {fd for fd, link in descriptors.items() if not link.startswith(log)}
+        assert inherited <= {"0", "1", "2", "3", "4", "5"}
         assert Path(log + ".argv").read_text() == repr((["log", log, "flag", ""], name, containerd.namespace))
         wait_until(lambda: os.path.exists(log + ".full"), "the logger's pipe did not fill")
         begin = wait_until(Path(log + ".stderr").read_text, "nothing on stderr")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import re
 import socket
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,52 @@ async def test_a_served_disk_comes_and_goes_and_data_passes_both_ways(
     assert "vdb" not in out.decode().split()
     assert await manager.try_add_device(disk(daemon), vm) == name
     assert (await manager.generate_agent_device(name)).id == device.id
+
+
+async def test_what_the_guest_syncs_is_on_the_hosts_disk(
+    boot: Boot, daemon: StorageDaemon, tmp_path: Path
+) -> None:
+    """Counted at the back end. Both disks have one serial: they are told apart by their addresses."""
+    second = tmp_path / "second"
+    second.mkdir()
+    image = second / "other.img"
+    image.write_bytes(b"from another host\n".ljust(SIZE, b"\0"))
+    other = StorageDaemon(image, second / "disk.sock")
+    vm, guest, manager = await boot()
+    try:
+        names = [
+            await manager.try_add_device(one, vm)
+            for one in (disk(daemon), VhostUserBlkConfig(id="other", path=other.path))
+        ]
+        served, another = [(await manager.generate_agent_device(name)).id for name in names]
+        _, modes, _ = await guest.run("sh", "-c", "cat /sys/block/vd[bc]/queue/write_cache")
+        with counting(daemon) as synced:
+            write = "head -n1 /dev/x; dd if=/dev/zero of=/dev/x bs=4k seek=2 count=8 conv=fsync 2>/dev/null"
+            code, out, err = await with_disk(guest, served, "sh", "-c", write)
+            assert (code, out) == (0, b"from the host\n"), err
+            assert synced() >= 1
+        _, out, _ = await with_disk(guest, another, "head", "-n1", "/dev/x")
+        assert out == b"from another host\n"
+        assert modes.splitlines() == [b"write back"] * 2
+    finally:
+        for name in names:
+            await manager.try_remove_device(name, vm)
+        other.close()
+
+
+@contextlib.contextmanager
+def counting(daemon: StorageDaemon) -> Iterator[Callable[[], int]]:
+    """How often the back end has had the host write its file to the disk, from now on."""
+    log = Path(daemon.path).with_suffix(".trace")
+    calls = ["-e", "trace=fsync,fdatasync", "-p", str(daemon.process.pid), "-o", str(log)]
+    tracer = subprocess.Popen(["strace", "-f", *calls], stderr=subprocess.PIPE)
+    assert tracer.stderr is not None
+    assert b"attached" in tracer.stderr.readline()
+    try:
+        yield lambda: len(re.findall(r"f(?:data)?sync\(", log.read_text()))
+    finally:
+        tracer.terminate()
+        tracer.communicate(timeout=PROMPT)
 
 
 async def test_a_served_card_carries_packets_both_ways(boot: Boot, passt: Passt) -> None:

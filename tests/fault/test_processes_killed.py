@@ -13,7 +13,7 @@ import pytest
 
 from testing import leaks
 from testing.api import Api
-from testing.containerd import KATA, VERSIONS, Containerd
+from testing.containerd import KATA, Containerd, chosen_version
 from testing.guest import guest_files
 from testing.images import busybox_image
 
@@ -31,7 +31,7 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]
         pytest.fail(f"the guest is not built: {', '.join(missing)}; run `make guest`", pytrace=False)
     archive = tmp_path_factory.mktemp("images") / "busybox.tar"
     busybox_image(archive, BUSYBOX)
-    with Containerd(debug=True, version=os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]) as daemon:
+    with Containerd(debug=True, version=chosen_version()) as daemon:
         daemon.ctr("image", "import", str(archive))
         yield daemon
 

@@ -1,8 +1,8 @@
 """Builds the Go peer (`peer/`), against Debian's ttrpc 1.1 and, if it can be had, ttrpc 1.2 with streams.
 
 What: `peer(streams=False)` returns the path of the program; built once, into build/interop, which also
-keeps Go's cache. ttrpc 1.2 is two source packages of Debian sid that compile with Debian 12's Go and
-libraries: `make setup` unpacks them below build/interop, never installed.
+keeps Go's cache. Both ttrpcs are source packages, of Debian 12 and of sid, that compile with any Debian's Go
+and libraries: `make setup` unpacks them below build/interop, never installed.
 Raises `Unavailable` with what is missing.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent / "peer"
 BUILD = Path(__file__).parents[2] / "build" / "interop"
 GOCODE = Path("/usr/share/gocode")
-SID = BUILD / "sid" / "usr/share/gocode"
+OLD, NEW = (BUILD / suite / "usr/share/gocode" for suite in ("bookworm", "sid"))
 
 
 class Unavailable(Exception):  # noqa: N818  (the reason of a skip, not a fault)
@@ -35,11 +35,10 @@ def peer(*, streams: bool = False) -> Path:
     newest = max(path.stat().st_mtime for path in SOURCE.iterdir())
     if program.exists() and program.stat().st_mtime > newest:
         return program
-    gopath = str(GOCODE)
-    if streams:
-        if not SID.exists():
-            raise Unavailable(f"Go's ttrpc 1.2 is not in {SID} (make setup fetches it)")
-        gopath = f"{SID}:{gopath}"
+    ours = NEW if streams else OLD
+    if not ours.exists():
+        raise Unavailable(f"Go's ttrpc is not in {ours} (make setup fetches it)")
+    gopath = f"{ours}:{GOCODE}"
     environment = {
         **os.environ,
         "GO111MODULE": "off",

@@ -61,6 +61,8 @@ PYTHON = ("Traceback", "Error:", "object has no", "NoneType", "unhashable", "not
 class Files:
     """A container's files, of which nothing is made."""
 
+    live = True
+
     async def name(self, volumes: Any) -> Any:
         return volumes
 
@@ -103,6 +105,7 @@ class Prepared(FakeSandbox):
             trace=Trace("c"),
             agent=lambda: cast("Any", self.agent),
             rescan=lambda: asyncio.sleep(0),
+            spawn=lambda work: work.close(),
         )
 
     async def prepare_container(

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from testing.containerd import KATA, VERSIONS, Containerd
+from testing.containerd import KATA, VERSIONS, Containerd, own_version
 from testing.guest import guest_files
 from testing.images import busybox_image
 from tests.stress.storm import Storm
@@ -26,7 +26,7 @@ def main() -> int:
         default=10,
         help="containers in each; the others are alone (default: %(default)s)",
     )
-    parser.add_argument("--containerd", choices=VERSIONS, default=VERSIONS[0], help="default: %(default)s")
+    parser.add_argument("--containerd", choices=VERSIONS, default=own_version(), help="default: %(default)s")
     parser.add_argument("--runtime", default=KATA, help="default: %(default)s")
     parser.add_argument(
         "--debug", action="store_true", help="show containerd's and the shims' log if it went wrong"

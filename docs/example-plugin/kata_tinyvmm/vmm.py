@@ -14,7 +14,7 @@ import re
 import socket
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from devices.child import Child, process_start_time, process_stat
+from devices.child import Child, process_start_time, process_stat, thread_ids
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -23,6 +23,7 @@ from devices.config import (
     ShareFsConfig,
     VsockConfig,
 )
+from devices.confine import Bind, Confinement, View
 from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import YES, Kind, Op, Support
@@ -61,6 +62,7 @@ class TinyVm:
         self._accelerator = ""
         self._argv: dict[str, list[str]] = {}  # of each device, by its id
         self._fds: list[int] = []  # that QEMU inherits
+        self._disks: dict[str, Bind] = {}  # files that QEMU opens itself, likewise
         self._vsock: VsockDaemon | None = None
         self._vhost_fd = -1
         self._share_fs: Virtiofsd | None = None
@@ -96,6 +98,7 @@ class TinyVm:
                 file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
                 argv = ["-blockdev", json.dumps({**node, "file": file})]
                 argv += ["-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id}"]
+                self._disks[device.id] = Bind(path=device.path, writable=not device.read_only)
             case VsockConfig():
                 argv = await self._add_vsock(device)
             case ShareFsConfig():
@@ -191,7 +194,7 @@ class TinyVm:
         """Disks, and before the start only."""
         if self._ended is not None or "-blockdev" not in self._argv.get(device_id, ()):
             self._cannot(f"taking {device_id} away")
-        del self._argv[device_id]
+        del self._argv[device_id], self._disks[device_id]
 
     async def update_device(self, device: DeviceConfig) -> None:
         """Unsupported."""
@@ -324,7 +327,9 @@ class TinyVm:
             await asyncio.wait({asking})
         if self._ended.done():
             raise self._gone(self._ended.result())
-        self._threads = asking.result()
+        # QEMU is the first process of a pid namespace, and tells its numbers there.
+        known = thread_ids(self._qemu.pid) if self._qemu is not None else {}
+        self._threads = {vcpu: known[thread] for vcpu, thread in asking.result().items()}
 
     async def _spawn(self) -> socket.socket:
         """QEMU with all it inherits; our end of its monitor."""
@@ -336,7 +341,7 @@ class TinyVm:
                 [self._section.path, *self._arguments(theirs.fileno())],
                 name="qemu",
                 undo=self._undo,
-                netns=self._netns,
+                confinement=self._confinement(),
                 pass_fds=[theirs.fileno(), *self._fds],
             )
         if self._console is not None:
@@ -347,6 +352,14 @@ class TinyVm:
         if self._stopping:
             raise HypervisorError("the VM was stopped while it started", phase="boot")
         return ours
+
+    def _confinement(self) -> Confinement:
+        """What QEMU may: see the files that its arguments name, and the pod's network. Nothing else is said,
+        so the rest is as strict as can be (`devices.confine`)."""
+        files = (self._section.kernel, self._section.initrd, "/sys/devices/system")
+        binds = (*(Bind(path=path) for path in files if path), *self._disks.values())
+        nodes = (*(["/dev/kvm"] if self._accelerator == "kvm" else []), self._section.entropy_source)
+        return Confinement(network=self._netns, view=View(binds=binds, nodes=nodes))
 
     async def _end(self) -> None:
         """Kill what runs, and see that the end is told."""

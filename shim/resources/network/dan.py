@@ -29,7 +29,8 @@ from devices.strict_json import parse
 from devices.threads import acquire
 from hypervisors.base import Hypervisor
 from shim.resources.network.netns import Netns
-from shim.resources.network.scan import Address, Link, Neighbor, Route, Scan
+from shim.resources.network.routes import RTAX_MTU, Hop, Route
+from shim.resources.network.scan import Address, Link, Neighbor, Scan
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.network.tap import open_tap, open_vhost
 from shim.state.trace import Trace
@@ -193,15 +194,14 @@ def _route(part: _Part, link: str) -> Route:
     if len(families) != 1:
         raise ValueError(f"{part.place} needs addresses of one family")
     default = texts["dest"] in ("0.0.0.0/0", "::/0")
+    mtu = part.number("mtu", 0, range(65536))
     return Route(
         family=families.pop(),
         destination="" if default else texts["dest"],
-        gateway=texts["gateway"],
+        hops=(Hop(texts["gateway"], link, part.number("flags", 0, range(1 << 32))),),
         source=texts["source"],
-        link=link,
         scope=part.number("scope", 0, range(256)),
-        flags=part.number("flags", 0, range(1 << 32)),
-        mtu=part.number("mtu", 0, range(65536)),
+        metrics=((RTAX_MTU, mtu),) if mtu else (),
     )
 
 

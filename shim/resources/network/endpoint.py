@@ -46,6 +46,7 @@ class Endpoint:
         undo: UndoLog,
         *,
         by_name: bool,
+        owner: tuple[int, int] = (0, 0),
     ) -> None:
         self.link = link
         self.id = f"net{number}"
@@ -54,6 +55,7 @@ class Endpoint:
         self._settings = settings
         self._undo = undo
         self._by_name = by_name
+        self._owner = owner
         self._macvtap = settings.model == MACVTAP
         self._tap = f"{'macvtap' if self._macvtap else 'tap'}{number}{OURS}"
         self._ifb = f"ifb{number}{OURS}" if self._macvtap and settings.receive else ""
@@ -175,7 +177,7 @@ class Endpoint:
                 return taps
             self._fds += (
                 taps := open_tap(
-                    self._tap, queues=settings.queues, persistent=self._by_name, owner=settings.owner
+                    self._tap, queues=settings.queues, persistent=self._by_name, owner=self._owner
                 )
             )
             links.raise_link(rtnl, links.index_of(self._tap), link.mtu)

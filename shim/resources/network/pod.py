@@ -59,7 +59,7 @@ class PodNetwork:
         self._netns: Netns | None = None
         self._scanning: asyncio.Task[Scan] | None = None
         self._scan: Scan | None = None
-        self._by_name = False
+        self._by_name, self._owner = False, (0, 0)
         self._endpoints: list[Endpoint] = []
         self._parted: list[Endpoint] = []  # those whose card could not be unplugged
         self._untold: list[Endpoint] = []
@@ -89,7 +89,7 @@ class PodNetwork:
             self._scan = await self._scanning
             if self._scan.links:
                 capabilities = await self._hypervisor.capabilities()
-                self._by_name = capabilities.tap_by_name
+                self._by_name, self._owner = capabilities.tap_by_name, capabilities.tap_owner
                 _require(capabilities, Op.COLD)
             for link in self._scan.links:
                 await self._plug(link)
@@ -177,7 +177,15 @@ class PodNetwork:
         from shim.resources.network.endpoint import Endpoint
 
         assert self._netns is not None
-        endpoint = Endpoint(self._netns, link, self._made, self._settings, self._undo, by_name=self._by_name)
+        endpoint = Endpoint(
+            self._netns,
+            link,
+            self._made,
+            self._settings,
+            self._undo,
+            by_name=self._by_name,
+            owner=self._owner,
+        )
         self._made += 1
         card = await endpoint.make()
         try:

@@ -1,13 +1,11 @@
 """rtnetlink by pyroute2's messages, without the rest of pyroute2.
 
-What: `messages` and `tc_messages` give the classes that encode and decode; `Rtnl` is a socket that dumps and
-asks.
+What: `message` gives the classes that encode and decode; `Rtnl` is a socket that dumps and asks.
 Why not `pyroute2.IPRoute`: `import pyroute2` takes 75 ms, a tenth of them for what is used here, and the
 start of every pod waits for it. The messages are plain data: one socket, opened in the pod's namespace,
 and a loop over what the kernel answers are all that they need.
 Invariants: an exchange ends with the kernel's NLMSG_DONE or NLMSG_ERROR, or after five seconds; errors are
-OSError with the kernel's errno. To decode a message takes a fifth of a millisecond, so what is not wanted is
-passed over undecoded, and of what is there is a most (`TooMany`). Blocking: for threads only.
+OSError with the kernel's errno. Blocking: for threads only.
 Source: rtnetlink(7), netlink(7).
 """
 
@@ -22,7 +20,7 @@ import struct
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 __all__ = [
@@ -35,11 +33,13 @@ __all__ = [
     "RTM_GETNEIGH",
     "RTM_GETQDISC",
     "RTM_GETROUTE",
+    "RTM_GETRULE",
     "RTM_NEWLINK",
     "RTM_NEWQDISC",
     "RTM_NEWTFILTER",
     "Rtnl",
     "TooMany",
+    "attributes",
     "message",
 ]
 
@@ -47,6 +47,7 @@ RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
 RTM_GETADDR, RTM_GETROUTE, RTM_GETNEIGH = 22, 26, 30
 RTM_NEWQDISC, RTM_DELQDISC, RTM_GETQDISC = 36, 37, 38
 RTM_NEWTFILTER = 44
+RTM_GETRULE = 34
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_EXCL, NLM_F_CREATE = 0x1, 0x4, 0x200, 0x400
 _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x300, 0x10
@@ -58,6 +59,7 @@ _MOST = 1024
 """Messages of one dump, if its caller does not say otherwise."""
 
 _header = struct.Struct("IHHII")  # length, type, flags, sequence, port
+_attribute = struct.Struct("HH")  # length, type
 _importing = threading.Lock()
 
 
@@ -123,33 +125,61 @@ class Rtnl:
 
         `wanted` says of the bytes behind the netlink header whether to decode them. Raises TooMany.
         """
+        asked = message(name)()
+        for key, value in fields.items():
+            asked[key] = value
+
+        def decoded(body: bytes) -> Any:
+            answer = type(asked)(body)
+            answer.decode()
+            return answer
+
+        return self._whole(
+            name, lambda: self._exchange(self._encoded(asked, kind, _NLM_F_DUMP), decoded, wanted, most)
+        )
+
+    def dump_plain(
+        self, what: str, kind: int, family: int, *, wanted: Callable[[bytes], bool], most: int
+    ) -> list[bytes]:
+        """The bodies of the messages of one address family, undecoded: of what there may be thousands, at a
+        tenth of a millisecond each. Raises TooMany."""
+
+        def exchange() -> tuple[list[bytes], bool]:
+            body = bytes([family]).ljust(12, b"\0")  # struct rtmsg, and struct fib_rule_hdr
+            self._sequence += 1
+            flags = _NLM_F_DUMP | NLM_F_REQUEST
+            packet = _header.pack(_header.size + len(body), kind, flags, self._sequence, 0) + body
+            return self._exchange(packet, lambda answer: answer[_header.size :], wanted, most)
+
+        return self._whole(what, exchange)
+
+    def _whole(self, what: str, exchange: Callable[[], tuple[list[Any], bool]]) -> list[Any]:
         for _ in range(_DUMPS):
-            asked = message(name)()
-            for key, value in fields.items():
-                asked[key] = value
-            found, whole = self._exchange(asked, kind, _NLM_F_DUMP, wanted, most)
+            found, whole = exchange()
             if whole:
                 return found
-        raise OSError(errno.EBUSY, f"the kernel's {name} table changed all the time")
+        raise OSError(errno.EBUSY, f"the kernel's {what} table changed all the time")
 
     def ask(self, asked: Any, kind: int, flags: int = 0) -> None:
         """Send one message and wait for its acknowledgement."""
-        self._exchange(asked, kind, flags | NLM_F_ACK)
+        self._exchange(self._encoded(asked, kind, flags | NLM_F_ACK), lambda _: None)
 
-    def _exchange(
-        self,
-        asked: Any,
-        kind: int,
-        flags: int,
-        wanted: Callable[[bytes], bool] = lambda _: True,
-        most: int = _MOST,
-    ) -> tuple[list[Any], bool]:
+    def _encoded(self, asked: Any, kind: int, flags: int) -> bytes:
         self._sequence += 1
         asked["header"]["type"] = kind
         asked["header"]["flags"] = flags | NLM_F_REQUEST
         asked["header"]["sequence_number"] = self._sequence
         asked.encode()
-        self._socket.send(bytes(asked.data))
+        return bytes(asked.data)
+
+    def _exchange(
+        self,
+        packet: bytes,
+        decoded: Callable[[bytes], Any],
+        wanted: Callable[[bytes], bool] = lambda _: True,
+        most: int = _MOST,
+    ) -> tuple[list[Any], bool]:
+        self._socket.send(packet)
         found: list[Any] = []
         whole = True
         while True:
@@ -175,6 +205,19 @@ class Rtnl:
                     continue
                 if len(found) >= most:
                     raise TooMany(most)
-                answer = type(asked)(body)
-                answer.decode()
-                found.append(answer)
+                found.append(decoded(body))
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The rtattrs of a body, the last of each kind: {kind: value}."""
+    return dict(_attributes(data))
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    offset = 0
+    while offset + _attribute.size <= len(data):
+        length, kind = _attribute.unpack_from(data, offset)
+        if length < _attribute.size:
+            return
+        yield kind & 0x3FFF, data[offset + _attribute.size : offset + length]
+        offset += (length + 3) & ~3

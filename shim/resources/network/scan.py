@@ -6,9 +6,9 @@ afterwards, when the namespace's own are shadowed by what was joined to the VM.
 Invariants: reading only. A link counts if somebody gave it an address (the link-local one that the kernel
 makes says nothing, and the guest's kernel makes the same) and is no loopback; one of a kind that cannot be
 joined to a VM is an error that names it, since the pod would be without it and not know why. Our own taps
-are none of the pod's links. Routes are the main table's that somebody set: those that the kernel makes
-itself for an address it makes in the guest as well. Of each there is a most (`MOST`): a namespace with more
-is refused by that name, since a pod without some of its routes would not know why.
+are none of the pod's links. Routes and rules are `shim.resources.network.routes`' matter. Of each there is a
+most (`MOST`): a namespace with more is refused by that name, since a pod without some of its routes would
+not know why.
 Source: rtnetlink(7); Kata's choice (facts/kata.md 1.6).
 """
 
@@ -23,46 +23,35 @@ from typing import Any
 import structlog
 
 from devices.errors import HostError
+from shim.resources.network import routes as routing
 from shim.resources.network.netns import OURS, names
-from shim.resources.network.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, RTM_GETROUTE, Rtnl, TooMany
+from shim.resources.network.routes import Route, Rule, read, too_many
+from shim.resources.network.rtnl import RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, Rtnl, TooMany
 
-__all__ = ["MOST", "Address", "Link", "Neighbor", "Route", "Scan", "scan"]
+__all__ = ["MOST", "Address", "Link", "Neighbor", "Scan", "scan"]
 
 _log = structlog.get_logger("network")
 
-MOST = {"links": 1024, "addresses": 1024, "routes": 1024, "permanent neighbours": 1024}
-"""Of a namespace, routes of each family. 100,000 took 19 s and 345 MiB, at each look."""
+MOST = {"links": 1024, "addresses": 1024, "routes": routing.MOST, "permanent neighbours": 1024}
+"""Of a namespace, routes and rules of each family. 100,000 took 19 s and 345 MiB, at each look."""
 _KINDS = frozenset({"veth", "macvlan"})
 _IFF_LOOPBACK = 0x8
-_RT_TABLE_MAIN = 254
-_RTPROT_KERNEL = 2
-_RTN_UNICAST = 1
 _RT_SCOPE_LINK = 253
+_IFA_F_NOPREFIXROUTE = 0x200
 _NUD_PERMANENT = 0x80
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """`family` is AF_INET or AF_INET6."""
+    """`family` is AF_INET or AF_INET6. `peer`: the address at the other end, whose prefix it is then, or "".
+    `scope` as the kernel has it; `noprefixroute`: the kernel makes no route for the prefix."""
 
     family: int
     address: str
     prefix: int
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """`destination` is "10.0.0.0/8", "" for the default; `gateway` and `source` may be ""; `scope` and
-    `flags` as the kernel has them; `link` is the name of the link."""
-
-    family: int
-    destination: str
-    gateway: str
-    source: str
-    link: str
-    scope: int
-    flags: int
-    mtu: int
+    peer: str = ""
+    scope: int = 0
+    noprefixroute: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +85,7 @@ class Scan:
     routes: tuple[Route, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     names: frozenset[str] = field(default_factory=frozenset)
+    rules: tuple[Rule, ...] = ()
 
 
 def scan() -> Scan:
@@ -106,11 +96,8 @@ def scan() -> Scan:
     with Rtnl() as rtnl:
         addresses: dict[int, list[Address]] = {}
         for message in _dump(rtnl, "addresses", "ifaddrmsg", RTM_GETADDR):
-            address = message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS")
             if not (message["family"] == socket.AF_INET6 and message["scope"] == _RT_SCOPE_LINK):
-                addresses.setdefault(message["index"], []).append(
-                    Address(message["family"], address, message["prefixlen"])
-                )
+                addresses.setdefault(message["index"], []).append(_address(message))
         links = []
         for message in _dump(rtnl, "links", "ifinfmsg", RTM_GETLINK):
             link = _link(message, tuple(addresses.get(message["index"], ())))
@@ -119,12 +106,8 @@ def scan() -> Scan:
         if not links:
             return Scan(names=present)
         by_index = {link.index: link.name for link in links}
-        routes = [
-            route
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for message in _dump(rtnl, "routes", "rtmsg", RTM_GETROUTE, _is_somebodys, family=family)
-            if (route := _route(message, by_index)) is not None
-        ]
+        loopback = socket.if_nametoindex("lo")
+        routes, rules = read(rtnl, {loopback: "lo", **by_index})
         neighbors = [
             Neighbor(
                 message["family"],
@@ -137,37 +120,36 @@ def scan() -> Scan:
             and message.get_attr("NDA_DST")
             and message.get_attr("NDA_LLADDR")
         ]
-    return Scan(tuple(links), tuple(routes), tuple(neighbors), present)
+    return Scan(tuple(links), routes, tuple(neighbors), present, rules)
 
 
 def _dump(
-    rtnl: Rtnl,
-    what: str,
-    name: str,
-    kind: int,
-    wanted: Callable[[bytes], bool] = lambda _: True,
-    **fields: int,
+    rtnl: Rtnl, what: str, name: str, kind: int, wanted: Callable[[bytes], bool] = lambda _: True
 ) -> list[Any]:
     """All of what the namespace has and is `wanted`. Raises HostError if that is more than the most."""
     try:
-        return rtnl.dump(name, kind, wanted=wanted, most=MOST[what], **fields)
+        return rtnl.dump(name, kind, wanted=wanted, most=MOST[what])
     except TooMany as error:
-        raise HostError(
-            f"the pod's network has more than {error.most} {what}",
-            phase="network",
-            hint="see what sets them; a pod with the host's network needs none of them in its VM",
-            code="RESOURCE_EXHAUSTED",
-        ) from error
-
-
-def _is_somebodys(route: bytes) -> bool:
-    """Of a struct rtmsg: in the main table, and not the kernel's own. rtnetlink(7)"""
-    return route[4] == _RT_TABLE_MAIN and route[5] != _RTPROT_KERNEL
+        raise too_many(error, what) from error
 
 
 def _is_permanent(neighbor: bytes) -> bool:
     """Of a struct ndmsg."""
     return bool(int.from_bytes(neighbor[8:10], sys.byteorder) & _NUD_PERMANENT)
+
+
+def _address(message: Any) -> Address:
+    """IPv4 names the peer always, be it the address itself; IPv6 names the own one only if there is one."""
+    local, address = message.get_attr("IFA_LOCAL"), message.get_attr("IFA_ADDRESS")
+    flags = message.get_attr("IFA_FLAGS") or message["flags"]
+    return Address(
+        message["family"],
+        local or address,
+        message["prefixlen"],
+        peer=address if local and address and local != address else "",
+        scope=message["scope"],
+        noprefixroute=bool(flags & _IFA_F_NOPREFIXROUTE),
+    )
 
 
 def _link(message: Any, addresses: tuple[Address, ...]) -> Link | None:
@@ -194,39 +176,3 @@ def _link(message: Any, addresses: tuple[Address, ...]) -> Link | None:
         flags=message["flags"],
         addresses=addresses,
     )
-
-
-def _route(message: Any, links: dict[int, str]) -> Route | None:
-    out = message.get_attr("RTA_OIF")
-    if message["type"] != _RTN_UNICAST or out is None:
-        _log.warning(
-            "a route that the guest does not get: it has several ways, or none",
-            destination=message.get_attr("RTA_DST") or "default",
-        )
-        return None
-    if out not in links:
-        return None
-    destination = message.get_attr("RTA_DST")
-    metrics = message.get_attr("RTA_METRICS")
-    via = message.get_attr("RTA_GATEWAY") or _gateway_of_another_family(message)
-    return Route(
-        family=message["family"],
-        destination=f"{destination}/{message['dst_len']}" if destination else "",
-        gateway=via or "",
-        source=message.get_attr("RTA_PREFSRC") or "",
-        link=links[out],
-        scope=message["scope"],
-        flags=message["flags"],
-        mtu=int((metrics and metrics.get_attr("RTAX_MTU")) or 0),
-    )
-
-
-def _gateway_of_another_family(message: Any) -> str:
-    """An IPv4 route by way of an IPv6 neighbour: the agent's messages have no place for it."""
-    if message.get_attr("RTA_VIA") is not None:
-        raise HostError(
-            "the pod has a route by way of a gateway of the other address family,"
-            " which the guest's agent cannot be told",
-            phase="network",
-        )
-    return ""

@@ -23,9 +23,8 @@ MODELS = (TCFILTER, MACVTAP, NO_MODEL)
 class NetworkSettings:
     """`path` of the namespace, "" for none; `own`: without a path the VM gets a new one, as runc gives each
     container. `queues` of each card; `vhost`: use vhost-net where there is one. `receive` and `send` are the
-    most bits a second to and from the guest, 0 for no limit, where it is not the VMM's own matter. `owner`:
-    whoever opens a tap by its name. `dan`: the path of a file that, if it is there, says which cards there
-    are (`dan.DanNetwork`); "" for none.
+    most bits a second to and from the guest, 0 for no limit, where it is not the VMM's own matter. `dan`: the
+    path of a file that, if it is there, says which cards there are (`dan.DanNetwork`); "" for none.
     """
 
     path: str = ""
@@ -35,7 +34,6 @@ class NetworkSettings:
     vhost: bool = True
     receive: int = 0
     send: int = 0
-    owner: tuple[int, int] = (0, 0)
     dan: str = ""
 
 
@@ -66,5 +64,4 @@ def _of_the_namespace(runtime: Any, section: Any, spec: Mapping[str, Any]) -> Ne
             receive=section.rx_rate_limiter_max_rate,
             send=section.tx_rate_limiter_max_rate,
         )
-    owner = (getattr(section, "jailer_uid", 0), getattr(section, "jailer_gid", 0))
-    return NetworkSettings(path=path, own=own, model=model, owner=owner)
+    return NetworkSettings(path=path, own=own, model=model)

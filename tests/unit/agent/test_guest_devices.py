@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from agent.storage import blockdev
-from agent.storage.blockdev import find_device, pci_directory, resolve_devices, wait_for_link, wait_for_size
+from agent.storage.blockdev import (
+    find_device,
+    pci_directory,
+    resolve_devices,
+    wait_for_address,
+    wait_for_link,
+    wait_for_size,
+)
 from agent.storage.mounts import mounts_below, parse_options
 from agent.storage.storages import Storages
 from proto import agent_pb2
@@ -95,6 +102,30 @@ async def test_a_network_card_is_waited_for_by_its_path(sysfs: Path) -> None:
         await wait_for_link("02", sysfs=str(sysfs), timeout=0.05)
 
 
+async def test_a_network_card_is_waited_for_by_its_address(
+    sysfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card without a PCI path (microvm) was "no interface" where its driver came after the agent."""
+    events: list[float] = []
+
+    async def on_uevent(look: Any, timeout: float) -> object:
+        events.append(timeout)
+        if timeout < 1:
+            raise TimeoutError
+        assert look() is None
+        (sysfs / "class/net/eth0").mkdir(parents=True)
+        (sysfs / "class/net/gone").mkdir()
+        (sysfs / "class/net/eth0/address").write_text("02:00:00:00:00:0a\n")
+        return look()
+
+    monkeypatch.setattr(blockdev, "on_uevent", on_uevent)
+    await wait_for_address("02:00:00:00:00:0A", sysfs=str(sysfs), timeout=9)
+    await wait_for_address("02:00:00:00:00:0a", sysfs=str(sysfs), timeout=9)
+    await wait_for_address("02:00:00:00:00:0b", sysfs=str(sysfs), timeout=0.5)
+
+    assert events == [9, 0.5]
+
+
 async def test_a_device_that_never_comes(sysfs: Path) -> None:
     with pytest.raises(RpcError) as caught:
         await find_device("blk", "09", sysfs=str(sysfs), timeout=0.05)
@@ -153,8 +184,8 @@ async def test_a_storage_cannot_cover_the_guest(target: str) -> None:
 
 
 async def test_an_unknown_driver_is_named() -> None:
-    storage = agent_pb2.Storage(driver="watchable-bind", mount_point="/run/kata-containers/x")
-    with pytest.raises(RpcError, match="watchable-bind") as caught:
+    storage = agent_pb2.Storage(driver="image_guest_pull", mount_point="/run/kata-containers/x")
+    with pytest.raises(RpcError, match="image_guest_pull") as caught:
         await Storages().add([storage])
 
     assert caught.value.code == Code.UNIMPLEMENTED

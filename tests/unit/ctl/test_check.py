@@ -58,10 +58,12 @@ class World:
         (root / "proc/cpuinfo").write_text(
             "processor: 0\nmodel name\t: Fast\nflags\t\t: fpu svm\nprocessor: 1\n"
         )
+        (root / "proc/self").mkdir()
+        self.mounts("1 0 8:1 / / rw shared:1 - ext4 /dev/root rw")
         self.measured = Measured(ratio=1.04)
         self.netns = ""
         self.plugins: dict[str, Any] = {}
-        (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory\n")
+        (root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu memory pids\n")
         (root / "proc/meminfo").write_text("MemTotal: 4096000 kB\nMemAvailable: 2048000 kB\n")
         for name in ("containerd-shim-kata-v2", "virtiofsd", "vsockd", "qemu"):
             self.program(name)
@@ -73,6 +75,9 @@ class World:
             f'image = "{root}/image"\nvirtio_fs_daemon = "{root}/bin/virtiofsd"\n'
             f'vsock_daemon = "{root}/bin/vsockd"\n'
         )
+
+    def mounts(self, *lines: str) -> None:
+        (self.root / "proc/self/mountinfo").write_text("".join(f"{line}\n" for line in lines))
 
     def program(self, name: str) -> None:
         path = self.root / "bin" / name
@@ -117,6 +122,8 @@ def test_a_good_host_has_a_line_for_everything_and_no_complaint(world: World) ->
         "virtiofsd",
         "memory",
         "cgroup",
+        "confine",
+        "mounts",
         "netns",
         "tun",
         "state",
@@ -250,9 +257,13 @@ def test_an_unknown_hypervisor_is_one_failure(world: World) -> None:
 @pytest.mark.parametrize(
     ("entries", "level", "text"),
     [
-        (["cgroup.controllers"], Level.OK, "version 2 (unified)"),
-        (["memory", "unified"], Level.OK, "version 1, with version 2 beside it (hybrid)"),
-        (["memory", "cpu"], Level.OK, "version 1"),
+        (
+            ["memory", "pids", "cpu,cpuacct", "unified"],
+            Level.OK,
+            "version 1, with version 2 beside it (hybrid)",
+        ),
+        (["memory", "cpu", "pids"], Level.OK, "version 1"),
+        (["memory", "cpu"], Level.WARN, "version 1; without pids: what pods may have of it is not limited"),
         ([], Level.FAIL, "nothing is mounted"),
     ],
 )
@@ -263,6 +274,57 @@ def test_cgroup_modes(world: World, entries: list[str], level: Level, text: str)
     found = world.look()["cgroup"]
     assert found.level is level
     assert found.text.startswith(text)
+
+
+def test_cgroups_of_version_2(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (world.look()["cgroup"].level, world.look()["cgroup"].text) == (Level.OK, "version 2 (unified)")
+    (world.root / "sys/fs/cgroup/cgroup.controllers").write_text("cpu pids\n")
+    found = world.look()["cgroup"]
+    assert found.level is Level.WARN
+    assert found.text.startswith("version 2 (unified); without memory: ")
+    assert "cgroup_enable=memory" in found.hint
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "cgroup" not in str(path) and access(path, mode))
+    found = world.look()["cgroup"]
+    assert found.level is Level.WARN
+    assert "cannot be written: pods are charged to containerd's cgroup" in found.text
+
+
+def test_users_that_somebody_has_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By /etc/passwd and by /etc/subuid; and without the program that confines nothing can be started."""
+    (world.root / "etc").mkdir(exist_ok=True)
+    (world.root / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\nodd\nx:y:z\n")
+    (world.root / "etc/subuid").write_text("alice:100000:65536\n")
+    found = world.look()["confine"]
+    assert (found.level, found.text) == (Level.OK, "each sandbox has a user of 2000000000-2000065535")
+    (world.root / "etc/passwd").write_text("bob:x:2000000007:5::/:/bin/sh\n")
+    (world.root / "etc/subuid").write_text("alice:1999999999:2\n")
+    found = world.look()["confine"]
+    assert (found.level, found.text) == (Level.WARN, "users 2000000000-2000065535 are bob, alice's too")
+    assert "rootless_users" in found.hint
+    monkeypatch.setattr("devices.confine.HELPER", "/nope/kata-confine")
+    found = world.look()["confine"]
+    assert (found.level, found.hint) == (Level.FAIL, "make setup")
+
+
+@pytest.mark.parametrize(
+    ("line", "level", "hint"),
+    [
+        ("1 0 8:1 / / rw shared:1 - ext4 /dev/root rw", Level.OK, ""),
+        ("1 0 8:1 / / rw master:1 shared:2 - ext4 /dev/root rw", Level.OK, ""),
+        ("1 0 8:1 / / rw - ext4 /dev/root rw", Level.WARN, "make-rshared /"),
+        ("1 0 8:1 / / rw master:7 - ext4 /dev/root rw", Level.WARN, "make-rshared /"),
+        ("1 0 8:1 / /run rw shared:1 - tmpfs run rw", Level.FAIL, "mount --bind ROOT ROOT"),
+        ("garbage", Level.FAIL, "mount --bind ROOT ROOT"),
+    ],
+)
+def test_how_the_root_is_mounted(world: World, line: str, level: Level, hint: str) -> None:
+    """A chroot that is no mount point cannot do it; one that is not shared misses later mounts."""
+    world.mounts(line)
+    found = world.look()["mounts"]
+
+    assert found.level is level
+    assert hint in found.hint
 
 
 def test_memory_below_what_a_vm_takes(world: World) -> None:

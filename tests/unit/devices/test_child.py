@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from devices import mark
-from devices.child import Child, describe_exit, process_start_time
+from devices.child import Child, describe_exit, process_start_time, thread_ids
+from devices.confine import Confinement
 from devices.errors import HostError
 from devices.mark import mark_children, mark_of, marked
 from devices.undo import Entry, MemoryUndo
+
+OPEN = Confinement(view=None, own_pids=False)
+"""For children that are not looked at for what they may."""
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -27,7 +31,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def shell(script: str, undo: MemoryUndo | None = None) -> Child:
-    return await Child.spawn(["/bin/sh", "-c", script], name="sh", undo=undo or MemoryUndo())
+    return await Child.spawn(
+        ["/bin/sh", "-c", script], name="sh", undo=undo or MemoryUndo(), confinement=OPEN
+    )
 
 
 @pytest.mark.parametrize("code", [0, 1, 42, 255])
@@ -83,7 +89,11 @@ async def test_a_child_carries_the_mark(monkeypatch: pytest.MonkeyPatch) -> None
     mark_children("0123abcd" * 4, 77)
     for env in (None, {"A": "1"}):
         child = await Child.spawn(
-            ["/bin/sh", "-c", "sleep 100 & echo $!; wait"], name="sh", undo=MemoryUndo(), env=env
+            ["/bin/sh", "-c", "sleep 100 & echo $!; wait"],
+            name="sh",
+            undo=MemoryUndo(),
+            confinement=OPEN,
+            env=env,
         )
         await until(lambda child=child: bool(child.stderr_tail()))  # type: ignore[misc]
         for pid in (child.pid, int(child.stderr_tail())):
@@ -144,7 +154,7 @@ async def test_a_cancelled_waiter_harms_nobody() -> None:
 async def test_a_program_that_is_not_there_is_named() -> None:
     undo = MemoryUndo()
     with pytest.raises(HostError, match="cannot start tool: /nope/tool does not exist"):
-        await Child.spawn(["/nope/tool"], name="tool", undo=undo)
+        await Child.spawn(["/nope/tool"], name="tool", undo=undo, confinement=OPEN)
 
     assert undo.entries == []
 
@@ -153,7 +163,9 @@ async def test_a_namespace_that_is_not_there_is_named() -> None:
     undo = MemoryUndo()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(HostError, match="network namespace /nope/netns"):
-        await Child.spawn(["/bin/true"], name="true", undo=undo, netns="/nope/netns")
+        await Child.spawn(
+            ["/bin/true"], name="true", undo=undo, confinement=Confinement(network="/nope/netns")
+        )
 
     assert undo.entries == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -169,7 +181,10 @@ async def test_only_the_child_enters_the_namespace() -> None:
         undo = MemoryUndo()
         for path, expected in ((netns, os.readlink(netns)), (None, os.readlink("/proc/self/ns/net"))):
             child = await Child.spawn(
-                ["/bin/readlink", "/proc/self/ns/net"], name="readlink", undo=undo, netns=path
+                ["/bin/readlink", "/proc/self/ns/net"],
+                name="readlink",
+                undo=undo,
+                confinement=Confinement(network=path),
             )
             await child.wait(10)
 
@@ -187,6 +202,7 @@ async def test_passed_descriptors_arrive_and_others_do_not() -> None:
             ["/bin/sh", "-c", f"echo hello >/proc/self/fd/{writer}; ls /proc/self/fd | wc -l"],
             name="sh",
             undo=MemoryUndo(),
+            confinement=OPEN,
             pass_fds=[writer],
         )
         await child.wait(10)
@@ -209,7 +225,9 @@ async def test_nothing_is_leaked_by_many_children() -> None:
 
 async def test_a_cancelled_spawn_leaves_no_process() -> None:
     undo = MemoryUndo()
-    spawning = asyncio.create_task(Child.spawn(["/bin/sleep", "987"], name="sleep", undo=undo))
+    spawning = asyncio.create_task(
+        Child.spawn(["/bin/sleep", "987"], name="sleep", undo=undo, confinement=OPEN)
+    )
     await asyncio.sleep(0)
     spawning.cancel()
     await asyncio.gather(spawning, return_exceptions=True)
@@ -223,9 +241,11 @@ def test_children_die_with_the_process_that_made_them(tmp_path: Path) -> None:
     script = (
         "import asyncio, os, signal\n"
         "from devices.child import Child\n"
+        "from devices.confine import Confinement\n"
         "from devices.undo import MemoryUndo\n"
         "async def main():\n"
-        "    child = await Child.spawn(['/bin/sleep', '100'], name='sleep', undo=MemoryUndo())\n"
+        "    child = await Child.spawn(['/bin/sleep', '100'], name='sleep', undo=MemoryUndo(),"
+        "        confinement=Confinement(user=2000000123))\n"
         "    await asyncio.sleep(0.2)\n"
         "    print(child.pid, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -244,6 +264,18 @@ def test_children_die_with_the_process_that_made_them(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     pytest.fail("the child outlived its maker")
+
+
+async def test_threads_by_the_numbers_that_the_child_knows() -> None:
+    """A VMM tells its threads by the numbers of its own pid namespace."""
+    child = await Child.spawn(
+        ["/bin/sleep", "100"], name="sleep", undo=MemoryUndo(), confinement=Confinement()
+    )
+    assert thread_ids(child.pid) == {1: child.pid}
+    assert thread_ids(os.getpid())[os.getpid()] == os.getpid()
+    await child.kill()
+    with pytest.raises(ProcessLookupError):
+        thread_ids(child.pid)
 
 
 def test_statuses_in_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import struct
@@ -34,6 +35,14 @@ def image(tmp_path: Path) -> Path:
 
 def run(*words: str | Path) -> str:
     return subprocess.run(words, check=True, env=TOOLS, capture_output=True, text=True).stdout.strip()
+
+
+def add_partition(device: str, number: int, start: int, length: int) -> None:
+    """As addpart did, which util-linux has no longer: BLKPG of linux/blkpg.h, without a table on the disk."""
+    partition = ctypes.create_string_buffer(struct.pack("<qqi64s64s4x", start, length, number, b"", b""))
+    argument = struct.pack("@iiiP", 1, 0, len(partition) - 1, ctypes.addressof(partition))  # 1: add it
+    with open(device, "rb") as file:
+        fcntl.ioctl(file, 0x1269, argument)
 
 
 @pytest.fixture
@@ -144,7 +153,7 @@ def test_a_disk_with_a_mounted_partition_and_the_partition_of_a_mounted_disk(
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
     os.truncate(path, 8 << 20)
     device = attach(path, "--partscan")
-    run("addpart", device, "1", "2048", "8192")
+    add_partition(device, 1, 2048 * 512, 8192 * 512)
     part = f"{device}p1"
     name = os.path.basename(part)
     run("mke2fs", "-q", "-F", part)

@@ -14,6 +14,7 @@ import structlog
 
 from devices import lines
 from devices.child import Child
+from devices.confine import Confinement
 from devices.lines import BURST, LENGTH, Budget, LineLog
 from devices.undo import MemoryUndo
 from hypervisors.qemu.prepare import log_output
@@ -109,7 +110,11 @@ async def test_a_flood_of_short_lines_holds_nobody_up(logged: Path) -> None:
     script = "import sys\nfor _ in range(40): sys.stderr.write('e\\n' * 32768)"
     async with turns() as longest:
         child = await Child.spawn(
-            [sys.executable, "-ISc", script], name="flood", undo=MemoryUndo(), on_output=log_output("flood")
+            [sys.executable, "-ISc", script],
+            name="flood",
+            undo=MemoryUndo(),
+            confinement=Confinement(view=None, own_pids=False),
+            on_output=log_output("flood"),
         )
         assert await child.wait(60) == 0
         await settle()

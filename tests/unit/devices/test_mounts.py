@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from devices import mounts
+from devices.errors import HostError
 from devices.syscalls import mount
 from tests.unit.shim.namespaces import in_mount_namespace
 
@@ -64,6 +66,85 @@ def test_private_namespace_sends_nothing(tmp_path: Path) -> None:
     in_mount_namespace(body)
 
     assert not mounts.is_mountpoint(str(tmp_path))
+
+
+def test_a_root_that_is_no_mount_point_is_named(tmp_path: Path) -> None:
+    """A plain chroot: the kernel's "Invalid argument" is told as what it is, and nothing stays open."""
+    (tmp_path / "proc").mkdir()
+
+    def body() -> None:
+        mount("proc", str(tmp_path / "proc"), "proc", 0, "")
+        os.chroot(tmp_path)
+        os.chdir("/")
+        before = sorted(os.listdir("/proc/self/fd"))
+        with pytest.raises(HostError, match="/ is no mount point here") as caught:
+            mounts.make_private()
+        assert "mount --bind ROOT ROOT" in caught.value.hint
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+    in_mount_namespace(body)
+
+
+@pytest.mark.parametrize("propagation", ["private", "shared", "slave", "unbindable"])
+def test_any_propagation_of_the_root_will_do(propagation: str) -> None:
+    """Shared as systemd has it, private as containers do: what is mounted here stays here."""
+
+    def body() -> None:
+        flags = {"unbindable": 1 << 17}.get(propagation) or mounts.PROPAGATION[propagation]
+        mount("none", "/", "", flags, "")
+        os.close(mounts.make_private())
+
+    in_mount_namespace(body)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_the_host_mounts_later_is_seen_or_told(tmp_path: Path, shared: bool) -> None:
+    """A volume of a pod that runs already: where the root is not shared, an error, not an empty directory."""
+    for name in ("volume", "target"):
+        (tmp_path / name).mkdir()
+
+    def body() -> None:
+        mount("none", "/", "", mounts.PROPAGATION["rshared" if shared else "rprivate"], "")
+        order, done = os.pipe(), os.pipe()
+        host = os.fork()
+        if host == 0:  # stays in the mount namespace that the other one leaves
+            os.read(order[0], 1)
+            mount("t", str(tmp_path / "volume"), "tmpfs", 0, "")
+            (tmp_path / "volume/file").write_text("there")
+            os.write(done[1], b".")
+            os.read(order[0], 1)
+            os._exit(0)
+        mounts.make_private()
+        mounts.bind(str(tmp_path / "volume"), str(tmp_path / "target"))  # nothing is mounted there yet
+        mounts.unmount(str(tmp_path / "target"))
+        os.write(order[1], b".")
+        os.read(done[0], 1)
+        try:
+            if shared:
+                mounts.bind(str(tmp_path / "volume"), str(tmp_path / "target"))
+                assert os.listdir(tmp_path / "target") == ["file"]
+            else:
+                with pytest.raises(HostError, match="volume does not reach the shim") as caught:
+                    mounts.bind(str(tmp_path / "volume"), str(tmp_path / "target"))
+                assert "mount --make-rshared /" in caught.value.hint
+        finally:
+            os.write(order[1], b".")
+            os.waitpid(host, 0)
+
+    in_mount_namespace(body)
+
+
+def test_what_the_shim_mounted_itself_is_not_the_hosts(tmp_path: Path) -> None:
+    """A root file system: here a mount, on the host the directory below it."""
+    for name in ("root", "target"):
+        (tmp_path / name).mkdir()
+
+    def body() -> None:
+        mount("t", str(tmp_path / "root"), "tmpfs", 0, "")
+        mounts.bind(str(tmp_path / "root"), str(tmp_path / "target"))
+        assert mounts.is_mountpoint(str(tmp_path / "target"))
+
+    in_mount_namespace(body)
 
 
 def test_parse_mountinfo() -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from devices.child import Child
+from devices.confine import Confinement
 from devices.errors import HostError
 from devices.rendezvous import connect_when_listening
 from devices.undo import MemoryUndo
 from devices.vsock_daemon import find_vsock_daemon
 
+OPEN = Confinement(view=None, own_pids=False)
 LISTENER = """
 import socket, sys, time
 time.sleep(0.1)
@@ -34,7 +36,9 @@ def test_a_missing_vsock_daemon_is_named_with_a_hint(monkeypatch: pytest.MonkeyP
 
 async def test_a_daemon_is_met_as_soon_as_it_listens(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
-    child = await Child.spawn([sys.executable, "-c", LISTENER, path], name="d", undo=MemoryUndo())
+    child = await Child.spawn(
+        [sys.executable, "-c", LISTENER, path], name="d", undo=MemoryUndo(), confinement=OPEN
+    )
     sock = await connect_when_listening(path, child, 20)
     sock.setblocking(False)
 
@@ -45,7 +49,7 @@ async def test_a_daemon_is_met_as_soon_as_it_listens(tmp_path: Path) -> None:
 
 async def test_a_daemon_that_dies_first_ends_the_wait(tmp_path: Path) -> None:
     child = await Child.spawn(
-        ["/bin/sh", "-c", "sleep 0.1; echo broken; exit 3"], name="d", undo=MemoryUndo()
+        ["/bin/sh", "-c", "sleep 0.1; echo broken; exit 3"], name="d", undo=MemoryUndo(), confinement=OPEN
     )
     begin = time.monotonic()
     with pytest.raises(HostError, match=r"d exited with code 3 before it was ready.*broken"):
@@ -56,7 +60,7 @@ async def test_a_daemon_that_dies_first_ends_the_wait(tmp_path: Path) -> None:
 
 async def test_a_daemon_that_never_listens_meets_the_deadline(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    child = await Child.spawn(["/bin/sleep", "100"], name="d", undo=MemoryUndo())
+    child = await Child.spawn(["/bin/sleep", "100"], name="d", undo=MemoryUndo(), confinement=OPEN)
     with pytest.raises(HostError, match="did not listen on its socket within"):
         await connect_when_listening(str(tmp_path / "s"), child, 0.05)
     await child.kill()

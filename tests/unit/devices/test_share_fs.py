@@ -10,7 +10,14 @@ import pytest
 
 from devices.config import CacheMode, ShareFsConfig
 from devices.errors import BugError, HostError
-from devices.share_fs import Flavour, Virtiofsd, find_virtiofsd, flavour_of, virtiofsd_arguments
+from devices.share_fs import (
+    Flavour,
+    Virtiofsd,
+    find_virtiofsd,
+    flavour_of,
+    virtiofsd_arguments,
+    virtiofsd_confinement,
+)
 from devices.undo import MemoryUndo
 
 SHARE = ShareFsConfig(source="/share", extra_args=("--thread-pool-size=1",))
@@ -36,9 +43,18 @@ def test_the_arguments_of_the_c_program() -> None:
 def test_the_arguments_of_the_rust_program() -> None:
     assert virtiofsd_arguments(SHARE, Flavour.RUST, 7) == [
         *("--fd=7", "--shared-dir=/share", "--cache=auto", "--sandbox=chroot"),
-        *("--seccomp=kill", "--announce-submounts", "--xattr", "--modcaps=-mknod"),
+        *("--seccomp=kill", "--announce-submounts", "--log-level=warn", "--xattr", "--modcaps=-mknod"),
         "--thread-pool-size=1",
     ]
+
+
+@pytest.mark.parametrize(("version", "said"), [((1, 10, 0), False), ((1, 13, 2), True), ((1, 14, 0), True)])
+def test_inodes_are_no_file_handles(version: tuple[int, ...], said: bool) -> None:
+    """1.14 prefers handles unless it is told; not every older one has the option."""
+    argv = virtiofsd_arguments(SHARE, Flavour.RUST, 7, version)
+
+    assert ("--inode-file-handles=never" in argv) is said
+    assert not {"-o", "-f"} & set(argv), "the old forms are warned of"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +80,28 @@ def test_capabilities_that_the_administrator_changes_stay_without_mknod(
     able = virtiofsd_arguments(ShareFsConfig(source="/s", extra_args=tuple(given), mknod=True), flavour, 3)
     assert able[-len(given) :] == given
     assert not any("-mknod" in word for word in able)
+
+
+@pytest.mark.parametrize(
+    ("given", "mknod", "more"),
+    [
+        ([], False, set()),
+        ([], True, {"mknod"}),
+        (["-o", "modcaps=+sys_admin:-chown"], False, {"sys_admin"}),
+        (["--modcaps", "+SYS_ADMIN:+mknod"], False, {"sys_admin", "mknod"}),
+        (["--modcaps=+mknod"], True, {"mknod"}),
+        (["--modcaps=+of_the_moon"], False, set()),  # it says so itself
+        (["-o", "xattrmap=:map:+sys_admin:user.modcaps=.:"], False, set()),
+    ],
+)
+def test_it_may_have_the_capabilities_that_are_named_for_it(
+    given: list[str], mknod: bool, more: set[str]
+) -> None:
+    none = virtiofsd_confinement(ShareFsConfig(source="/s"))
+    some = virtiofsd_confinement(ShareFsConfig(source="/s", extra_args=tuple(given), mknod=mknod))
+    assert "mknod" not in none.capabilities
+    assert set(some.capabilities) == {*none.capabilities, *more}
+    assert len(some.capabilities) == len(set(some.capabilities))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +136,16 @@ def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Pat
     assert find_virtiofsd(program) == program
 
 
+def test_the_rust_program_is_taken_where_a_host_has_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries supplemental groups, and can be moved with its VM."""
+    there = {"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"}
+    monkeypatch.setattr(os, "access", lambda path, _: path in there)
+
+    assert find_virtiofsd() == "/usr/libexec/virtiofsd"
+    there.remove("/usr/libexec/virtiofsd")
+    assert find_virtiofsd() == "/usr/lib/qemu/virtiofsd"
+
+
 @pytest.mark.parametrize(
     ("says", "flavour"),
     [
@@ -108,8 +156,14 @@ def test_a_program_that_is_not_there_is_told_with_where_was_looked(tmp_path: Pat
 async def test_they_are_told_apart_by_their_version(tmp_path: Path, says: str, flavour: Flavour) -> None:
     undo = MemoryUndo()
 
-    assert await flavour_of(script(tmp_path / "virtiofsd", says), undo) is flavour
+    assert (await flavour_of(script(tmp_path / "virtiofsd", says), undo))[0] is flavour
     assert undo.entries == []
+
+
+async def test_one_that_says_no_version_is_named(tmp_path: Path) -> None:
+    """Which arguments it takes cannot be told then."""
+    with pytest.raises(HostError, match="virtiofsd --version says no version: 'me'"):
+        await flavour_of(script(tmp_path / "virtiofsd", "echo me"), MemoryUndo())
 
 
 async def test_a_daemon_has_its_listener_and_leaves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from devices.errors import HostError
-from guest.kernel import ModuleTree, extract_vmlinux
+from guest.kernel import ModuleTree, extract_vmlinux, kernel_files
 
 
 def elf_with(sections: dict[str, bytes]) -> bytes:
@@ -61,9 +61,17 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "lz4": by_program("lz4", "-l", "-c"),
     "zstd": by_program("zstd", "-c"),
 }
+# How Debian 12, Debian 13 and others ship modules.
+COMPRESSORS |= {
+    ".ko": bytes,
+    ".ko.xz": lzma.compress,
+    ".ko.zst": COMPRESSORS["zstd"],
+    ".ko.gz": gzip.compress,
+}
+SUFFIXES = {"a": ".ko.xz", "b-two": ".ko.zst", "c": ".ko.gz", "lone": ".ko"}
 
 
-@pytest.mark.parametrize("how", COMPRESSORS)
+@pytest.mark.parametrize("how", [how for how in COMPRESSORS if not how.startswith(".")])
 def test_each_compression(how: str) -> None:
     """All that the kernel's build offers and Debian has used."""
     assert extract_vmlinux(bz_image(COMPRESSORS[how](KERNEL))) == KERNEL
@@ -95,7 +103,7 @@ def test_what_is_no_kernel(image: bytes, words: str) -> None:
 
 @pytest.fixture
 def modules(tmp_path: Path) -> ModuleTree:
-    """c needs b-two needs a; lone needs nothing."""
+    """c needs b-two needs a, lone nothing; each is compressed in another way; in_side is built in."""
     for name, facts in {
         "a": b"depends=\0alias=pci:1*\0",
         "b-two": b"depends=a\0",
@@ -104,8 +112,30 @@ def modules(tmp_path: Path) -> ModuleTree:
     }.items():
         folder = tmp_path / "kernel" / name[0]
         folder.mkdir(parents=True)
-        (folder / f"{name}.ko").write_bytes(elf_with({".modinfo": facts}))
+        (folder / f"{name}{SUFFIXES[name]}").write_bytes(
+            COMPRESSORS[SUFFIXES[name]](elf_with({".modinfo": facts}))
+        )
+    (tmp_path / "modules.builtin").write_text("kernel/fs/fuse/in-side.ko\n")
     return ModuleTree(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "place", ["boot/vmlinuz-7", "usr/lib/modules/7/vmlinuz"], ids=["until 13", "since 14"]
+)
+def test_where_a_package_has_its_kernel(place: str, tmp_path: Path) -> None:
+    """Debian 14 moved it beside the modules."""
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_bytes(b"")
+
+    assert kernel_files(str(tmp_path), "7") == (f"{tmp_path}/{place}", f"{tmp_path}/usr/lib/modules/7")
+    with pytest.raises(HostError, match="hold no vmlinuz"):
+        kernel_files(str(tmp_path), "8")
+
+
+def test_what_is_built_in_is_not_loaded(modules: ModuleTree) -> None:
+    """It is no error, wherever it is asked for; modprobe is told of it."""
+    assert modules.order(["in_side", "a", "in_side"]) == ["a"]
+    assert b"in_side" in modules.index(["a"])["modules.builtin"]
 
 
 def test_order(modules: ModuleTree) -> None:
@@ -117,6 +147,7 @@ def test_index_for_modprobe(modules: ModuleTree) -> None:
     """Dependencies nearest first, as modprobe loads them from the end."""
     index = modules.index(["a", "b_two", "c"])
 
+    # They are unpacked by then, whatever the package had.
     assert "kernel/c/c.ko: kernel/b/b-two.ko kernel/a/a.ko\n" in index["modules.dep"].decode()
     assert "kernel/a/a.ko:\n" in index["modules.dep"].decode()
     assert "alias fs-c c\n" in index["modules.alias"].decode()

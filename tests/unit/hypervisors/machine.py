@@ -41,6 +41,7 @@ class Machine:
         self.netdevs: dict[str, dict[str, Any]] = {}
         self.chardevs: dict[str, dict[str, Any]] = {}
         self.descriptors: set[str] = set()
+        self.fdsets: dict[int, int] = {}
         self.leaving: set[str] = set()
         self.virtio_mem = {"requested-size": 0, "size": 0}
         self.keeps = 0  # bytes that the guest does not give back
@@ -212,6 +213,18 @@ class Machine:
         if arguments["fdname"] not in self.descriptors:
             raise RefusedError(f"File descriptor named '{arguments['fdname']}' not found")
         self.descriptors.remove(arguments["fdname"])
+        return {}
+
+    def _add_fd(self, arguments: dict[str, Any]) -> Any:
+        fdset = arguments["fdset-id"]
+        assert fdset not in self.fdsets, "each descriptor has a set of its own"
+        self.fdsets[fdset] = 40 + fdset
+        return {"fdset-id": fdset, "fd": self.fdsets[fdset]}
+
+    def _remove_fd(self, arguments: dict[str, Any]) -> Any:
+        if arguments["fdset-id"] not in self.fdsets:
+            raise RefusedError(f"File descriptor named 'fdset-id:{arguments['fdset-id']}' not found")
+        del self.fdsets[arguments["fdset-id"]]
         return {}
 
     def _netdev_add(self, arguments: dict[str, Any]) -> Any:

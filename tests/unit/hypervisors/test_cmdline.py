@@ -177,7 +177,11 @@ def test_a_vm_that_may_grow_says_how_far() -> None:
     plan = first_plan(section, Accelerator.TCG, "pod1")
     argv = arguments(plan)
 
-    assert argv[argv.index("-smp") + 1] == "1,maxcpus=4"
+    assert argv[argv.index("-smp") + 1] == "4"  # TCG: all of them, and the guest keeps the others offline
+    assert " maxcpus=1 " in f" {kernel_command_line(plan)} "
+    plugged = first_plan(section, Accelerator.KVM, "pod1")
+    assert arguments(plugged)[argv.index("-smp") + 1] == "1,maxcpus=4"
+    assert "maxcpus" not in kernel_command_line(plugged)
     assert argv[argv.index("-m") + 1] == "256M,slots=10,maxmem=3968M"  # whole memory blocks more
     assert "memhp_default_state=online" in kernel_command_line(plan)
 

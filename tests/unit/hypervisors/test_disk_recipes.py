@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from devices.config import BlockConfig, BlockFormat, BlockOptions, IoLimits
 from devices.errors import BugError
 from devices.kinds import Kind
-from hypervisors.qemu.recipes import Placed, Recipe, recipe, throttle
+from hypervisors.qemu.recipes import Placed, Recipe, argv, recipe, throttle
 
 
 def made(placed: dict[str, Any] | None = None, **fields: Any) -> Recipe:
@@ -101,6 +102,24 @@ def test_scsi_and_memory() -> None:
     assert (memory.front["driver"], memory.front["unarmed"]) == ("nvdimm", True)
     (backend,) = [back_end.properties for back_end in memory.back_ends]
     assert (backend["readonly"], backend["share"], backend["size"]) == (True, True, 8192)
+
+
+def test_an_open_disk_is_given_as_a_descriptor_of_a_set() -> None:
+    """QEMU opens no path of the host: it has the file before the disk, and by QMP both go in reverse."""
+    disk = made({"file": 9, "fdset": 3}, read_only=True)
+    given, node = disk.back_ends
+    assert (given.option, given.name, given.fds) == ("add-fd", "3", {"fd": (9,)})
+    assert node.properties["file"]["filename"] == "/dev/fdset/3"
+    assert argv(disk)[:2] == ["-add-fd", "set=3,fd=9"]
+    assert "/d.img" not in str(argv(disk))
+
+
+def test_a_disk_that_becomes_memory_is_opened_again() -> None:
+    """QEMU takes no descriptor for it: it gets the path of its own one."""
+    memory = made({"file": 9, "fdset": 3, "bytes": 8192}, driver=Kind.PMEM, read_only=True)
+    (backend,) = memory.back_ends
+    assert (backend.fds, backend.reopens) == ({"mem-path": (9,)}, 3)
+    assert json.loads(argv(memory)[1])["mem-path"] == "/proc/self/fd/9"
 
 
 def test_other_words_are_none() -> None:

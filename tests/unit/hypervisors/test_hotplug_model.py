@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +37,16 @@ from tests.unit.hypervisors.machine import NODE_SIZE, Machine
 PLACES = 4  # fewer than devices, so that they run out
 COMMANDS = (
     *("blockdev-add", "blockdev-del", "chardev-add", "chardev-remove", "object-add", "object-del", "getfd"),
-    *("netdev_add", "netdev_del", "device_add", "device_del", "block_resize", "query-named-block-nodes"),
+    *(
+        "add-fd",
+        "remove-fd",
+        "netdev_add",
+        "netdev_del",
+        "device_add",
+        "device_del",
+        "block_resize",
+        "query-named-block-nodes",
+    ),
 )
 DEVICES = 9
 SIZES = {Kind.VCPU, Kind.DIMM, Kind.VIRTIO_MEM}  # tests/unit/hypervisors/test_sizing.py
@@ -58,11 +68,15 @@ class Host:
     def __init__(self, plugger: Plugger, fd: int) -> None:
         self.plugger = plugger
         self._fd = fd
+        self._fdsets = itertools.count(1)
 
     async def add_device(self, device: DeviceConfig) -> str:
         served = device.kind in (Kind.VHOST_USER_BLK, Kind.SHARE_FS)
         path = "/nope/relay.sock" if device.kind is Kind.VHOST_USER_NET else ""
-        return await self.plugger.add(Placed(device=device, fd=self._fd if served else -1, path=path))
+        placed = Placed(device=device, fd=self._fd if served else -1, path=path)
+        if isinstance(device, BlockConfig):
+            placed = dataclasses.replace(placed, file=self._fd, fdset=next(self._fdsets))
+        return await self.plugger.add(placed)
 
     async def remove_device(self, device_id: str) -> None:
         await self.plugger.remove(device_id)
@@ -138,7 +152,8 @@ class Play:
         machine = self.machine
         controller = machine.devices.pop(SCSI, None)  # it stays for the next disk behind it
         assert (machine.devices, machine.nodes, machine.netdevs) == ({}, {}, {})
-        assert (machine.chardevs, machine.objects, machine.descriptors) == ({}, {}, set())
+        assert (machine.chardevs, machine.objects) == ({}, {})
+        assert (machine.descriptors, machine.fdsets) == (set(), {})
         assert self.topology.free() == PLACES - (controller is not None)
         await client.close()
         await self.machine.close()

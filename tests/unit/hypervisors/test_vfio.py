@@ -15,6 +15,7 @@ from devices.addresses import PciTopology
 from devices.config import VfioConfig
 from devices.errors import BugError, ConfigError, HostError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
+from devices.undo import MemoryUndo
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu import vfio
 from hypervisors.qemu.abilities import abilities
@@ -139,16 +140,14 @@ async def admit(tmp_path: Path, *, iommu: bool = True, qmp: FakeQmp | None = Non
     await vfio.admit(
         dataclasses.replace(GPU, iommufd=True),
         program=str(program),
-        memory=256,
         qmp=qmp,  # type: ignore[arg-type]
-        pid=0,
+        undo=MemoryUndo(),
         iommu=str(tmp_path / "iommu"),
     )
 
 
-async def test_iommufd_is_asked_of_host_and_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_iommufd_is_asked_of_host_and_qemu(tmp_path: Path) -> None:
     """Before the start by the program's own list, later by QMP; each lack is named."""
-    monkeypatch.setattr(vfio, "may_lock", lambda: True)
     with pytest.raises(HostError, match=r"by iommufd, and this host has no .*/iommu"):
         await admit(tmp_path, iommu=False)
     with pytest.raises(
@@ -161,7 +160,7 @@ async def test_iommufd_is_asked_of_host_and_qemu(tmp_path: Path, monkeypatch: py
     await admit(tmp_path, qmp=FakeQmp([{"name": "iommufd"}]))
 
 
-async def test_a_process_that_must_not_lock_gets_the_limit_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_qemu_gets_its_limit_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the size of the VM's memory and room for its devices; a limit that cannot be raised is told."""
     limits, privileged = {7: (65536, 65536), 8: (65536, resource.RLIM_INFINITY)}, True
 
@@ -175,10 +174,9 @@ async def test_a_process_that_must_not_lock_gets_the_limit_raised(monkeypatch: p
         return before
 
     monkeypatch.setattr(resource, "prlimit", prlimit)
-    monkeypatch.setattr(vfio, "may_lock", lambda: False)
     needed = (256 << 20) + (1 << 30)
     for pid, hard in ((7, needed), (8, resource.RLIM_INFINITY)):
-        await vfio.admit(GPU, program="", memory=256, qmp=None, pid=pid)
+        vfio.raise_limit(pid, vfio.locked_bytes(256))
         assert limits[pid] == (needed, hard)
         vfio.raise_limit(pid, 4096)  # never lower
         assert limits[pid] == (needed, hard)
@@ -187,11 +185,3 @@ async def test_a_process_that_must_not_lock_gets_the_limit_raised(monkeypatch: p
         vfio.raise_limit(7, vfio.locked_bytes(256))
     limits[7] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
     vfio.raise_limit(7, vfio.locked_bytes(256))
-
-
-def test_who_may_lock_is_told_by_a_capability(tmp_path: Path) -> None:
-    status = tmp_path / "status"
-    status.write_text("Name:\tx\nCapEff:\t0000000000004000\n")
-    assert vfio.may_lock(str(status))
-    status.write_text("CapEff:\t0000003fffffbfff\n")
-    assert not vfio.may_lock(str(status))

@@ -57,6 +57,7 @@ BEYOND: dict[str, dict[str, str]] = {
         "3": "repeated string options",
     },
     "runtime.v1.LinuxPodSandboxConfig": {
+        "1": "string cgroup_parent",
         "2": "runtime.v1.LinuxSandboxSecurityContext security_context",
         "3": "map<string,string> sysctls",
         "5": "runtime.v1.LinuxContainerResources resources",

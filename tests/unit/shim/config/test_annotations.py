@@ -198,6 +198,19 @@ def test_hashes_and_host_mounts_are_never_taken(load: Callable[..., Config]) -> 
         assert refused(load, name, "x", enabled(".*")).cause.endswith("is not supported")
 
 
+@pytest.mark.parametrize("name", ["hypervisor.rootless", "runtime.sandbox_cgroup_only"])
+@pytest.mark.parametrize("value", ["true", "false"])
+def test_what_confines_is_nobodys_to_ask_for(load: Callable[..., Config], name: str, value: str) -> None:
+    """Whatever is enabled; the other keys that do are not annotations at all."""
+    error = refused(load, name, value, "enable_annotations = ['.*']")
+    assert "is not supported" in error.cause
+    for unknown in ("disable_seccomp", "seccomp_sandbox", "rootless_users", "rootless_user"):
+        assert (
+            "is not known"
+            in refused(load, f"hypervisor.{unknown}", value, "enable_annotations = ['.*']").cause
+        )
+
+
 def test_a_key_without_effect_is_listed_and_changes_nothing(load: Callable[..., Config]) -> None:
     config = load("hypervisor.enable_iommu_platform", "true", enabled("enable_iommu_platform"))
     (note,) = config.inactive

@@ -279,6 +279,7 @@ async def test_signals(shims: Shims) -> None:
 
 _COLD_START = """
 import os, sys
+before = set(sys.modules)  # which are Python's own business: os imports errno since 3.13
 sys.path[:0] = [{repo!r}]
 import shim.launch.launcher as launcher
 launcher._fork_daemon = lambda *args: os.getpid()
@@ -290,7 +291,7 @@ try:
     launcher.main({argv!r})
 except Done:
     pass
-os.write(2, " ".join(sorted(sys.modules)).encode())
+os.write(2, " ".join(sorted(set(sys.modules) - before)).encode())
 exit_now(0)
 """
 

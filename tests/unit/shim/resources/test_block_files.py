@@ -142,7 +142,9 @@ async def test_what_walks_a_root_file_system_by_names_is_led_nowhere(
     (tmp_path / "secret").write_text("of the host")
     refused: list[int | None] = []
 
-    async def mkfs(_undo: object, program: str, arguments: Sequence[str], _timeout: float) -> None:
+    async def mkfs(
+        _undo: object, program: str, arguments: Sequence[str], _timeout: float, _confinement: object
+    ) -> None:
         if program != "mkfs.erofs":
             return
         *_, image, tree = arguments

@@ -6,14 +6,18 @@ import asyncio
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from devices.child import Child
+from devices.confine import Confinement
 from devices.errors import HostError
 from devices.undo import MemoryUndo
 from shim.protocols import RootfsMount
 from shim.resources import disk_images
 from shim.resources.disk_images import ImageStore, make_scratch, rootfs_digest
+from tests.security.test_confinement import bits, table
 
 
 def _overlay(upper: Path, *lower: Path) -> list[RootfsMount]:
@@ -91,10 +95,41 @@ async def test_the_oldest_unused_goes_first(
 async def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     undo = MemoryUndo()
     store = ImageStore(undo, str(tmp_path / "store"))
-    with pytest.raises(HostError, match=r"mkfs\.erofs exited with code"):
-        await store.image(str(tmp_path / "missing"), "d1")
+    (tmp_path / "file").touch()
+    for tree, words in (("file", r"mkfs\.erofs exited with code"), ("missing", "missing cannot be used")):
+        with pytest.raises(HostError, match=words):
+            await store.image(str(tmp_path / tree), "d1")
     assert os.listdir(tmp_path / "store") == []
     assert undo.entries == []
+
+
+async def test_mkfs_may_what_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of SECURITY.md, and sees the image that it makes and the tree that it reads: nothing else."""
+    seen: dict[str, Confinement] = {}
+    spawn = Child.spawn
+
+    async def watched(argv: list[str], *, confinement: Confinement, **keys: Any) -> Child:
+        seen[os.path.basename(argv[0])] = confinement
+        return await spawn(argv, confinement=confinement, **keys)
+
+    monkeypatch.setattr(Child, "spawn", watched)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/secret").touch(mode=0o600)
+    os.chown(tmp_path / "tree/secret", 5, 5)
+    image, held = await ImageStore(MemoryUndo(), str(tmp_path / "store")).image(str(tmp_path / "tree"), "d")
+    os.close(held)
+    await make_scratch(MemoryUndo(), str(tmp_path / "s.ext4"))
+    for name, written in (("mkfs.erofs", f"{image}."), ("mkfs.ext4", f"{tmp_path}/s.ext4")):
+        row, one = table()[name], seen[name]
+        assert (str(one.user), one.mask) == (row["user"], bits(row["capabilities"]))
+        assert (one.network, one.own_pids) == ("", True)
+        assert one.view is not None
+        assert next(bind.path for bind in one.view.binds if bind.writable).startswith(written)
+        assert {bind.path for bind in one.view.binds if not bind.writable} <= {
+            f"{tmp_path}/tree",
+            "/etc/mke2fs.conf",
+        }
+        assert f"nofile {one.files}" in row["limits"]
 
 
 async def test_a_scratch_disk_costs_only_what_is_written(tmp_path: Path) -> None:

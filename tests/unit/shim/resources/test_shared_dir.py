@@ -129,6 +129,26 @@ try:
 except KataError as error:
     out["link"] = str(error), error.code
 out["errors"] += [str(e) for e in share.tear_down()]
+# Only "rro" makes what is mounted below read-only, too.
+import subprocess
+os.makedirs(f"{base}/nest/sub")
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "nest", f"{base}/nest/sub"], check=True)
+share = SharedDir(base + "/share/s5", undo)
+share.set_up()
+three = share.merge([
+    Volume(0, f"{base}/nest", "/v", True, True, "s5-ro"),
+    Volume(1, f"{base}/nest", "/w", True, True, "s5-rro", deep=True),
+    Volume(2, f"{base}/nest", "/x", True, False, "s5-alone"),
+    Volume(3, f"{base}/lower", "/y", True, True, "s5-plain"),
+])
+out["nested"] = [each.nested for each in three]
+share.add_container("s5", [], base + "/lower", three)
+seen = share.ro + "/passthrough"
+out["deep"] = [
+    [refused(f"{seen}/s5-{name}/{place}") for place in ("x", "sub/x")] for name in ("ro", "rro", "alone")
+]
+out["errors"] += [str(e) for e in share.tear_down()]
+subprocess.run(["umount", f"{base}/nest/sub"], check=True)
 out["left_last"] = len(mounts.mounts_below(base)) - before, len(undo.entries)
 out["sources"] = os.path.exists(f"{base}/rovol/file") and os.path.exists(f"{base}/lower/file")
 print(json.dumps(out))
@@ -171,5 +191,7 @@ def test_a_share_from_set_up_to_tear_down(tmp_path: Path) -> None:
     assert out["swapped"][1] == "UNAVAILABLE"
     assert "link is a symbolic link" in out["link"][0]
     assert out["link"][1] == "INVALID_ARGUMENT"
+    assert out["nested"] == [True, False, False, False]
+    assert out["deep"] == [[30, 0], [30, 30], [30, 30]], "as runc: ro is the mount's own, rro everything's"
     assert out["left_last"] == [0, 0]
     assert out["sources"], "what was bound is untouched"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -130,6 +131,23 @@ def test_a_sandboxs_spec_keeps_what_its_bundle_says() -> None:
     assert [mount["destination"] for mount in spec["mounts"]] == ["/dev/shm", "/etc/hosts"]
     kept = sandbox_spec(base, cri_pb2.PodSandboxConfig(), sandbox_id="p", netns="", annotations={}, files={})
     assert kept["linux"] == base["linux"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "path"),
+    [
+        ("/kubepods/burstable/pod1", "/kubepods/burstable/pod1/p"),
+        ("/kubepods.slice/kubepods-pod1.slice", "kubepods-pod1.slice:cri-containerd:p"),
+    ],
+)
+def test_a_sandboxs_cgroup_is_below_its_pods(parent: str, path: str) -> None:
+    """Named as the CRI plugin names a pause container's; a bundle that names one keeps it."""
+    config = cri_pb2.PodSandboxConfig(linux=cri_pb2.LinuxPodSandboxConfig(cgroup_parent=parent))
+    rest: dict[str, Any] = {"sandbox_id": "p", "netns": "", "annotations": {}, "files": {}}
+    assert sandbox_spec({}, config, **rest)["linux"]["cgroupsPath"] == path
+    kept = sandbox_spec({"linux": {"cgroupsPath": "/own"}}, config, **rest)
+    assert kept["linux"]["cgroupsPath"] == "/own"
+    assert "cgroupsPath" not in sandbox_spec({}, cri_pb2.PodSandboxConfig(), **rest).get("linux", {})
 
 
 def test_links_of_a_namespace(tmp_path: Path) -> None:

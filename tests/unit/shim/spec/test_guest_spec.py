@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from devices.errors import CallerError
 from shim.spec.documents import checked
-from shim.spec.guest_spec import guest_rootfs, guest_spec, plan_volumes, wants_sandbox_pidns
+from shim.spec.guest_spec import (
+    GUEST_SHM,
+    guest_rootfs,
+    guest_spec,
+    own_shm,
+    plan_volumes,
+    wants_sandbox_pidns,
+)
 from shim.state.bundle import MEMBER, OWN
 
 
@@ -98,7 +106,12 @@ def test_bind_mounts_become_shares() -> None:
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
             {"destination": "/data", "type": "bind", "source": "/srv/da ta", "options": ["rbind", "ro"]},
-            {"destination": "/dev/shm", "type": "bind", "source": "/run/x/shm", "options": ["rbind"]},
+            {
+                "destination": "/dev/shm",
+                "type": "bind",
+                "source": "/run/sandboxes/c1/shm",
+                "options": ["rbind"],
+            },
             {"destination": "/sys/fs/bpf", "source": "/sys/fs/bpf", "options": ["bind"]},
         ]
     }
@@ -110,6 +123,59 @@ def test_bind_mounts_become_shares() -> None:
     assert "/srv" not in str(guest["mounts"])
     assert guest["mounts"][2]["source"] == "/run/kata-containers/sandbox/shm"
     assert guest["mounts"][3]["source"] == "/sys/fs/bpf", "the guest's own sysfs"
+
+
+@pytest.mark.parametrize(
+    ("source", "shared"),
+    [
+        ("/var/lib/kubelet/pods/7e1c/volumes/kubernetes.io~empty-dir/cache", True),
+        ("/srv/shm", True),
+        ("/dev/shm/of-somebody", True),
+        ("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/the-pod/shm", False),
+        (f"/var/lib/docker/containers/{64 * 'a'}/mounts/shm", False),
+        ("/var/lib/containers/storage/overlay-containers/c1/userdata/shm", False),
+        ("/made/by/hand", False),
+        ("/dev/shm", False),
+    ],
+)
+def test_a_volume_at_dev_shm_is_a_volume(source: str, shared: bool) -> None:
+    """The engine's own becomes the pod's, in the guest's memory; whatever a user puts there is his."""
+    mount = {"destination": "/dev/shm", "type": "bind", "source": source}
+    spec = {"mounts": [mount], "annotations": {"io.kubernetes.cri.sandbox-id": "the-pod"}}
+    volumes = plan_volumes(spec, "c1", own_shm({"mounts": [{**mount, "source": "/made/by/hand"}]}))
+    guest, _ = amended(spec, volumes=volumes)
+
+    assert [volume.source for volume in volumes] == ([source] if shared else [])
+    assert guest["mounts"][0]["source"] == (volumes[0].guest_path if shared else GUEST_SHM)
+
+
+def test_how_deep_a_volume_is_read_only() -> None:
+    """What is mounted below a read-only volume takes its "ro" over in the guest, so that it is left to the
+    host."""
+    mounts = [
+        {"destination": f"/{name}", "type": "bind", "source": "/srv", "options": ["rbind", name, "nosuid"]}
+        for name in ("ro", "rro")
+    ]
+    volumes = plan_volumes({"mounts": mounts}, "c1")
+    assert [(volume.readonly, volume.deep) for volume in volumes] == [(True, False), (True, True)]
+
+    plain, _ = amended({"mounts": mounts}, volumes=volumes)
+    nested, _ = amended({"mounts": mounts}, volumes=[replace(each, nested=True) for each in volumes])
+    assert [mount["options"] for mount in plain["mounts"]] == [
+        ["rbind", "ro", "nosuid"],
+        ["rbind", "rro", "nosuid"],
+    ]
+    assert [mount["options"] for mount in nested["mounts"]] == [
+        ["rbind", "nosuid"],
+        ["rbind", "rro", "nosuid"],
+    ]
+
+
+def test_what_lies_in_the_hosts_dev_shm_can_be_shared_like_anything_else() -> None:
+    spec = {"mounts": [{"destination": "/data", "type": "bind", "source": "/dev/shm/data"}]}
+
+    assert [volume.source for volume in plan_volumes(spec, "c1")] == ["/dev/shm/data"]
+    assert own_shm({"mounts": [{"destination": "/dev/shm", "type": "tmpfs", "source": "shm"}]}) == ""
 
 
 @pytest.mark.parametrize(

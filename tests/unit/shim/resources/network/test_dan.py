@@ -61,7 +61,7 @@ def test_katas_form_is_read(write: Callable[[Any], str]) -> None:
         (socket.AF_INET, "10.0.0.2", 24),
         (socket.AF_INET6, "fd00::2", 64),
     ]
-    assert [(one.destination, one.gateway, one.link) for one in dan.routes] == [
+    assert [(one.destination, one.hops[0].gateway, one.hops[0].link) for one in dan.routes] == [
         ("", "10.0.0.1", "eth0"),
         ("fd01::/64", "", "eth0"),
     ]

@@ -68,12 +68,12 @@ class _Agent:
         self.neighbors: list[Any] = []
         self.fails = False
 
-    async def update_interface(self, interface: Any) -> None:
+    async def update_interface(self, interface: Any, beyond: Any) -> None:
         if self.fails:
             raise GuestError("no")
         self.interfaces.append(interface)
 
-    async def update_routes(self, routes: Any) -> None:
+    async def update_routes(self, routes: Any, beyond: Any) -> None:
         self.routes = list(routes)
 
     async def add_arp_neighbors(self, neighbors: Any) -> None:
@@ -272,6 +272,6 @@ def test_what_the_spec_says(namespaces: list[Any], path: str, own: bool) -> None
         path=path, own=own, model="macvtap", queues=3, vhost=False, receive=9000
     )
     jailed = network_settings(RuntimeConfig(), FirecrackerConfig(jailer_uid=5, jailer_gid=6), spec)
-    assert jailed == NetworkSettings(path=path, own=own, owner=(5, 6)), "its limits are the VMM's matter"
+    assert jailed == NetworkSettings(path=path, own=own), "its limits are the VMM's matter"
     runtime = RuntimeConfig(internetworking_model="none", disable_new_netns=True)
     assert network_settings(runtime, keys, spec) == NetworkSettings()
