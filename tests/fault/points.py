@@ -94,26 +94,23 @@ def install() -> None:
         bare = call.func if isinstance(call, functools.partial) else call
         return f"thread {getattr(bare, '__qualname__', type(bare).__name__)}"
 
-    threads.acquire = points.wrap(threads.acquire, function, of(HostError))  # type: ignore[assignment]
-    threads.look = points.wrap(threads.look, function, of(HostError))  # type: ignore[assignment]
+    for way in ("acquire", "look"):  # before anybody imports them by name
+        setattr(threads, way, points.wrap(getattr(threads, way), function, of(HostError)))
 
     from devices import vsock
     from devices.child import Child
     from hypervisors.qemu.qmp import QmpClient
     from shim.sandbox.agent_client import GuestAgent
 
-    spawn = Child.spawn.__func__  # type: ignore[attr-defined]
-    Child.spawn = classmethod(  # type: ignore[assignment, method-assign]
-        points.wrap(spawn, lambda *_args, name, **_keywords: f"spawn {name}", of(HostError))  # type: ignore[arg-type]
-    )
-    QmpClient.execute = points.wrap(  # type: ignore[method-assign]
-        QmpClient.execute, lambda _client, command, *_args, **_keywords: f"qmp {command}", of(HypervisorError)
-    )
-    GuestAgent._call = points.wrap(  # type: ignore[method-assign]
-        GuestAgent._call, lambda _agent, name, *_args, **_keywords: f"agent {name}", of(GuestError)
-    )
-    for way in ("wait_ready", "connect", "open_stream"):
-        wrapped = points.wrap(
-            getattr(vsock._Channel, way), lambda *_args, way=way, **_keywords: f"vsock {way}", of(GuestError)
-        )
-        setattr(vsock._Channel, way, wrapped)
+    spawn = vars(Child)["spawn"].__func__
+    wrapped = points.wrap(spawn, lambda *_args, name, **_keywords: f"spawn {name}", of(HostError))
+    setattr(Child, "spawn", classmethod(wrapped))  # noqa: B010  (mypy knows that it is no such thing)
+    ways: list[tuple[Any, str, Callable[..., str], type[Exception]]] = [
+        (QmpClient, "execute", lambda _self, command, *_a, **_k: f"qmp {command}", HypervisorError),
+        (GuestAgent, "_call", lambda _self, name, *_a, **_k: f"agent {name}", GuestError),
+        (vsock._Channel, "wait_ready", lambda *_a, **_k: "vsock wait_ready", GuestError),
+        (vsock._Channel, "connect", lambda *_a, **_k: "vsock connect", GuestError),
+        (vsock._Channel, "open_stream", lambda *_a, **_k: "vsock open_stream", GuestError),
+    ]
+    for owner, way, name, kind in ways:
+        setattr(owner, way, points.wrap(getattr(owner, way), name, of(kind)))

@@ -25,7 +25,8 @@ import grpc
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, PROJECT, Containerd, CtrError
+from testing.containerd import KATA, Containerd, CtrError
+from testing.guest import PROJECT
 from testing.images import busybox_image
 from tests.fault.points import ACTIONS, VARIABLE
 
