@@ -1,22 +1,24 @@
 """Lives of containers and pods in parallel, with random faults, for as long as one wants: `make soak`.
 
-What: `Soak.run` lets workers create, exec, kill and delete in two namespaces that use the same ids, breaks things
-meanwhile (SIGKILL and SIGSTOP of a pod's processes, a client that goes away, containerd killed), and answers a
-`Tally`: cycles, faults, what was left behind, exits that were lost or told twice, lives that somebody else's
-fault ended, and how long containerd was kept waiting.
+What: `Soak.run` lets workers create, exec, kill and delete in two namespaces that use the same ids, breaks
+things meanwhile (SIGKILL and SIGSTOP of a pod's processes, a client that goes away, containerd killed), and
+answers a `Tally`: cycles, faults, what was left behind, exits that were lost or told twice, lives that somebody
+else's fault ended, and how long containerd was kept waiting.
 Why: single faults are tested one by one; this shows what they do to one another and to bystanders.
-Invariants: the same seed plans the same lives and faults; each call has a deadline; whatever fails is told, never
-raised, and removed.
+Invariants: the same seed plans the same lives and faults; each call has a deadline; whatever fails is told,
+never raised, and removed.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import queue
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,10 +32,12 @@ import grpc
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, Containerd
+from testing.containerd import KATA, VERSIONS, Containerd
+from testing.images import busybox_image
 
 __all__ = ["FAULTS", "Soak", "Tally"]
 
+IMAGE = "local/busybox:1"
 NAMESPACES = ("soak-a", "soak-b")
 FAULTS = (
     "kill vmm",
@@ -53,7 +57,7 @@ FAULTS = (
 LIMIT = 120.0
 """Seconds for one call on a machine that boots several VMs at once."""
 ENDED = 30.0
-"""Seconds from a SIGKILL to the exit, with a pod that is wedged: the shim's bound, and room for a busy host."""
+"""Seconds from a SIGKILL to the exit of a pod that is wedged: the shim's bound, and room for a busy host."""
 BLOCKED = 10.0
 """Seconds that containerd may be kept from answering others."""
 _SETTLE = 60.0
@@ -422,3 +426,42 @@ def _processes() -> tuple[dict[int, int], dict[int, str]]:
                     "\0", " "
                 )[:200]
     return parents, names
+
+
+def main() -> int:
+    """Soak; 1 if a promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.soak", description=__doc__.split("\n")[0])
+    parser.add_argument("--faults", type=int, default=500, help="lives with a fault (default: %(default)s)")
+    parser.add_argument("--parallel", type=int, default=6, help="lives at a time (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the plan (default: %(default)s)")
+    parser.add_argument("--containerd", choices=VERSIONS, default=VERSIONS[0], help="default: %(default)s")
+    parser.add_argument(
+        "--debug", action="store_true", help="show the log of containerd and shims in the end"
+    )
+    options = parser.parse_args()
+    if os.geteuid():
+        print("soak: run it as root", file=sys.stderr)
+        return 2
+    with Containerd(debug=options.debug, version=options.containerd) as containerd:
+        archive = containerd.root / "busybox.tar"
+        busybox_image(archive, IMAGE)
+        for namespace in NAMESPACES:
+            containerd.ctr("--namespace", namespace, "image", "import", str(archive))
+        tally = Soak(
+            containerd,
+            image=IMAGE,
+            faults=options.faults,
+            parallel=options.parallel,
+            seed=options.seed,
+            say=lambda line: print(f"soak: {line}", flush=True),
+        ).run()
+        if tally.wrong and options.debug:
+            print(containerd.log_tail(100_000), file=sys.stderr)
+    for line in tally.wrong:
+        print(f"soak: wrong: {line}")
+    print(f"soak: {tally.summary()}")
+    return 1 if tally.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
