@@ -43,6 +43,7 @@ _LAUNCHER = """\
 #!{python} -IS
 import os, sys
 
+{first}
 sys.path[:0] = {paths!r}
 from shim.launch.launcher import main
 
@@ -58,8 +59,8 @@ sys.exit(main())
 """
 
 
-def walk_launcher(containerd: Containerd) -> None:
-    """Let this containerd's shims have failpoints, from now on."""
+def walk_launcher(containerd: Containerd, first: str = "") -> None:
+    """Let this containerd's shims have failpoints, from now on. `first`: what they do before all else."""
     site = subprocess.run(
         [sys.executable, "-c", "import sysconfig as s; print(s.get_path('purelib'))"],
         capture_output=True,
@@ -67,7 +68,7 @@ def walk_launcher(containerd: Containerd) -> None:
         check=True,
     ).stdout.strip()
     shim = containerd.root / "bin" / "containerd-shim-kata-v2"
-    shim.write_text(_LAUNCHER.format(python=sys.executable, paths=[str(PROJECT), site]))
+    shim.write_text(_LAUNCHER.format(python=sys.executable, paths=[str(PROJECT), site], first=first))
 
 
 @dataclass(slots=True)
@@ -107,6 +108,25 @@ class Walk:
             return self.live()
         finally:
             (self._points / "plan").unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def over(self, directory: str, options: str) -> Iterator[None]:
+        """Meanwhile a tmpfs with these options hides the directory."""
+        os.makedirs(directory, exist_ok=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "walk", directory], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", "--lazy", directory], check=True)
+
+    @contextlib.contextmanager
+    def shims_with(self, first: str) -> Iterator[None]:
+        """Meanwhile shims begin with this line of Python."""
+        walk_launcher(self.containerd, first)
+        try:
+            yield
+        finally:
+            walk_launcher(self.containerd)
 
     def _passages(self) -> list[str]:
         return (self._points / "passages").read_text().splitlines()

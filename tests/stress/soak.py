@@ -2,8 +2,8 @@
 
 What: `Soak.run` lets workers create, exec, kill and delete in two namespaces that use the same ids, breaks
 things meanwhile (SIGKILL and SIGSTOP of a pod's processes, a client that goes away, containerd killed), and
-answers a `Tally`: cycles, faults, what was left behind, exits that were lost or told twice, lives that somebody
-else's fault ended, and how long containerd was kept waiting.
+answers a `Tally`: cycles, faults, what was left behind, exits that were lost or told twice, lives that
+somebody else's fault ended, and how long containerd was kept waiting.
 Why: single faults are tested one by one; this shows what they do to one another and to bystanders.
 Invariants: the same seed plans the same lives and faults; each call has a deadline; whatever fails is told,
 never raised, and removed.
