@@ -6,10 +6,12 @@ DESTDIR ?=
 PYTEST_ARGS ?=
 STORM_ARGS ?=
 HOSTS_ARGS ?=
+SOAK_ARGS ?=
+WALK_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts storm lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts test-failpoints storm soak lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +48,12 @@ bench-host: setup ## a shell in the bench host, or CMD='...' there; docs/bench-h
 
 storm: setup ## 200 short containers, eight at a time, in pods and alone; STORM_ARGS=--help (10 min)
 	@$(PY) -m tests.stress $(STORM_ARGS)
+
+soak: setup ## lives in parallel in two namespaces with 500 random faults; SOAK_ARGS=--help (45 min)
+	@$(PY) -m tests.stress.soak $(SOAK_ARGS)
+
+test-failpoints: setup ## a life for each await that leaves the daemon, broken in four ways; WALK_ARGS=--help (30 min)
+	@$(PY) -m tests.fault.walk $(WALK_ARGS)
 
 test-hotplug: setup ## a disk plugged and unplugged 1,000 times in one VM: nothing leaks
 	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles --timeout=1200 $(PYTEST_ARGS)

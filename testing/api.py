@@ -68,10 +68,10 @@ def method(service: str, name: str) -> tuple[str, Any, Any]:
     )
 
 
-class Event(tuple[str, Any]):
-    """(topic, message) of one event."""
+class Event(tuple[str, Any]):  # noqa: SLOT001  (a tuple with slots can have no attribute)
+    """(topic, message) of one event, and the `namespace` that it is of."""
 
-    __slots__ = ()
+    namespace: str = ""
 
 
 class Stdio:
@@ -356,7 +356,9 @@ class Api:
                         continue
                     name = envelope.event.type_url.rpartition("/")[2]
                     with contextlib.suppress(KeyError):
-                        gathered.put(Event((envelope.topic, message(name).FromString(envelope.event.value))))
+                        event = Event((envelope.topic, message(name).FromString(envelope.event.value)))
+                        event.namespace = envelope.namespace
+                        gathered.put(event)
 
         thread = threading.Thread(target=gather, daemon=True)
         thread.start()

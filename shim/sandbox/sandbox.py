@@ -25,7 +25,7 @@ import structlog
 
 import ttrpc
 from devices.config import ShareFsConfig
-from devices.errors import BugError, GuestError, HypervisorError, KataError
+from devices.errors import BugError, GuestError, HostError, HypervisorError, KataError
 from devices.manager import DeviceManager
 from devices.threads import look
 from devices.undo import UndoLog
@@ -282,6 +282,8 @@ class VirtSandbox:
             self._fail(
                 GuestError("the sandbox did not start in time", phase="boot", code="DEADLINE_EXCEEDED")
             )
+        except OSError as error:  # of what no one expected to fail: no descriptors, no room, a broken disk
+            self._fail(HostError(str(error), phase="boot"))
         except Exception as error:  # noqa: BLE001  (whatever it is, whoever waits must hear of it)
             _log.exception("sandbox start failed")
             self._fail(BugError(f"{type(error).__name__}: {error}", phase="boot"))
