@@ -25,6 +25,7 @@ __all__ = ["Reserved", "give_back", "reserve"]
 
 _PAGES = "/sys/kernel/mm/hugepages"
 _COMPACT = "/proc/sys/vm/compact_memory"
+_MEMINFO = "/proc/meminfo"
 _UNITS = {"KB": 1, "MB": 1 << 10, "GB": 1 << 20}
 _NO_LIMIT = 1 << 62
 
@@ -41,6 +42,9 @@ def reserve(limits: Sequence[Mapping[str, Any]], directory: str = _PAGES) -> Res
             path = f"{directory}/hugepages-{kilobytes}kB/nr_hugepages"
             wanted = int(limit["limit"]) // (kilobytes << 10)
             if 0 < int(limit["limit"]) < _NO_LIMIT and wanted and os.path.exists(path):
+                room = _available() // kilobytes
+                if wanted > room:  # the kernel would look for them for a minute
+                    raise _no_room(room, wanted, size)
                 kept.append((path, 0))
                 kept[-1] = (path, _grow(path, wanted))
                 if kept[-1][1] < wanted:
@@ -71,6 +75,12 @@ def _grow(path: str, wanted: int) -> int:
         if _count(path) >= before + wanted:
             break
     return _count(path) - before
+
+
+def _available() -> int:
+    """KiB that can be had without swapping."""
+    with open(_MEMINFO, encoding="ascii") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
 
 
 def give_back(kept: Reserved) -> None:

@@ -73,6 +73,10 @@ class Sizer:
 
     # --- vCPUs
 
+    def is_granted(self, index: int) -> bool:
+        """Whether the guest may use the vCPU of that number, which QEMU has."""
+        return not self._plan.all_vcpus_at_start or index < self._granted
+
     async def resize_vcpu(self, count: int) -> int:
         """See `Hypervisor.resize_vcpu`."""
         plan = self._plan

@@ -350,14 +350,19 @@ class Qemu:
         return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
-        """See `Hypervisor.get_thread_ids`. QEMU tells the numbers that they have in its pid namespace."""
+        """See `Hypervisor.get_thread_ids`. QEMU tells the numbers that they have in its pid namespace,
+        also of those that the guest keeps offline, which are none yet."""
+        sizer = self._running(self._sizer)
         cpus = await self._qmp().execute("query-cpus-fast")
         try:
             known = await look(thread_ids, self._process().pid)
         except ProcessLookupError:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION") from None
         with sensible("query-cpus-fast"):
-            return VcpuThreadIds({int(cpu["cpu-index"]): known[int(cpu["thread-id"])] for cpu in cpus})
+            numbers = {int(cpu["cpu-index"]): int(cpu["thread-id"]) for cpu in cpus}
+            return VcpuThreadIds(
+                {index: known[thread] for index, thread in numbers.items() if sizer.is_granted(index)}
+            )
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -58,22 +59,26 @@ class Saboteur:
 
 
 async def everything(vm: Qemu) -> dict[str, Any]:
-    """All that QEMU has of devices and what they stand on, and the places that are free."""
+    """All that QEMU has of devices and what they stand on, and the places that are free. No DIMM has the
+    name of an earlier one: it is told without its number."""
     qmp = vm._parts.qmp
     assert qmp is not None
     blocks = await qmp.execute("query-named-block-nodes", {"flat": True})
     return {
         "nodes": sorted(node["node-name"] for node in blocks if not node["node-name"].startswith("#")),
         "chardevs": sorted(one["label"] for one in await qmp.execute("query-chardev")),
-        "objects": sorted(one["name"] for one in await qmp.execute("qom-list", {"path": "/objects"})),
-        "devices": sorted(
-            one["name"] for one in await qmp.execute("qom-list", {"path": "/machine/peripheral"})
-        ),
+        "objects": await names(qmp, "/objects"),
+        "devices": await names(qmp, "/machine/peripheral"),
         "netdevs": await qmp.execute("human-monitor-command", {"command-line": "info network"}),
         "descriptors": len(os.listdir(f"/proc/{await vm.get_vmm_master_tid()}/fd")),
         "free": vm._topology.free(),
         "pids": len(await vm.get_pids()),
     }
+
+
+async def names(qmp: QmpClient, path: str) -> list[str]:
+    listed = await qmp.execute("qom-list", {"path": path})
+    return sorted(re.sub(r"dimm\d+", "dimm", one["name"]) for one in listed)
 
 
 async def settled(vm: Qemu, wanted: dict[str, Any]) -> None:

@@ -53,6 +53,19 @@ def test_a_limit_is_a_reservation(kernel: Callable[..., dict[str, str]], tmp_pat
     assert first == []
 
 
+def test_more_than_there_is_is_not_tried(
+    kernel: Callable[..., dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 6.12 looks longer for pages that it cannot have than the agent may take."""
+    (tmp_path / "meminfo").write_text("MemTotal: 300000 kB\nMemAvailable:   20481 kB\n")
+    monkeypatch.setattr(huge_pages, "_MEMINFO", str(tmp_path / "meminfo"))
+    with pytest.raises(RpcError, match="room for 10 of 11 pages of 2MB; try: a larger VM"):
+        huge_pages.reserve([limit("2MB", 2 * MIB), limit("2MB", 22 * MIB)], str(tmp_path))
+
+    assert kernel() == {"2048": "3", "1048576": "0"}
+    assert not (tmp_path / "compact").exists()
+
+
 def test_all_or_none(kernel: Callable[..., dict[str, str]], tmp_path: Path) -> None:
     with pytest.raises(RpcError, match="room for 97 of 200 pages of 2MB; try: a larger VM") as caught:
         huge_pages.reserve([limit("1GB", 1 << 30), limit("2MB", 400 * MIB)], str(tmp_path))

@@ -80,9 +80,11 @@ async def test_under_kvm_plugged_vcpus_go_again_but_not_the_first(machine: Machi
 
 
 async def test_under_tcg_all_vcpus_are_there_and_none_goes(machine: Machine, make: Make) -> None:
-    """QEMU is not asked: the guest brings online what it is granted."""
+    """QEMU is not asked: the guest brings online what it is granted, and has no more than that."""
     sizer = await make()
+    assert [sizer.is_granted(index) for index in range(3)] == [True, False, False]
     assert await sizer.resize_vcpu(2) == 2
+    assert [sizer.is_granted(index) for index in range(3)] == [True, True, False]
     assert await sizer.resize_vcpu(2) == 2
     with pytest.raises(UnsupportedByHypervisor, match="unplug of a vCPU: under TCG"):
         await sizer.resize_vcpu(1)
