@@ -44,8 +44,11 @@ def test_nobody_finds_a_socket_that_does_not_listen(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(os, "link", look)
     path = str(tmp_path / "s")
-    fd = launcher._bind(path)
-    os.close(fd)
+    mask = os.umask(0o077)
+    try:
+        os.close(launcher._bind(path))
+    finally:
+        os.umask(mask)  # it leaves the shim's
 
     assert tried == [0]
     assert os.listdir(tmp_path) == ["s"]

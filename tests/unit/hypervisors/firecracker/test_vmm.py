@@ -66,7 +66,8 @@ async def stopped(vm: Firecracker) -> int:
     return ended.code
 
 
-async def test_sigterm_is_enough(running: Firecracker) -> None:
+async def test_sigterm_is_enough(running: Firecracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmm_module, "_TERM_TIMEOUT", BUSY)
     await running.start_vm(20)
     assert await stopped(running) == -signal.SIGTERM
 
