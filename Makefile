@@ -8,10 +8,11 @@ STORM_ARGS ?=
 HOSTS_ARGS ?=
 SOAK_ARGS ?=
 WALK_ARGS ?=
+FUZZ_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts test-failpoints storm soak lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +58,9 @@ test-failpoints: setup ## a life for each await that leaves the daemon, broken i
 
 test-hotplug: setup ## a disk plugged and unplugged 1,000 times in one VM: nothing leaks
 	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles --timeout=1200 $(PYTEST_ARGS)
+
+fuzz: setup ## fuzz every reader of foreign bytes; FUZZ_ARGS='--runs 1000000 --target qmp', --help (a minute)
+	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 lint: ## ruff, ruff format and mypy --strict
 	@scripts/setup.sh venv

@@ -73,7 +73,7 @@ def read_phases(path: str) -> tuple[list[Phase], int]:
                 str(entry["id"]),
                 str(entry.get("error", "")),
             )
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             bad += not line.startswith(b'{"trace": ')  # the first line, which says whose it is
         else:
             if math.isfinite(phase.start) and math.isfinite(phase.end):

@@ -109,8 +109,9 @@ class GuestAgent:
     def _translated(name: str, error: ttrpc.RpcError, deadline: float | None) -> KataError:
         code = error.code.name
         if code == "DEADLINE_EXCEEDED":
+            within = "in the time that it had" if deadline is None else f"within {deadline:g} s"
             return GuestError(
-                f"the agent did not answer {name} within {deadline:g} s",
+                f"the agent did not answer {name} {within}",
                 phase="agent",
                 code=code,
                 hint="raise create_container_timeout in [agent.kata] if the host is slow",

@@ -9,10 +9,11 @@ nothing; what is read is bounded, and no reader fails by what stands in it.
 from __future__ import annotations
 
 import contextlib
-import json
+import json  # to write; what is read goes through foreign_json
 import os
 from dataclasses import dataclass
 
+from devices import foreign_json
 from shim.state.bundle import write_atomically
 
 __all__ = ["NAME", "Silence", "clear", "read", "write"]
@@ -48,9 +49,12 @@ def read(directory: str) -> Silence | None:
             os.path.join(directory, NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         )
         try:
-            document = json.loads(os.read(fd, _LIMIT))
+            document = foreign_json.loads(os.read(fd, _LIMIT))
         finally:
             os.close(fd)
-        return Silence(float(document["since"]), str(document["why"]))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        since, why = document["since"], document["why"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
+    if type(since) not in (int, float) or not isinstance(why, str):
+        return None
+    return Silence(float(since), why)

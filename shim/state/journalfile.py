@@ -71,7 +71,7 @@ class History:
     `records`: what is still acquired, in the order of acquisition. `identity`: whose it is; None for version
     1 and if the first line is lost. `bundle`: that of the container whose `start` made the sandbox. `damage`:
     where it cannot be read any further, "" if all of it could. `socket`: the first one that was recorded,
-    even if it is released by now. `header`: the first line, for who writes the file anew.
+    even if it is released by now. `header`: the first line, for who writes the file anew; {} if it is lost.
     """
 
     __slots__ = ("bundle", "damage", "header", "identity", "records", "socket", "version")
@@ -250,7 +250,6 @@ def _take_header(change: dict[str, object] | None, history: History, path: str =
             f"{path}: version {version} of the format; this shim knows version {VERSION};"
             " try: the shim that wrote it"
         )
-    history.version, history.header = version, change
     if version == VERSION:
         texts = [change.get(key) for key in ("address", "namespace", "sandbox")]
         address, namespace, sandbox = (text if isinstance(text, str) else None for text in texts)
@@ -258,6 +257,7 @@ def _take_header(change: dict[str, object] | None, history: History, path: str =
             return False
         history.identity = Identity(address, namespace, sandbox)
         history.bundle = str(change.get("bundle", ""))
+    history.version, history.header = version, change
     return True
 
 

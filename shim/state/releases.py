@@ -32,7 +32,10 @@ def release(record: Record, timeout: float = 2.0, *, kinds: Mapping[str, Release
     function = (KINDS if kinds is None else kinds).get(record.kind)
     if function is None:
         raise ReleaseError(f"do not know how to release a {record.kind!r} ({record.facts})")
-    function(record.facts, timeout)
+    try:
+        function(record.facts, timeout)
+    except (ValueError, TypeError, OverflowError) as error:  # no path or number that the kernel has: spoilt
+        raise ReleaseError(f"{record!r:.200} makes no sense: {error}") from error
 
 
 def _path(facts: Facts) -> str:

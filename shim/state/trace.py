@@ -126,8 +126,10 @@ class Trace:
             for line in self._content().splitlines():
                 entry = json.loads(line)
                 if entry.get("id") == self.sandbox_id:
-                    found[entry["phase"]] = round(entry["end"] - entry["start"], 6)
-        except (OSError, ValueError, KeyError):
+                    seconds = float(entry["end"]) - float(entry["start"])
+                    if seconds - seconds == 0:  # json reads NaN and Infinity
+                        found[str(entry["phase"])] = round(seconds, 6)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             pass  # somebody spoilt the file; what was read is right
         return found
 

@@ -19,7 +19,7 @@ from proto import agent_pb2, oci_pb2
 from shim.protocols import Deadlines, GuestContainer
 from shim.sandbox.agent_client import FEATURE_BEYOND, METADATA_BEYOND, GuestAgent
 from shim.state.trace import Trace
-from ttrpc import CallContext, Client, Server
+from ttrpc import CallContext, Client, Code, RpcError, Server
 
 BEYOND = {"process": {"user": {"umask": 7}}, "linux": {"resources": {"unified": {"memory.high": "9"}}}}
 
@@ -142,3 +142,16 @@ async def test_an_answer_of_any_length_is_not_decoded(connect: Connect) -> None:
     with pytest.raises(GuestError, match=r"3000\d\d\d bytes, where 262144 are the most"):
         await agent.stats_container("c")
     assert await agent.memory_available() > 0
+
+
+async def test_an_agent_that_speaks_of_a_deadline_where_there_is_none(connect: Connect) -> None:
+    """Found by fuzzing: the text of the error could not be made, so containerd got a Python error."""
+
+    class Late(Recorder):
+        async def wait_process(self, ctx: CallContext, request: Any) -> agent_pb2.WaitProcessResponse:
+            raise RpcError(Code.DEADLINE_EXCEEDED, "late")
+
+    agent = await connect(Late([]))
+
+    with pytest.raises(GuestError, match="did not answer WaitProcess in the time that it had"):
+        await agent.wait_process("c", "e")

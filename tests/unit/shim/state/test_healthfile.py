@@ -27,7 +27,16 @@ def test_it_is_there_while_the_guest_is_silent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"since": "x", "why": ""}', '{"why": "x"}', "null", "[" * 9000, "\xff"]
+    "text",
+    [
+        *("", "{", "[]", '{"since": "x", "why": ""}', '{"why": "x"}', "null", "[" * 9000, "\xff"),
+        *(
+            '{"since": 1' + "0" * 400 + ', "why": ""}',
+            '{"since": 1e999, "why": ""}',
+            '{"since": NaN, "why": ""}',
+        ),
+        *('{"since": "nan", "why": ""}', '{"since": true, "why": ""}', '{"since": 1, "why": [1]}'),
+    ],
 )
 def test_a_file_that_is_none(tmp_path: Path, text: str) -> None:
     """Whoever looks must not fail by it."""

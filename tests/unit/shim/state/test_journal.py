@@ -24,11 +24,22 @@ from devices.syscalls import mount
 from shim.state import journalfile
 from shim.state.identity import Identity
 from shim.state.journal import Journal
-from shim.state.journalfile import JournalError, encode, header_of, load, parse, read_identity, rewrite
+from shim.state.journalfile import (
+    JournalError,
+    Record,
+    encode,
+    header_of,
+    load,
+    parse,
+    read_identity,
+    rewrite,
+)
 from shim.state.procfs import start_time
+from shim.state.releases import ReleaseError, release
 from tests.unit.shim.namespaces import in_mount_namespace
 
 S1 = Identity("/run/containerd/containerd.sock", "default", "s1")
+KINDS_OF_PATHS = ("file", "socket", "dir", "mount", "cgroup")
 HEADER = header_of(S1, "/bundle")
 
 
@@ -193,6 +204,21 @@ async def test_default_release_of_a_logger(tmp_path: Path, pause: float, said: b
         assert await journal.release_all() == []
         assert logger.wait(5) == status
         assert logger.stdout.read() == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        *((kind, {"path": path}) for kind in KINDS_OF_PATHS for path in ("/a\0b", "/a\ud800")),
+        *(("process", {"pid": 1 << bits, "start": 1}) for bits in (31, 63, 64, 4000)),
+    ],
+)
+def test_facts_that_no_kernel_has(kind: str, facts: dict[str, str | int]) -> None:
+    """A disk that loses bits must not end `delete` before it has looked at the other records."""
+    try:
+        release(Record(1, kind, facts))
+    except (ReleaseError, OSError) as error:
+        assert "\0" not in str(error)
 
 
 async def test_a_logger_that_never_ran_is_none(tmp_path: Path) -> None:
@@ -612,6 +638,7 @@ def test_a_first_line_must_say_whose(header: dict[str, object]) -> None:
 
     assert "journal:1" in history.damage
     assert (history.records, history.identity) == ([], None)
+    assert (history.version, history.header) == (0, {}), "it is not written anew either"
 
 
 def test_what_is_beyond_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,6 +48,36 @@ def test_a_phase_that_fails_is_recorded_and_its_error_goes_on(tmp_path: Path) ->
     assert (line["phase"], line["id"], line["error"]) == ("agent.connect", "c1", "TimeoutError")
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *(
+            "5",
+            "[]",
+            '"x"',
+            "null",
+            "[" * 100_000,
+            '{"id": "pod", "phase": [], "start": 0, "end": 1}',
+            "\udcff",
+        ),
+        *(
+            f'{{"id": "pod", "phase": "x", "start": 0, "end": {end}}}'
+            for end in ('"1"', "NaN", "1e999", 10**400)
+        ),
+    ],
+)
+def test_a_file_that_somebody_spoilt(tmp_path: Path, line: str) -> None:
+    """What was read before is right; nobody fails by the rest."""
+    trace = Trace("pod", str(tmp_path))
+    trace.mark("a", 0, 1)
+    trace.flush()
+    with open(tmp_path / "trace.jsonl", "a", errors="surrogateescape") as file:
+        file.write(line + "\n")
+    found = trace.durations()
+    assert found.pop("a", 1.0) == 1.0
+    assert all(seconds == 1.0 for seconds in found.values())
+
+
 def test_flush_appends_and_writes_nothing_twice(tmp_path: Path) -> None:
     trace = Trace("pod", str(tmp_path))
     for name in ("a", "b"):
