@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import os
 import re
-import signal
 import stat
 
 import structlog
@@ -51,7 +50,6 @@ from hypervisors.firecracker.report import LOG, METRICS
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
-_TERM_TIMEOUT = 0.3  # seconds that a running Firecracker gets to end by SIGTERM
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -139,14 +137,9 @@ class Firecracker:
         return await asyncio.shield(self._ended)
 
     async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: SIGTERM, for Firecracker knows no quit and keeps nothing that would want
-        flushing; then SIGKILL. A start under way fails first."""
-        process = self._parts.process
-        self._stopping = self._ended is not None
-        if self._parts.api is not None and process is not None and process.alive:
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await process.wait(_TERM_TIMEOUT)
+        """See `Hypervisor.stop_vm`: SIGKILL, for Firecracker knows no quit, keeps nothing that would want
+        flushing, and has no handler for SIGTERM: the first process of a pid namespace never gets it then. A
+        start under way fails first."""
         await self._end()
         if self._starting is not None:
             await asyncio.wait({self._starting})
