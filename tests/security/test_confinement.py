@@ -30,7 +30,8 @@ SECRET = "SECRET_OF_CONTAINERD"
 
 def table() -> dict[str, dict[str, str]]:
     """SECURITY.md's rows by the name of the child, each by the names of the columns."""
-    lines = [line for line in (ROOT / "SECURITY.md").read_text().splitlines() if line.startswith("| ")]
+    text = (ROOT / "SECURITY.md").read_text().partition("## What each child")[2]
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     head, *rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
     return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
 
@@ -223,9 +224,9 @@ def test_what_is_in_sight(pod: Pod, facts: dict[str, Process], name: str) -> Non
     points = {line.split()[4]: line.split()[5].split(",") for line in mounts}
     system = {"/", "/proc", "/usr", "/etc/ld.so.cache", "/etc/alternatives"}
     own = {
-        "QEMU": r"/sys/devices/system|/run/kata/[^/]+/m|.*/(vmlinux|initrd\.img)",
+        "QEMU": r"/sys/devices/system|/run/kata-shim/[^/]+/m|.*/(vmlinux|initrd\.img)",
         "virtiofsd": r"/passthrough/.*",  # it has made the shared directory, in its view, its root
-        "vhost-device-vsock": rf"/run/kata/[^/]+/v|{re.escape(str(ROOT))}/build/vsock/usr",
+        "vhost-device-vsock": rf"/run/kata-shim/[^/]+/v|{re.escape(str(ROOT))}/build/vsock/usr",
     }[name]
     for point, options in points.items():
         shown = point in system or point in ("/bin", "/sbin", "/lib", "/lib64")
