@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
     from agent.stdio.streams import StreamListener
-    from proto import csi_pb2, types_pb2
+    from proto import csi_pb2, recovery_pb2, types_pb2
 
 __all__ = ["VERSION", "AgentService", "HealthService", "serve"]
 
@@ -85,6 +85,18 @@ class AgentService:
         self._reaper: Reaper | None = None
         self._oom: OomWatcher | None = None
         self.stopped = asyncio.Event()
+
+    # --- a shim that takes over (proto/recovery.proto) -------------------------------------------
+
+    async def reattach(
+        self, _: CallContext, request: recovery_pb2.ReattachRequest
+    ) -> recovery_pb2.ReattachResponse:
+        """New stdio connections for a process."""
+        from proto import recovery_pb2
+
+        process = self._process(request)
+        await process.stdio.reattach((request.stdin_port, request.stdout_port, request.stderr_port))
+        return recovery_pb2.ReattachResponse(alive=process.alive)
 
     # --- the parts, made on first use ---------------------------------------------------------
 
@@ -235,8 +247,10 @@ class AgentService:
         self, _: CallContext, request: agent_pb2.WaitProcessRequest
     ) -> agent_pb2.WaitProcessResponse:
         """The exit code, when there is one, and after the news of what was killed for memory."""
-        status = await self._process(request).wait()
+        process = self._process(request)
+        status = await process.wait()
         await self.oom.told(request.container_id)
+        process.stdio.let_go()
         return agent_pb2.WaitProcessResponse(status=status)
 
     async def write_stdin(
@@ -452,6 +466,7 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
     server.register(descriptor, service, run_to_end=to_end)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
+    server.register_later("kata_shim.Recovery", lambda: _register_recovery(server, service))
     listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
@@ -460,6 +475,12 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     log.debug("the sandbox is destroyed")
     await server.close(1.0)
     await serving
+
+
+def _register_recovery(server: Server, service: AgentService) -> None:
+    from proto import recovery_pb2  # hardly any guest is ever asked
+
+    server.register(recovery_pb2.DESCRIPTOR.services_by_name["Recovery"], service, run_to_end=True)
 
 
 def serve(agent_fd: int, stream_fd: int) -> None:

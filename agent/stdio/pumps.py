@@ -8,6 +8,9 @@ close, so the end must be said in the data, and the side that reads it closes fi
 Invariants: back-pressure both ways (a pump with bytes in hand does not read more); every byte that
 the process wrote before it died is sent, followed by the end; a grandchild that keeps the pipe open
 delays the end by at most `GRACE` seconds; after the end an `OutPump` waits for the host's close.
+A connection that breaks is no end: its shim has died, and another one may come. The pump stands still, with
+what it could not send, until `reattach`; the process then waits as it does for a reader that is slow. Only
+after the host was told the exit (`OutPump.let_go`) is a break what it looks like: nobody wants the rest.
 """
 
 from __future__ import annotations
@@ -55,9 +58,12 @@ class OutPump:
         self._source = source
         self._sink = sink
         self._on_end = on_end
-        self._held = memoryview(b"")
+        self._frame = b""  # what is to be sent before more is read
+        self._sent = 0  # bytes of it
         self._owed = -1  # bytes left to forward once the process is dead; -1: it lives
         self._sink_open = True
+        self._broken = False  # the connection; the next one gets the frame
+        self._wanted = True
         self._timer: asyncio.TimerHandle | None = None
         loop.add_reader(source, self._readable)
 
@@ -78,7 +84,7 @@ class OutPump:
             self._end_source()
 
     def _is_over(self) -> bool:
-        if self._owed < 0 or self._timer is not None or self._held:
+        if self._owed < 0 or self._timer is not None or self._frame:
             return False
         return self._owed == 0 or pending_bytes(self._source) == 0
 
@@ -111,32 +117,81 @@ class OutPump:
         except BlockingIOError:
             sent = 0
         except OSError:
-            # The host dropped this stream. The container must not block for that: discard.
-            self._sink_open = False
-            return True
+            return self._break(header + data)
         if sent == len(header) + len(data):
             return True
-        self._held = memoryview(header + data)[sent:]
+        self._frame, self._sent = header + data, sent
         self._loop.add_writer(self._sink, self._writable)
         return False
 
+    def _break(self, frame: bytes) -> bool:
+        """The host dropped this stream: hold the frame for the next one, or, if nobody wants it, discard it,
+        since the container must not block for that; whether it is discarded."""
+        if self._wanted:
+            self._frame, self._sent, self._broken = frame, 0, True
+            return False
+        self._sink_open = False
+        return True
+
     def _writable(self) -> None:
         try:
-            self._held = self._held[self._sink.send(self._held) :]
+            self._sent += self._sink.send(memoryview(self._frame)[self._sent :])
         except BlockingIOError:
             return
         except OSError:
-            self._sink_open = False
-            self._held = memoryview(b"")
-        if self._held:
+            rest = self._rest()
+            if not self._break(len(rest).to_bytes(_HEADER, "big") + rest):
+                self._loop.remove_writer(self._sink)
+                return
+            self._sent = len(self._frame)
+        if self._sent < len(self._frame):
             return
         self._loop.remove_writer(self._sink)
-        if self._source < 0:
+        self._sent_all()
+
+    def _sent_all(self) -> None:
+        ended = self._frame == END and self._source < 0
+        self._frame, self._sent = b"", 0
+        if ended:
             self._await_close()
-        elif self._is_over():
+        elif self._source < 0 or self._is_over():
             self._end_source()
         else:
             self._loop.add_reader(self._source, self._readable)
+
+    def _rest(self) -> bytes:
+        """What is not sent of the payload that is held."""
+        return self._frame[max(_HEADER, self._sent) :]
+
+    def reattach(self, sink: socket.socket) -> None:
+        """Go on with this connection (owned): the one before has ended, or is about to. What was on its way
+        there is lost; what is held comes first here. An end that was said is said again by closing."""
+        if self._sink.fileno() < 0:
+            sink.close()
+            return
+        rest = self._rest()
+        self._drop_sink()
+        self._sink, self._sink_open, self._broken = sink, True, False
+        self._frame, self._sent = b"", 0
+        if rest and not self._send(len(rest).to_bytes(_HEADER, "big"), rest):
+            self._stop_reading()
+            return
+        self._sent_all()
+
+    def let_go(self) -> None:
+        """The exit of the process has been told: whoever drops this stream from now on wants no more of it."""
+        self._wanted = False
+        if self._broken:
+            self.abort()
+
+    def _stop_reading(self) -> None:
+        if self._source >= 0:
+            self._loop.remove_reader(self._source)
+
+    def _drop_sink(self) -> None:
+        self._loop.remove_reader(self._sink)
+        self._loop.remove_writer(self._sink)
+        self._sink.close()
 
     def _end_source(self) -> None:
         """All is read: say so to the host."""
@@ -172,9 +227,7 @@ class OutPump:
 
     def _finish(self) -> None:
         if self._sink.fileno() >= 0:
-            self._loop.remove_reader(self._sink)
-            self._loop.remove_writer(self._sink)
-            self._sink.close()
+            self._drop_sink()
             self._on_end()
 
     def abort(self) -> None:
@@ -194,6 +247,7 @@ class InPump:
         self._header = b""  # of the next frame, as far as it has come
         self._left = 0  # bytes of this frame still to come
         self._ended = False
+        self._broken = False  # the connection, without an end: another one may come
         self._held: list[memoryview] = []
         loop.add_reader(source, self._readable)
 
@@ -205,11 +259,11 @@ class InPump:
                 return
             except OSError:
                 data = b""
-            # Without an end frame the host is gone, which is an end for this process as well.
             if data:
                 self._unpack(memoryview(data))
             else:
-                self._ended = True
+                self._broken = True
+                self._loop.remove_reader(self._source)
             if not self._write():
                 self._loop.remove_reader(self._source)
                 self._loop.add_writer(self._sink, self._writable)
@@ -217,6 +271,20 @@ class InPump:
             if self._ended:
                 self.abort()
                 return
+            if self._broken:
+                return
+
+    def reattach(self, source: socket.socket) -> None:
+        """Go on with this connection (owned): see `OutPump.reattach`. A stdin that has ended stays so."""
+        if self._sink < 0 or self._ended:
+            source.close()
+            return
+        self._loop.remove_reader(self._source)
+        self._source.close()
+        self._source, self._broken = source, False
+        self._header, self._left = b"", 0
+        if not self._held:  # else what is held is written first
+            self._loop.add_reader(source, self._readable)
 
     def _unpack(self, data: memoryview) -> None:
         """Take the payloads of whole and partial frames out of `data`."""
@@ -259,7 +327,7 @@ class InPump:
         self._loop.remove_writer(self._sink)
         if self._ended:
             self.abort()
-        else:
+        elif not self._broken:
             self._loop.add_reader(self._source, self._readable)
 
     def abort(self) -> None:

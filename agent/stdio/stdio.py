@@ -43,6 +43,8 @@ class Stdio:
         self._console = -1  # the pty's controlling side, for resizing
         self._in_pump: InPump | None = None
         self._out_pumps: list[OutPump] = []
+        self._pumped: dict[int, OutPump] = {}  # the same, by stream: 1 or 2
+        self._listener: StreamListener | None = None
         self._locks = [asyncio.Lock(), asyncio.Lock(), asyncio.Lock()]
         self._dead = False
         self._waiters: set[Callable[[], None]] = set()  # of calls that wait for a descriptor
@@ -62,19 +64,10 @@ class Stdio:
         # A host that uses stream connections says by id 0 "this stream is nothing"; one that does
         # not says by it "I shall call".
         self._direct = listener is not None
+        self._listener = listener
         for index, port in enumerate(ports):
             if port:
-                if listener is None:
-                    raise RpcError(
-                        Code.FAILED_PRECONDITION,
-                        f"stream {port} was named, but agent.stream_port was not given",
-                    )
-                try:
-                    self._connections[index] = await listener.take(port)
-                except TimeoutError:
-                    raise RpcError(
-                        Code.DEADLINE_EXCEEDED, f"the connection of stream {port} did not arrive"
-                    ) from None
+                self._connections[index] = await self._take(port)
         for index in range(3):
             if self.terminal or (self._direct and self._connections[index] is None):
                 # With a terminal crun itself needs some descriptors; the container gets the pty.
@@ -85,6 +78,36 @@ class Stdio:
             self.child_fds.append(theirs)
             self._ours[index] = ours
             os.set_blocking(ours, False)
+
+    async def _take(self, port: int) -> socket.socket:
+        if self._listener is None:
+            raise RpcError(
+                Code.FAILED_PRECONDITION, f"stream {port} was named, but agent.stream_port was not given"
+            )
+        try:
+            return await self._listener.take(port)
+        except TimeoutError:
+            raise RpcError(
+                Code.DEADLINE_EXCEEDED, f"the connection of stream {port} did not arrive"
+            ) from None
+
+    async def reattach(self, ports: Ports) -> None:
+        """Connections in place of those that ended with their shim; one for a stream that has ended, or was
+        never there, is closed. Raises RpcError when one does not arrive."""
+        for index, port in enumerate(ports):
+            if not port:
+                continue
+            connection = await self._take(port)
+            pump = self._in_pump if index == 0 else self._pumped.get(index)
+            if pump is None:
+                connection.close()
+            else:
+                pump.reattach(connection)
+
+    def let_go(self) -> None:
+        """The exit has been told: see `OutPump.let_go`."""
+        for pump in self._out_pumps:
+            pump.let_go()
 
     def spawned(self) -> None:
         """crun has its descriptors: close our copies of them, or no EOF would ever come."""
@@ -119,7 +142,8 @@ class Stdio:
             self._in_pump = InPump(self._loop, stdin, self._ours[0])
         for index, connection in enumerate(outputs, start=1):
             if connection is not None:
-                self._out_pumps.append(OutPump(self._loop, self._ours[index], connection))
+                self._pumped[index] = OutPump(self._loop, self._ours[index], connection)
+        self._out_pumps = list(self._pumped.values())
         self._connections = [None, None, None]
         self._ours = [-1, -1, -1]
 

@@ -167,14 +167,109 @@ async def test_output_of_the_dead_is_complete_for_a_slow_host(ends: Ends) -> Non
     pump.abort()
 
 
-async def test_a_host_that_left_does_not_block_the_process(ends: Ends) -> None:
+async def test_a_host_that_knows_the_exit_and_left_blocks_nobody(ends: Ends) -> None:
     os.set_blocking(ends.read_fd, False)
     ended = asyncio.Event()
-    OutPump(asyncio.get_running_loop(), ends.read_fd, ends.ours, ended.set)
+    pump = OutPump(asyncio.get_running_loop(), ends.read_fd, ends.ours, ended.set)
+    pump.let_go()
     ends.host.close()
 
     await asyncio.wait_for(_feed(ends.write_fd, b"x" * (1 << 20)), 10)
     await asyncio.wait_for(ended.wait(), 5)
+
+
+async def _more(ends: Ends) -> tuple[socket.socket, socket.socket]:
+    """A second connection: the pump's end, the host's."""
+    ours, host = socket.socketpair()
+    ours.setblocking(False)
+    host.setblocking(False)
+    return ours, host
+
+
+@pytest.mark.parametrize("dies", ["before", "while it is broken", "after"])
+async def test_output_goes_on_with_the_next_host(ends: Ends, dies: str) -> None:
+    """What was held when the host was gone, what the pipe held, what came later, and the end."""
+    loop = asyncio.get_running_loop()
+    os.set_blocking(ends.read_fd, False)
+    pump = OutPump(loop, ends.read_fd, ends.ours)
+    ends.host.close()
+    os.write(ends.write_fd, b"held ")
+    await asyncio.sleep(0.05)
+    os.write(ends.write_fd, b"piped ")
+    if dies == "before":
+        pump.process_died()
+        await asyncio.sleep(GRACE * 2)
+    ours, host = await _more(ends)
+    pump.reattach(ours)
+    if dies == "while it is broken":
+        pump.process_died()
+    if dies == "after":
+        os.write(ends.write_fd, b"later")
+        await asyncio.sleep(0.05)
+        pump.process_died()
+
+    said = await asyncio.wait_for(frames(host), 5)
+
+    assert said == b"held piped " + (b"later" if dies == "after" else b"")
+    host.close()
+    await asyncio.sleep(0.05)
+    assert ours.fileno() == -1
+
+
+async def test_a_process_waits_while_nobody_reads(ends: Ends) -> None:
+    """More than chunk and pipe hold is written only when there is a host again, and none of it is lost."""
+    os.set_blocking(ends.read_fd, False)
+    pump = OutPump(asyncio.get_running_loop(), ends.read_fd, ends.ours)
+    ends.host.close()
+    data = os.urandom(1 << 20)
+    feeding = asyncio.ensure_future(_feed(ends.write_fd, data))
+    await asyncio.sleep(0.2)
+    assert not feeding.done()
+    ours, host = await _more(ends)
+
+    pump.reattach(ours)
+
+    assert await asyncio.wait_for(frames(host), 10) == data
+    await feeding
+    host.close()
+
+
+async def test_a_frame_that_was_cut_is_finished_for_the_next_host(ends: Ends) -> None:
+    """What the first host was sent is its own; the rest comes as a frame of its own."""
+    os.set_blocking(ends.read_fd, False)
+    ends.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pump = OutPump(asyncio.get_running_loop(), ends.read_fd, ends.ours)
+    data = os.urandom(CHUNK)
+    feeding = asyncio.ensure_future(_feed(ends.write_fd, data))
+    await asyncio.sleep(0.05)
+    first = ends.host.recv(1 << 20)[4:]
+    assert 0 < len(first) < CHUNK
+    ends.host.close()
+    await asyncio.sleep(0.05)
+    ours, host = await _more(ends)
+
+    pump.reattach(ours)
+
+    rest = await asyncio.wait_for(frames(host), 5)
+    assert data.endswith(rest)
+    assert len(first) + len(rest) <= CHUNK
+    await feeding
+    host.close()
+
+
+async def test_an_end_that_was_said_is_said_again_by_closing(ends: Ends) -> None:
+    os.set_blocking(ends.read_fd, False)
+    pump = OutPump(asyncio.get_running_loop(), ends.read_fd, ends.ours)
+    os.close(ends.write_fd)
+    assert await asyncio.wait_for(frames(ends.host), 5) == b""
+    ends.host.close()
+    await asyncio.sleep(0.05)
+    ours, host = await _more(ends)
+
+    pump.reattach(ours)
+
+    assert host.recv(1) == b""
+    host.close()
 
 
 async def test_input_arrives_whole_and_ends(ends: Ends) -> None:
@@ -202,13 +297,24 @@ async def test_frames_cut_anywhere(ends: Ends) -> None:
     assert await asyncio.wait_for(reading, 5) == b"abcd"
 
 
-async def test_a_host_that_leaves_ends_the_input(ends: Ends) -> None:
+async def test_input_goes_on_with_the_next_host(ends: Ends) -> None:
+    """A host that leaves without an end is no end; the rest of a frame that it cut is not waited for."""
     os.set_blocking(ends.write_fd, False)
-    InPump(asyncio.get_running_loop(), ends.ours, ends.write_fd)
-    ends.host.send(frame(b"abc"))
+    pump = InPump(asyncio.get_running_loop(), ends.ours, ends.write_fd)
+    ends.host.send(frame(b"abc") + frame(b"lost")[:6])
     ends.host.close()
+    await asyncio.sleep(0.05)
+    ours, host = await _more(ends)
 
-    assert await asyncio.wait_for(_drain(ends.read_fd), 5) == b"abc"
+    pump.reattach(ours)
+    host.send(frame(b"def") + END)
+
+    assert await asyncio.wait_for(_drain(ends.read_fd), 5) == b"abclodef"
+    host.close()
+    ours, host = await _more(ends)
+    pump.reattach(ours)
+    assert host.recv(1) == b""  # an input that has ended stays so
+    host.close()
 
 
 async def test_a_frame_that_is_too_long_ends_the_input(ends: Ends) -> None:
