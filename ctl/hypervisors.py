@@ -23,6 +23,7 @@ MEANING = {
     "hybrid_vsock": "vsock without the host's kernel",
     "pause": "pause and resume",
     "snapshot": "save and restore a VM",
+    "adopt": "outlive a shim, and be taken over",
 }
 """What each of the other capabilities means to a user, by its field."""
 

@@ -3,7 +3,7 @@
 What: parses the command line and calls the module of the command, which is imported only then.
 Invariants: exit code 0 is "fine", 1 "something is wrong, and was told", 2 a wrong command line. Errors
 of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox or a file,
-except `config set` and `direct-volume`.
+except `config set`, `direct-volume` and `recover`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from ctl.which import add_arguments
-from devices.errors import KataError
+from devices.errors import CallerError, KataError
 
 __all__ = ["main"]
 
@@ -70,6 +70,16 @@ def _trace(arguments: argparse.Namespace) -> int:
     wanted = Which() if is_file else which(text, arguments.namespace, arguments.address)
     path = text if is_file else None
     return run(wanted, path=path, svg=arguments.svg, listing=arguments.list, everything=arguments.all)
+
+
+def _recover(arguments: argparse.Namespace) -> int:
+    from ctl.recover import run
+    from ctl.which import which
+
+    if arguments.all == bool(arguments.sandbox):
+        raise CallerError("recover takes a sandbox, or --all", phase="recover", code="INVALID_ARGUMENT")
+    wanted = which(arguments.sandbox, arguments.namespace, arguments.address)
+    return run(None if arguments.all else wanted)
 
 
 def _direct_volume(arguments: argparse.Namespace) -> int:
@@ -142,6 +152,15 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--list", action="store_true", help="list the runs that are kept")
     trace.add_argument("--all", action="store_true", help="also what came after the start (execs, stop)")
     trace.add_argument("--svg", metavar="FILE", help="draw into FILE as well")
+    recover = add(
+        commands,
+        "recover",
+        _recover,
+        'Give a sandbox a new shim, if its VM outlived the old one (on_shim_death = "keep").',
+    )
+    recover.add_argument("sandbox", nargs="?", metavar="[NAMESPACE/]ID", help="as `kata-ctl list` shows it")
+    recover.add_argument("--all", action="store_true", help="all that can be; none is no error")
+    add_arguments(recover)
     text = "Assign disks to volumes, and look at or grow those that sandboxes have."
     volumes = commands.add_parser("direct-volume", help=text, description=text)
     actions = volumes.add_subparsers(required=True, metavar="ACTION", dest="action")

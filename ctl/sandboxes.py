@@ -26,8 +26,9 @@ __all__ = ["SandboxInfo", "read_sandboxes", "run"]
 class SandboxInfo:
     """One sandbox. `namespace`, `containerd` (the address of its socket): whose it is, "" where that is not
     written (by older shims). `state`: running, unresponsive (its guest does not answer: `why`, since
-    `since`), starting (no process yet), dead (its processes are gone), damaged (its journal cannot be read to
-    the end). `age` in seconds, `since` in seconds of the epoch, `memory` resident KiB of its processes.
+    `since`), orphaned (its VM lives, its shim does not: `kata-ctl recover`), starting (no process yet), dead
+    (its processes are gone), damaged (its journal cannot be read to the end). `age` in seconds, `since` in
+    seconds of the epoch, `memory` resident KiB of its processes.
     """
 
     id: str
@@ -62,17 +63,22 @@ def _read(found: Found) -> SandboxInfo | None:
     except OSError:
         return None  # gone meanwhile
     alive: list[tuple[str, int]] = []
-    recorded = False
+    recorded = had_shim = False
     for record in records:
         pid, start = record.facts.get("pid"), record.facts.get("start")
         if record.kind == "process" and isinstance(pid, int) and isinstance(start, int):
             recorded = True
+            had_shim = had_shim or record.facts.get("name") == _SHIM
             if procfs.is_running(pid, start):
                 alive.append((str(record.facts.get("name", "process")), pid))
-    # The VMM is started last, after the daemons that it connects to.
-    vmm = next((pid for process, pid in reversed(alive) if process not in _DAEMONS), 0)
+    # The VMM is started last, after the daemons that it connects to; while there is none, the shim counts.
+    others = [(process, pid) for process, pid in alive if process not in _DAEMONS]
+    shim = next((pid for process, pid in others if process == _SHIM), 0)
+    vmm = next((pid for process, pid in reversed(others) if process != _SHIM), shim)
     silence = healthfile.read(found.directory) if vmm else None
     lives = "unresponsive" if silence else "running" if vmm else "dead" if recorded else "starting"
+    if vmm and not shim and had_shim:
+        lives = "orphaned"
     state = "damaged" if damaged else lives
     owner = found.identity
     return SandboxInfo(
@@ -91,7 +97,8 @@ def _read(found: Found) -> SandboxInfo | None:
     )
 
 
-_DAEMONS = frozenset({"virtiofsd", "vhost-device-vsock", "vsock"})
+_SHIM = "shim"
+_DAEMONS = frozenset({"virtiofsd", "vhost-device-vsock", "vsock", "mounts"})
 
 
 def _resident(pid: int) -> int:

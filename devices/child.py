@@ -10,7 +10,9 @@ Invariants:
 - The event loop's thread never forks and never changes namespace: one spawner thread does, and goes
   back to its own namespace before it takes the next order.
 - That thread lives as long as the process, so PR_SET_PDEATHSIG (which is tied to the *thread* that
-  forked) kills the children exactly when the shim is gone. The undo log covers what it cannot.
+  forked) kills the children exactly when the shim is gone. The undo log covers what it cannot. Where they are
+  to outlive us (`devices.outlive`) they have none, and hold their stderr open for reading themselves: it
+  never breaks, and who has filled it waits for the next reader (`devices.adopted`).
 - The undo log knows pid and start time as soon as they exist and forgets them when the child is reaped.
 - `exited` resolves after the last bytes of stderr were read, once, with subprocess's convention:
   the exit code, or minus the signal.
@@ -35,6 +37,7 @@ from devices import confine
 from devices.confine import Confinement
 from devices.errors import HostError
 from devices.mark import marked
+from devices.outlive import children_outlive
 from devices.syscalls import CLONE_NEWPID, setns, unshare
 from devices.tail import TailBuffer
 from devices.undo import Entry, UndoLog
@@ -171,7 +174,7 @@ def _start(order: _Order) -> subprocess.Popen[bytes]:
             os.write(filtered, one.filter)
         cgroups = [held(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) for path in order.cgroups]
         fds = confine.Descriptors(cgroups=cgroups, network=network, filter=filtered)
-        words = confine.steps(one, program, fds)
+        words = confine.steps(one, program, fds, dies=not children_outlive())
         reader, report = os.pipe2(os.O_CLOEXEC)
         held(reader)
         process = None
@@ -251,15 +254,18 @@ class Child:
     def __init__(
         self,
         name: str,
-        process: subprocess.Popen[bytes],
+        pid: int,
+        pidfd: int,
         stderr: int,
         undo: UndoLog,
         entry: Entry,
         on_output: Callable[[bytes], None] | None,
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
+        """Owns the descriptors; `stderr` is -1 where nothing can be read."""
         loop = asyncio.get_running_loop()
         self.name = name
-        self.pid = process.pid
+        self.pid = pid
         self.exited: asyncio.Future[int] = loop.create_future()
         self.output = TailBuffer()
         self._process = process
@@ -268,9 +274,10 @@ class Child:
         self._entry = entry
         self._on_output = on_output
         self._reap_until = 0.0  # by the loop's clock, from the first SIGKILL on
-        self._pidfd = os.pidfd_open(process.pid)
+        self._pidfd = pidfd
         loop.add_reader(self._pidfd, self._on_exit)
-        loop.add_reader(stderr, self._on_stderr)
+        if stderr >= 0:
+            loop.add_reader(stderr, self._on_stderr)
 
     @classmethod
     async def spawn(
@@ -311,6 +318,9 @@ class Child:
         # Only our end is non-blocking: O_NONBLOCK belongs to each end's open file, and a child that
         # gets EAGAIN on stderr loses messages.
         os.set_blocking(writer, True)
+        if children_outlive():
+            os.close(writer)
+            writer = os.open(f"/proc/self/fd/{reader}", os.O_RDWR | os.O_CLOEXEC)
         loop = asyncio.get_running_loop()
         try:
             order = _Order(
@@ -338,7 +348,7 @@ class Child:
             raise
         finally:
             os.close(writer)
-        child = cls(name, process, reader, undo, entry, on_output)
+        child = cls(name, process.pid, os.pidfd_open(process.pid), reader, undo, entry, on_output, process)
         entry.release = child.kill
         try:
             with contextlib.suppress(ProcessLookupError):
@@ -420,24 +430,29 @@ class Child:
                 self._on_output(b"")
 
     def _on_exit(self) -> None:
-        try:
-            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:  # a bug elsewhere; death itself is certain, its reason is lost
-            self.output.write(f"\n(somebody else reaped {self.name}, pid {self.pid})\n".encode())
-            status = 255
-        else:
-            if info is None:
-                return
-            exited = info.si_code == os.CLD_EXITED
-            status = info.si_status if exited else -info.si_status
+        status = self._reap()
+        if status is None:
+            return
         asyncio.get_running_loop().remove_reader(self._pidfd)
         os.close(self._pidfd)
-        self._process.returncode = status  # Popen must not look for it again
+        if self._process is not None:
+            self._process.returncode = status  # Popen must not look for it again
         self._read_stderr(pieces=16)  # a pipe holds 64 KiB; a grandchild may hold it open
         self._close_stderr()
         self._undo.forget(self._entry)
         if not self.exited.done():
             self.exited.set_result(status)
+
+    def _reap(self) -> int | None:
+        """Its status as in `exited`; None if it has not ended."""
+        try:
+            info = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:  # a bug elsewhere; death itself is certain, its reason is lost
+            self.output.write(f"\n(somebody else reaped {self.name}, pid {self.pid})\n".encode())
+            return 255
+        if info is None:
+            return None
+        return info.si_status if info.si_code == os.CLD_EXITED else -info.si_status
 
 
 async def _finish(started: asyncio.Future[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:

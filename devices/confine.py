@@ -144,9 +144,9 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {"PATH": _PATH, "HOME": "/", "LANG": "C.UTF-8", **(extra or {})}
 
 
-def steps(confinement: Confinement, program: str, fds: Descriptors) -> list[str]:
-    """The words for kata-confine, in order. `program`: its real path. Raises HostError for a device or a
-    file that the view needs and this host lacks."""
+def steps(confinement: Confinement, program: str, fds: Descriptors, *, dies: bool = True) -> list[str]:
+    """The words for kata-confine, in order. `program`: its real path; `dies`: with us. Raises HostError for a
+    device or a file that the view needs and this host lacks."""
     one = confinement
     words = [word for fd in fds.cgroups for word in ("tell", str(fd), "0")]
     if fds.network >= 0:
@@ -159,7 +159,7 @@ def steps(confinement: Confinement, program: str, fds: Descriptors) -> list[str]
     for number, value in _limits(one):
         words += ["limit", str(number), str(value), str(value)]
     words += ["bounding", hex(one.mask), "user", str(one.user), "capabilities", hex(one.mask)]
-    words += ["die-with-parent", str(int(signal.SIGKILL)), "no-new-privileges"]
+    words += [*(["die-with-parent", str(int(signal.SIGKILL))] if dies else []), "no-new-privileges"]
     if fds.filter >= 0:
         words += ["filter", str(fds.filter)]
     return words

@@ -3,6 +3,8 @@
 What: `Console` owns a socket pair: one end for the VMM's serial port, the other read here.
 Why: the kernel's last lines explain a guest that does not boot; and a serial port that nobody reads
 stops the guest.
+With `path` it is a socket that the VMM listens on instead, so that whoever takes the VM over can read on
+(`reading`); while nobody does, what the guest says is lost, and the guest goes on.
 Invariants: at most 64 KiB are kept; reading never blocks and takes at most 64 KiB per turn of the loop.
 """
 
@@ -13,7 +15,9 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable
+from typing import Self
 
+from devices.rendezvous import connect_now, listen
 from devices.tail import TailBuffer
 
 __all__ = ["Console"]
@@ -28,13 +32,29 @@ class Console:
     `on_output` sees each piece, and nothing (b"") at the end.
     """
 
-    def __init__(self, on_output: Callable[[bytes], None] | None = None) -> None:
+    def __init__(self, on_output: Callable[[bytes], None] | None = None, *, path: str = "") -> None:
+        if path:
+            theirs = listen(path)
+            ours = connect_now(path)  # in its backlog, before the VMM is there
+        else:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._read(ours, theirs, on_output)
+
+    @classmethod
+    def reading(cls, path: str, on_output: Callable[[bytes], None] | None = None) -> Self:
+        """Read on from a VMM that listens at `path`. Raises OSError."""
+        console = cls.__new__(cls)
+        console._read(connect_now(path), None, on_output)
+        return console
+
+    def _read(
+        self, ours: socket.socket, theirs: socket.socket | None, on_output: Callable[[bytes], None] | None
+    ) -> None:
         self.output = TailBuffer()
         self._on_output = on_output
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours.setblocking(False)
         self._ours: socket.socket | None = ours
-        self._theirs: socket.socket | None = theirs
+        self._theirs = theirs
         asyncio.get_running_loop().add_reader(ours.fileno(), self._on_readable)
 
     @property

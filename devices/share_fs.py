@@ -184,6 +184,13 @@ class Virtiofsd:
         self.connection = connection
 
     @classmethod
+    def adopt(cls, child: Child) -> Virtiofsd:
+        """One that runs already, and has its VMM."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.close()
+        return cls(child, connection)
+
+    @classmethod
     async def start(
         cls,
         config: ShareFsConfig,
@@ -232,6 +239,11 @@ class Virtiofsd:
     def evidence(self) -> dict[str, str]:
         """What it said last."""
         return {"virtiofsd stderr": self.stderr_tail()}
+
+    @property
+    def inside(self) -> bool:
+        """Whether it is a part of this process."""
+        return False
 
     @property
     def pids(self) -> list[int]:

@@ -88,6 +88,11 @@ class Relay:
         return {}
 
     @property
+    def inside(self) -> bool:
+        """Whether it is a part of this process."""
+        return True
+
+    @property
     def pids(self) -> list[int]:
         """None of ours."""
         return []

@@ -80,6 +80,11 @@ class BackEnd:
         return {}
 
     @property
+    def inside(self) -> bool:
+        """Whether it is a part of this process."""
+        return False
+
+    @property
     def pids(self) -> list[int]:
         """None of ours."""
         return []

@@ -106,7 +106,8 @@ class _Channel:
         self._ready = False
         self._gone: asyncio.Future[None] = loop.create_future()
         self._error: Callable[[], KataError] = lambda: GuestError("the agent's channel is closed")
-        self._last_stream = 0
+        # Whoever hears no call home may not be the first one, and that may have left streams behind.
+        self._last_stream = 0 if home is not None else random.getrandbits(31)
 
     async def _attempt(self, port: int) -> tuple[socket.socket, int]:
         raise NotImplementedError  # pragma: no cover  (each face has its own)

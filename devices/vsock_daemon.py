@@ -60,6 +60,11 @@ class VsockDaemon:
         self._home = home
 
     @classmethod
+    def adopt(cls, child: Child, path: str, undo: UndoLog) -> VsockDaemon:
+        """One that runs already, and has its VMM; its directory stands in the undo log."""
+        return cls(child, _Home(os.path.dirname(path), 0, undo))
+
+    @classmethod
     async def start(
         cls,
         config: VsockConfig,

@@ -8,6 +8,7 @@ Invariants:
   `cleanup` are idempotent and work at any point, after a failed `prepare_vm` or `start_vm` too.
 - What a VMM cannot do its `capabilities` refuse, with a reason, and it raises UnsupportedByHypervisor.
 - Every call ends: each has a deadline, and ends early when the VMM dies.
+- A VM that outlived its process begins with `Adopting.adopt` instead, and ends as every other.
 - As in the mission's trait all methods are coroutines, except `diagnostics`, which error paths use.
 """
 
@@ -20,10 +21,11 @@ from typing import Any, Protocol, TypeVar
 from devices.config import DeviceConfig
 from devices.errors import UnsupportedByHypervisor
 from devices.kinds import YES, Kind, Op, Support
-from devices.undo import UndoLog
+from devices.undo import Entry, UndoLog
 from devices.vsock import AgentChannel
 
 __all__ = [
+    "Adopting",
     "Capabilities",
     "CheckResult",
     "Hypervisor",
@@ -40,6 +42,7 @@ class Capabilities:
 
     `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors, as
     `tap_owner`, a user and a group.
+    `adopt`: its VMs can outlive the process that started them, and another one can take them over.
     """
 
     devices: Mapping[Kind, Support] = field(default_factory=dict)
@@ -48,6 +51,7 @@ class Capabilities:
     hybrid_vsock: bool = False
     pause: bool = False
     snapshot: bool = False
+    adopt: bool = False
 
     def why_not(self, kind: Kind, op: Op) -> str:
         """The reason why it cannot be done, "" if it can."""
@@ -97,7 +101,9 @@ class VmExit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HypervisorState:
-    """Enough to find and judge the VM again: JSON-able, written to the sandbox's state file."""
+    """Enough to find and judge the VM again, and to take it over: JSON-able, written to the sandbox's state
+    file. `processes`: its daemons' pids, by device or name. `cid`: kernel vsock only, else 0. `unfit`: why it
+    cannot be taken over, "" if it can."""
 
     hypervisor: str
     sandbox_id: str
@@ -106,6 +112,9 @@ class HypervisorState:
     accelerator: str = ""
     netns: str = ""
     sockets: Mapping[str, str] = field(default_factory=dict)
+    processes: Mapping[str, int] = field(default_factory=dict)
+    cid: int = 0
+    unfit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +226,17 @@ class Hypervisor(Protocol):
     def diagnostics(self) -> dict[str, str]:
         """Evidence for an error's `details`: {"vmm stderr": tail, "guest console": tail, ...}; never
         fails, empty texts left out."""
+        ...
+
+
+class Adopting(Hypervisor, Protocol):
+    """What a hypervisor whose capability `adopt` says so can do besides."""
+
+    async def adopt(self, state: HypervisorState, processes: Mapping[int, Entry]) -> None:
+        """Instead of `prepare_vm` and `start_vm`: take over the running VM that `save_state` of a process
+        which is dead now described. `processes`: its processes in the undo log, by pid. It can be looked at,
+        paused, stopped and cleaned up afterwards; devices and sizes stay as they are. Raises HypervisorError,
+        HostError, with the VM as it was."""
         ...
 
 

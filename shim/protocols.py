@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from devices.undo import UndoLog
+from devices.undo import Entry, UndoLog
 from proto import agent_pb2, oci_pb2
 from ttrpc import Server
 
@@ -32,6 +32,7 @@ __all__ = [
     "RootfsMount",
     "Sandbox",
     "ShimService",
+    "Takeover",
 ]
 
 VM_DEATH = 255
@@ -131,6 +132,7 @@ class AgentClient(Protocol):
     async def read_stdout(self, container_id: str, exec_id: str, size: int) -> bytes: ...
     async def read_stderr(self, container_id: str, exec_id: str, size: int) -> bytes: ...
     async def tty_win_resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None: ...
+    async def reattach(self, container_id: str, exec_id: str, ports: tuple[int, int, int]) -> None: ...
     async def pause_container(self, container_id: str) -> None: ...
     async def resume_container(self, container_id: str) -> None: ...
     async def stats_container(self, container_id: str) -> agent_pb2.StatsContainerResponse: ...
@@ -235,6 +237,15 @@ class EventSink(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """What a dead shim has left: what it wrote down last (a `shim.state.recoveryfile.Saved`), and what it had
+    acquired and we can release now."""
+
+    saved: Any
+    entries: Callable[[], Sequence[Entry]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonContext:
     """What the daemon hands to the service it runs: one daemon serves one sandbox.
@@ -252,6 +263,7 @@ class DaemonContext:
     `shim.config.find`.
     `host_mounts` is a descriptor of the mount namespace that the shim was started in, None if it is in it.
     `placed`: whoever started the shim named the cgroup that it is in.
+    `takeover`: the sandbox is there already, and its shim is dead.
     """
 
     namespace: str
@@ -273,6 +285,7 @@ class DaemonContext:
     runtime_class: str = ""
     host_mounts: int | None = None
     placed: bool = False
+    takeover: Takeover | None = None
 
 
 class ShimService(Protocol):
@@ -289,6 +302,11 @@ class ShimService(Protocol):
     @property
     def idle(self) -> bool:
         """Whether no container exists or is being created: a shim that nobody would miss."""
+        ...
+
+    async def take_over(self) -> None:
+        """With `DaemonContext.takeover`, before anybody is served: have VM and processes back. Raises
+        KataError, with the VM as it was."""
         ...
 
     async def close(self) -> None:

@@ -54,9 +54,11 @@ from shim.tasks.container_manager import ContainerManager
 from ttrpc import Server
 
 if TYPE_CHECKING:
+    from shim.recovery import Keeper
     from shim.resources.vfio_devices import Wanted
     from shim.sandbox.pod_config import PodDefaults
     from shim.sandbox.pod_sandbox import PodSandbox
+    from shim.sandbox.recovered import RecoveredSandbox
 
 __all__ = ["Service", "VirtContainer", "build_service"]
 
@@ -73,6 +75,9 @@ class VirtContainer:
         self._context = context
         self._tasks = tasks
         self._sandbox: VirtSandbox | None = None
+        self._recovered: RecoveredSandbox | None = None
+        #: What writes down how things stand, once the configuration wants that.
+        self.keeper: Keeper | None = None
         self._config: Config | None = None
         self._making = asyncio.Lock()
         self.trace = Trace(
@@ -107,6 +112,8 @@ class VirtContainer:
         options: AnyMessage,
     ) -> VirtSandbox:
         """The shim's sandbox, made (not started) for the first container. Raises ConfigError, CallerError."""
+        if self._recovered is not None:
+            await self._recovered.prepare_container(container_id, "", {}, ())  # refuses
         async with self._making:  # two first containers, or one and a CreateSandbox, make one sandbox
             if self.pod is not None:
                 sandbox = self.pod.admit(container_id)
@@ -126,6 +133,8 @@ class VirtContainer:
 
         assert self.manager is not None
         async with self._making:
+            if self._recovered is not None:
+                await self._recovered.prepare_container(self._context.sandbox_id, "", {}, ())  # refuses
             if self._sandbox is not None and not self._sandbox.stopped:
                 raise CallerError("this shim has containers without a sandbox", code="FAILED_PRECONDITION")
             self._sandbox = await self._make(self._context.sandbox_id, spec, options, defaults)
@@ -146,6 +155,11 @@ class VirtContainer:
                 annotations=spec.get("annotations") or {},
             )
         logs.set_level(config.runtime.log_level, debug=context.debug or config.runtime.enable_debug)
+        if config.runtime.on_shim_death == "keep":
+            if pod is None:
+                await self._keep(config)
+            else:
+                _log.warning("ends with its shim: on_shim_death = keep is not for the Sandbox API")
         for idle in config.inactive:
             if not idle.harmless:
                 _log.warning("configuration key without effect", key=str(idle))
@@ -154,6 +168,28 @@ class VirtContainer:
         await self._check_disks(spec)
         passed = await self._passed(config, spec)
         return self.new_instance(config, spec, await look(read_host_files, spec), pod, passed)
+
+    async def _keep(self, config: Config) -> None:
+        """Have the VM outlive us, and the next shim know how things stand. Raises ConfigError."""
+        from shim.recovery import Keeper, check
+
+        assert self.manager is not None
+        check(config.hypervisor_name)
+        if self.keeper is None:
+            self.keeper = Keeper(self._context, self.manager)
+        await self.keeper.prepare()
+
+    async def take_over(self) -> None:
+        """See `shim.protocols.ShimService.take_over`."""
+        from shim.recovery import Keeper, recover
+
+        assert self.manager is not None
+        assert self._context.takeover is not None
+        logs.set_level(self._context.takeover.saved.daemon.log_level, debug=self._context.debug)
+        self.keeper = Keeper(self._context, self.manager)
+        self._recovered = await recover(
+            self._context, self.manager, self.keeper, tasks=self._tasks, trace=self.trace
+        )
 
     def _check(self, spec: Mapping[str, Any]) -> None:
         """Refuse what cannot be served, before anything is done for the container. Blocks."""
@@ -266,9 +302,17 @@ class VirtContainer:
             by_annotation=list(config.annotations),
             type=settings.container_type,
         )
-        return VirtSandbox(
-            settings, hypervisor, undo=context.undo, tasks=self._tasks, trace=self.trace, on_oom=self._oom
+        sandbox = VirtSandbox(
+            settings,
+            hypervisor,
+            undo=context.undo,
+            tasks=self._tasks,
+            trace=self.trace,
+            on_oom=self._oom,
         )
+        if self.keeper is not None:
+            self.keeper.keep(sandbox, hypervisor, config, section)
+        return sandbox
 
     def _oom(self, container_id: str) -> None:
         if self.manager is not None:
@@ -278,8 +322,9 @@ class VirtContainer:
         """Stop the sandbox if there is one, and put the trace away."""
         if self.pod is not None:
             await self.pod.stop(0)
-        if self._sandbox is not None:
-            await self._sandbox.stop()
+        for sandbox in (self._sandbox, self._recovered):
+            if sandbox is not None:
+                await sandbox.stop()
         await acquire(self.trace.close)
 
 
@@ -331,6 +376,10 @@ class Service:
     def idle(self) -> bool:
         """Whether no container exists or is being created, and no sandbox without one."""
         return self._manager.idle
+
+    async def take_over(self) -> None:
+        """See `shim.protocols.ShimService.take_over`."""
+        await self._handler.take_over()
 
     async def close(self) -> None:
         """Stop containers and VM. Idempotent."""

@@ -179,7 +179,7 @@ class OutPump:
         self._sent_all()
 
     def let_go(self) -> None:
-        """The exit of the process has been told: whoever drops this stream from now on wants no more of it."""
+        """The exit of the process has been told: whoever drops this stream now wants no more of it."""
         self._wanted = False
         if self._broken:
             self.abort()

@@ -236,5 +236,7 @@ def _cpu(plan: Plan) -> str:
 def _device(placed: Placed, microvm: bool) -> list[str]:
     device = placed.device
     if isinstance(device, ConsoleConfig):
-        return ["-chardev", f"socket,id={device.id},fd={placed.fd}", "-serial", f"chardev:{device.id}"]
+        listens = ",server=on,wait=off" if placed.path else ""
+        chardev = f"socket,id={device.id},fd={placed.fd}{listens}"
+        return ["-chardev", chardev, "-serial", f"chardev:{device.id}"]
     return argv(recipe(placed, "device" if microvm else "pci"))

@@ -43,6 +43,11 @@ class Helper(Protocol):
         ...
 
     @property
+    def inside(self) -> bool:
+        """Whether it is a part of this process."""
+        ...
+
+    @property
     def pids(self) -> list[int]:
         """Its processes, as far as they are ours and alive."""
         ...
@@ -112,6 +117,14 @@ class Helpers:
     def pids(self) -> list[int]:
         """Of those that are ours."""
         return [pid for _, helper in self._all.values() for pid in helper.pids]
+
+    def processes(self) -> dict[str, int]:
+        """The pids of those that are processes of ours, by device id."""
+        return {name: helper.pids[0] for name, (_, helper) in self._all.items() if helper.pids}
+
+    def served_inside(self) -> str:
+        """A device whose back end runs in this process, "" if there is none."""
+        return next((name for name, (_, helper) in self._all.items() if helper.inside), "")
 
     def evidence(self) -> dict[str, str]:
         """Everybody's words."""

@@ -58,7 +58,7 @@ class QemuPlugin:
 
     name = "qemu"
     section = HypervisorConfig
-    capabilities = Capabilities(devices=MOST, hybrid_vsock=True, pause=True)
+    capabilities = Capabilities(devices=MOST, hybrid_vsock=True, pause=True, adopt=True)
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""

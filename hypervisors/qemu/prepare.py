@@ -28,6 +28,7 @@ from devices.console import Console
 from devices.errors import CallerError, HostError
 from devices.kinds import Kind
 from devices.lines import LineLog
+from devices.outlive import children_outlive
 from devices.share_fs import Virtiofsd, is_noise
 from devices.threads import acquire, look
 from devices.undo import UndoLog
@@ -37,9 +38,11 @@ from hypervisors.qemu.confinement import meeting_place
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.recipes import Placed
 
-__all__ = ["VHOST_VSOCK", "log_output", "prepare"]
+__all__ = ["CONSOLE", "VHOST_VSOCK", "log_output", "prepare"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
+CONSOLE = "console.sock"
+"""In the state directory, where QEMU may outlive its shim."""
 
 _log = structlog.get_logger("qemu")
 
@@ -75,8 +78,9 @@ async def prepare(
             fdset = parts.keep(device.id, file)
             return Placed(device=device, file=file, fdset=fdset, host_device=is_block(file), bytes=size)
         case ConsoleConfig():
-            parts.console = Console(log_console() if debug else None)
-            return Placed(device=device, fd=parts.console.guest_end)
+            path = f"{state_dir}/{CONSOLE}" if children_outlive() else ""
+            parts.console = Console(log_console() if debug else None, path=path)
+            return Placed(device=device, fd=parts.console.guest_end, path=path)
         case _:
             return Placed(device=device)
 

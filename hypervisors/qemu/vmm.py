@@ -43,13 +43,14 @@ from devices.kinds import Kind, Op
 from devices.lines import Budget
 from devices.manager import disk_name
 from devices.threads import acquire, look
-from devices.undo import UndoLog
+from devices.undo import Entry, UndoLog
 from devices.users import User, parse_range, take
 from devices.versions import Version, version_of
 from devices.vsock import AgentChannel
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import abilities
+from hypervisors.qemu.adopt import saved, take_over
 from hypervisors.qemu.cmdline import MICROVM, Plan
 from hypervisors.qemu.confinement import check_readable, lend_nodes, meeting_place, take_back_nodes
 from hypervisors.qemu.death import Death
@@ -59,7 +60,7 @@ from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.plan import first_plan, with_ports
-from hypervisors.qemu.prepare import VHOST_VSOCK, log_output, prepare
+from hypervisors.qemu.prepare import CONSOLE, VHOST_VSOCK, log_output, prepare
 from hypervisors.qemu.qmp import QmpClient, QmpEvent, sensible
 from hypervisors.qemu.recipes import SCSI, Placed
 from hypervisors.qemu.sizing import Sizer
@@ -391,8 +392,9 @@ class Qemu:
             os.close(parts.vhost_fd)
             parts.vhost_fd = -1
         parts.let_all_go()
-        with contextlib.suppress(OSError):
-            os.unlink(f"{self._state_dir}/qmp.sock")
+        for name in ("qmp.sock", CONSOLE):
+            with contextlib.suppress(OSError):
+                os.unlink(f"{self._state_dir}/{name}")
         with contextlib.suppress(OSError):
             os.rmdir(meeting_place(self._state_dir))
         if self._user is not None:
@@ -413,16 +415,36 @@ class Qemu:
         """See `Hypervisor.save_state`."""
         process = self._process()
         with contextlib.suppress(ProcessLookupError):
-            return HypervisorState(
+            state = HypervisorState(
                 hypervisor=_NAME,
                 sandbox_id=self._sandbox_id,
                 pid=process.pid,
                 start=process_start_time(process.pid),
                 accelerator=self._plan.accelerator.value if self._plan else "",
                 netns=self._netns or "",
-                sockets={"qmp": f"{self._state_dir}/qmp.sock"},
             )
+            return saved(state, self._parts, self._state_dir)
         raise HypervisorError("the VM does not run")
+
+    async def adopt(self, state: HypervisorState, processes: Mapping[int, Entry]) -> None:
+        """See `Adopting.adopt` and `hypervisors.qemu.adopt`."""
+        if self._plan is not None:
+            raise BugError("adopt comes instead of prepare_vm")
+        self._netns = state.netns or None
+        self._plan = first_plan(self._section, Accelerator(state.accelerator), self._sandbox_id)
+        parts = self._parts
+        await take_over(
+            state,
+            parts,
+            processes,
+            undo=self._undo,
+            debug=self._section.enable_debug,
+            on_event=self._on_event,
+        )
+        self._death = Death(self._section, parts)
+        parts.helpers.on_loss = self._death.lose
+        self._death.begin(f"watch {self._sandbox_id}")
+        _log.info("QEMU is taken over", pid=state.pid, daemons=dict(state.processes))
 
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
@@ -432,6 +454,7 @@ class Qemu:
             devices=abilities(self._section, self._plan),
             hybrid_vsock=not os.path.exists(VHOST_VSOCK),
             pause=True,
+            adopt=True,
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:

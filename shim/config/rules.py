@@ -32,6 +32,7 @@ PATH_KEYS: Mapping[str, str] = {
 
 _MODELS = ("", "tcfilter", "macvtap", "none")
 _VFIO_MODES = ("guest-kernel", "vfio")
+_ON_SHIM_DEATH = ("end", "keep")
 _HEALTH_ACTIONS = ("none", "end")
 MAX_MODULES = 256
 _MODULE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -52,6 +53,11 @@ def check_runtime(runtime: RuntimeConfig, table: Table) -> list[str]:
         problems.append(
             f"{table.at('vfio_mode')}: [runtime] vfio_mode must be one of {', '.join(_VFIO_MODES)}, "
             f'not "{runtime.vfio_mode}"'
+        )
+    if runtime.on_shim_death not in _ON_SHIM_DEATH:
+        problems.append(
+            f"{table.at('on_shim_death')}: [runtime] on_shim_death must be one of "
+            f'{", ".join(_ON_SHIM_DEATH)}, not "{runtime.on_shim_death}"'
         )
     model = runtime.internetworking_model
     if model not in _MODELS:

@@ -57,6 +57,7 @@ class RuntimeConfig:
     vfio_bind: bool = False  # ours: take PCI functions from the host's drivers, and give them back
     valid_cdi_devices: tuple[str, ...] = ()  # ours: CDI devices that annotations cdi.k8s.io/* may name
     valid_config_paths: tuple[str, ...] = ()  # ours: what the annotation config_path may name
+    on_shim_death: str = "end"  # ours: what becomes of a VM whose shim is killed: end | keep (for `recover`)
     use_passfd_io: bool = True  # resolved: never with a stock guest; else absent is true (Kata: false)
 
 

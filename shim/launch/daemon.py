@@ -23,7 +23,7 @@ import gc
 import os
 import signal
 import socket
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import structlog
 from google.protobuf.empty_pb2 import Empty
@@ -36,7 +36,7 @@ from devices.threads import acquire
 from proto import task_v2_pb2, task_v3_pb2
 from shim.launch.flags import Flags
 from shim.launch.reaper import Reaper
-from shim.protocols import DaemonContext, ShimService
+from shim.protocols import DaemonContext, ShimService, Takeover
 from shim.state import logs
 from shim.state.identity import Identity
 from shim.state.journal import Journal
@@ -45,6 +45,9 @@ from shim.state.procfs import start_time
 from shim.state.statedir import Owned, StateDir
 from shim.tasks.events import EventPublisher
 from ttrpc import CallContext, Server
+
+if TYPE_CHECKING:
+    from shim.launch.order import Order
 
 __all__ = ["run"]
 
@@ -68,10 +71,12 @@ def run(
     listener: int,
     config_path: str = "",
     foreground: bool = False,
+    takeover: Order | None = None,
 ) -> NoReturn:
     """Serve on the listening socket `listener` until shutdown, then exit the process.
 
-    `config_path` is that of the options which came with `start`, if they had one.
+    `config_path` is that of the options which came with `start`, if they had one. `takeover`: the sandbox is
+    there, and its daemon is dead.
     """
     logs.configure(
         bundle, debug=flags.debug, foreground=foreground, sandbox=sandbox_id, namespace=flags.namespace
@@ -79,14 +84,16 @@ def run(
     code = 1
     place = _Place(address.removeprefix("unix://"))
     try:
-        host_mounts, problem = _prepare_process()
+        host_mounts, problem = _prepare_process(takeover)
         # Never closed: that would wait for threads which look at file systems that do not answer.
         runner = asyncio.Runner()
         code = runner.run(
-            _serve(flags, sandbox_id, bundle, place, listener, config_path, host_mounts, problem)
+            _serve(flags, sandbox_id, bundle, place, listener, config_path, host_mounts, takeover, problem)
         )
-    except BaseException:  # noqa: BLE001  (the last line of defence: say why, then go)
+    except BaseException as error:  # noqa: BLE001  (the last line of defence: say why, then go)
         _log.exception("the daemon failed")
+        if takeover is not None:
+            takeover.report(f"{type(error).__name__}: {error}")
         place.leave()
     finally:
         os._exit(code)
@@ -106,12 +113,14 @@ class _Place:
             unlink_socket(str(facts["path"]), int(facts["inode"]), int(facts["made"]))
 
 
-def _prepare_process() -> tuple[int | None, KataError | None]:
+def _prepare_process(takeover: Order | None) -> tuple[int | None, KataError | None]:
     """A descriptor of the mount namespace that was left, if it was; why nothing can be served, if so."""
     os.umask(0o077)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     syscalls.set_child_subreaper()
+    if takeover is not None:
+        return takeover.enter_mounts(), None
     try:
         return make_private(), None
     except PermissionError:
@@ -130,6 +139,7 @@ async def _serve(
     listener: int,
     config_path: str,
     host_mounts: int | None,
+    takeover: Order | None,
     problem: KataError | None = None,
 ) -> int:
     """Set up, serve, take down; returns the exit code. `problem`: all that is left is to tell it."""
@@ -141,9 +151,14 @@ async def _serve(
         if problem is not None:
             raise problem
         return await _serve_tasks(
-            flags, sandbox_id, bundle, place, config_path, server, sock, stop, host_mounts
+            flags, sandbox_id, bundle, place, config_path, server, sock, stop, host_mounts, takeover
         )
     except KataError as error:
+        if takeover is not None:  # nothing was changed but the journal's word for who we are
+            _log.error("not recovered", error=str(error))
+            takeover.report(str(error))
+            place.leave()
+            return 1
         # Only setting up raises. Gone without a word, the shim would be "ttrpc: closed" to the user;
         # so it stays for the Create that will come and answers that.
         _log.error("cannot serve", error=str(error))
@@ -220,6 +235,7 @@ async def _serve_tasks(
     sock: socket.socket,
     stop: asyncio.Event,
     host_mounts: int | None,
+    takeover: Order | None,
 ) -> int:
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_log_stray)
@@ -228,13 +244,16 @@ async def _serve_tasks(
     mark_children(identity.key, own["start"])
     home = await _own(identity)
     try:
-        if os.listdir(home.path) or (os.path.isdir(identity.link) and not os.path.islink(identity.link)):
-            await acquire(_recover, identity, home, own["start"])
-        journal = Journal.create(home.path, identity, bundle)
+        if takeover is not None:
+            journal = await takeover.adopt(identity, home.path)
+        elif os.listdir(home.path) or (os.path.isdir(identity.link) and not os.path.islink(identity.link)):
+            await acquire(_clear, identity, home, own["start"])
+        if takeover is None:
+            journal = Journal.create(home.path, identity, bundle)
         # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
         journal.record("process", lambda: None, name="shim", **own)
         listening = journal.record("socket", place.leave, **place.facts)
-        linked = await _link(identity, journal)
+        linked = takeover.linked(sandbox_id) if takeover is not None else await _link(identity, journal)
     except BaseException:
         with contextlib.suppress(OSError):
             os.rmdir(home.path)  # if nothing is in it
@@ -267,10 +286,14 @@ async def _serve_tasks(
         runtime_class=flags.runtime_class,
         host_mounts=host_mounts,
         placed=flags.placed,
+        takeover=Takeover(takeover.saved, lambda: journal.entries) if takeover is not None else None,
     )
     from shim.runtime import build_service
 
     service: ShimService = build_service(context)
+    if takeover is not None:
+        await service.take_over()
+        takeover.report("")
     service.register(server)
     reaper = Reaper(loop)
     _handle_signals(loop, service, stop)
@@ -334,7 +357,7 @@ async def _own(identity: Identity) -> StateDir:
         ) from None
 
 
-def _recover(identity: Identity, home: StateDir, start: int) -> None:
+def _clear(identity: Identity, home: StateDir, start: int) -> None:
     """Clean up after an earlier shim of this sandbox that was killed, if `delete` never came. Blocks.
 
     What cannot be cleaned up stays in the journal, and `Journal.create` refuses.

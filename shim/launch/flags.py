@@ -142,7 +142,7 @@ def runtime_class_of(program: str) -> str:
 
 
 def _usage() -> str:
-    lines = ["usage: containerd-shim-kata-v2 [flags] start|delete|daemon", ""]
+    lines = ["usage: containerd-shim-kata-v2 [flags] start|delete|recover|daemon", ""]
     lines += [f"  -{name} value\n        {text}" for name, text in _STRINGS.items()]
     lines += [f"  -{name}\n        {text}" for name, text in _BOOLS.items()]
     return "\n".join(lines)

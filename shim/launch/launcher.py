@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-__all__ = ["VERSION", "main"]
+__all__ = ["VERSION", "bind", "leave_standard_streams", "main"]
 
 VERSION = "0.1.0"
 NAME = "containerd-shim-kata-v2"
@@ -36,7 +36,7 @@ BACKLOG = 128
 _ALIVE_TIMEOUT = 0.1  # seconds; what containerd's own shims grant a socket that already exists
 _CGROUP_ROOT = "/sys/fs/cgroup"
 _ATTEMPTS = 8  # at a name that others take and leave at the same time
-_ENOENT, _EADDRINUSE = 2, 98  # the module errno costs a tenth of a millisecond
+_ENOENT, _EADDRINUSE, _ECONNREFUSED = 2, 98, 111  # the module errno costs a tenth of a millisecond
 
 
 class StartError(Exception):
@@ -77,10 +77,15 @@ def _dispatch(flags: Flags) -> int:
         from shim.launch.delete import delete
 
         return delete(flags.namespace, flags.id, flags.address, flags.bundle or os.getcwd())
+    if flags.action == "recover":
+        flags.check()
+        from shim.launch.takeover import main as recover
+
+        return recover(flags, bind, leave_standard_streams)
     if flags.action in ("", "daemon"):
         flags.check()
         return _foreground(flags)
-    raise FlagError(f"unknown action {flags.action[:80]!a}; start, delete and daemon exist")
+    raise FlagError(f"unknown action {flags.action[:80]!a}; start, delete, recover and daemon exist")
 
 
 def _start(flags: Flags) -> "NoReturn":
@@ -95,9 +100,9 @@ def _start(flags: Flags) -> "NoReturn":
     address = bundle.address_of(path)
     listener = -1
     if group.is_member:
-        _require_alive(path, group.sandbox_id)
+        _require_alive(path, group.sandbox_id, flags)
     else:
-        listener = _bind(path)
+        listener = bind(path)
     pid = 0
     try:
         bundle.write_atomically(here, "address", address)
@@ -151,16 +156,29 @@ def _connect(path: str) -> int:
     return 0
 
 
-def _require_alive(path: str, sandbox_id: str) -> None:
+def _require_alive(path: str, sandbox_id: str, flags: Flags) -> None:
+    """The pod's daemon answers, or comes again for the VM that outlived it."""
     number = _connect(path)
-    if number:
-        raise StartError(
-            f"start: the shim of sandbox {sandbox_id} does not answer on {path}: {os.strerror(number)};"
-            " try: remove the pod and create it again"
-        )
+    if not number:
+        return
+    why = os.strerror(number)
+    if number in (_ENOENT, _ECONNREFUSED):
+        from shim.launch.takeover import Unrecoverable, recover_for_member
+
+        try:
+            recover_for_member(flags, sandbox_id)
+            return
+        except Unrecoverable as reason:
+            if reason.lives and not _connect(path):  # somebody else was faster
+                return
+            why = f"{why}; {reason}"
+    raise StartError(
+        f"start: the shim of sandbox {sandbox_id} does not answer on {path}: {why};"
+        " try: remove the pod and create it again"
+    )
 
 
-def _bind(path: str) -> int:
+def bind(path: str) -> int:
     """A listening socket at `path`, mode 0600; -1 when a live shim listens there already.
 
     It is bound and listens under a name of this process's, and then gets its own: nobody ever finds it deaf.
@@ -245,7 +263,7 @@ def _fork_daemon(
         return pid
     try:
         os.setsid()
-        _leave_standard_streams(os.path.join(here, "log"))
+        leave_standard_streams(os.path.join(here, "log"))
         _close_leaked(listener)
         import gc
 
@@ -268,7 +286,7 @@ def _fork_daemon(
         os._exit(1)
 
 
-def _leave_standard_streams(log: str) -> None:
+def leave_standard_streams(log: str) -> None:
     """0 and 1 to /dev/null; 2, for what the interpreter itself says, to containerd's log FIFO."""
     null = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):
@@ -310,7 +328,7 @@ def _foreground(flags: Flags) -> int:
     group = bundle.find_group(here, flags.id)
     check_id("sandbox-id", group.sandbox_id)
     path = flags.socket or bundle.socket_path(flags.address, flags.namespace, group.sandbox_id)
-    listener = _bind(path)
+    listener = bind(path)
     if listener < 0:
         raise StartError(f"daemon: another shim listens on {path}")
     bundle.write_atomically(here, "address", bundle.address_of(path))

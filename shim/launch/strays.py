@@ -82,7 +82,12 @@ def shim_of(pid: int, namespace: str, address: str, container_id: str) -> bool:
             except FlagError:
                 return False
             told = (flags.namespace, flags.address, flags.id)
-            return told == (namespace, address, container_id) and flags.action in ("start", "daemon", "")
+            return told == (namespace, address, container_id) and flags.action in (
+                "start",
+                "recover",
+                "daemon",
+                "",
+            )
     return False
 
 

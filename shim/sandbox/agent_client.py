@@ -260,6 +260,15 @@ class GuestAgent:
         )
         await self._call("TtyWinResize", request, timeout=self._deadlines.stop)
 
+    async def reattach(self, container_id: str, exec_id: str, ports: tuple[int, int, int]) -> None:
+        """Reattach of our agent: connections in place of those that ended with an earlier shim."""
+        from proto import recovery_pb2  # hardly any shim asks
+
+        request = recovery_pb2.ReattachRequest(container_id=container_id, exec_id=exec_id)
+        _set_ports(request, ports)
+        service = recovery_pb2.DESCRIPTOR.services_by_name["Recovery"]
+        await self._call("Reattach", request, service=service)
+
     async def pause_container(self, container_id: str) -> None:
         """PauseContainer: the guest's freezer; the VM goes on."""
         await self._call("PauseContainer", agent_pb2.PauseContainerRequest(container_id=container_id))

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -75,6 +75,8 @@ class VirtSandbox:
         on_oom: Callable[[str], None],
     ) -> None:
         self.settings = settings
+        #: Awaited when all of it runs.
+        self.on_up: Callable[[], Awaitable[None]] | None = None
         self._hypervisor = hypervisor
         self._devices = DeviceManager(settings.disks.driver)
         self._tasks = tasks
@@ -156,6 +158,11 @@ class VirtSandbox:
     def hypervisor(self) -> Hypervisor:
         """What runs the VM; for looking, not for changing."""
         return self._hypervisor
+
+    @property
+    def writing(self) -> set[str]:
+        """The containers with disks that they may write."""
+        return self._containers.writing
 
     @property
     def size(self) -> Size:
@@ -345,6 +352,8 @@ class VirtSandbox:
         self._watch(self._loss.watch_agent(), "agent")
         self._watch(self._health.watch(self._agent.check), "health")
         await self._make_room(self._sizing.share)
+        if self.on_up is not None:
+            await self.on_up()
 
     async def _follow(self) -> None:
         """Whatever of the VM is not charged to the pod yet."""

@@ -21,6 +21,8 @@ import errno
 import inspect
 import os
 import threading
+from collections.abc import Callable
+from functools import partial
 
 from devices.errors import HostError
 from devices.threads import acquire
@@ -87,6 +89,36 @@ class Journal:
             return cls(directory, header, journalfile.rewrite(directory, header, ()))
         except OSError as error:
             raise _cannot_write(directory, error) from error
+
+    @classmethod
+    def adopt(
+        cls, directory: str, identity: Identity, release: Callable[[journalfile.Record], None]
+    ) -> Journal:
+        """The journal in `directory`, which belongs to the caller, with all that a dead daemon acquired but
+        its socket. `release` undoes a record, in a thread.
+
+        Raises HostError for one that is another sandbox's, or cannot be read to its end.
+        """
+        try:
+            left = journalfile.load(directory)
+        except (journalfile.JournalError, OSError) as error:
+            raise HostError(str(error), phase="journal", hint=_by_hand(directory)) from error
+        if left.identity != identity or left.damage:
+            why = f"is damaged: {left.damage}" if left.damage else f"is that of {left.identity}"
+            raise HostError(f"the journal in {directory} {why}", phase="journal", hint=_by_hand(directory))
+        header = journalfile.header_of(identity, left.bundle)
+        kept = [record for record in left.records if not _is_of_the_daemon(record, left.socket)]
+        lines = {record.number: journalfile.encode_record(record) for record in kept}
+        try:
+            journal = cls(directory, header, journalfile.rewrite(directory, header, lines.values()))
+        except OSError as error:
+            raise _cannot_write(directory, error) from error
+        for record in kept:
+            entry = Entry(record.kind, record.facts, partial(acquire, release, record))
+            journal._entries[entry] = record.number
+            journal._keep(record.number, lines[record.number])
+            journal._last = max(journal._last, record.number)
+        return journal
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -215,6 +247,12 @@ class Journal:
             self._fd, self._spoilt, self._stale = fd, False, False
             self._size = os.fstat(fd).st_size
         self._next_look = max(_SLACK + 2 * self._live, self._size + _SLACK // 4)
+
+
+def _is_of_the_daemon(record: journalfile.Record, socket: str) -> bool:
+    if record.kind == "process":
+        return record.facts.get("name") == "shim"
+    return record.kind == "socket" and record.facts.get("path") == socket
 
 
 def _cannot_write(directory: str, error: OSError) -> HostError:

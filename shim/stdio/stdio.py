@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from devices.errors import CallerError
+import structlog
+
+from devices.errors import CallerError, HostError
 from devices.undo import UndoLog
 from shim.stdio import pump as stdio_pump
 from shim.stdio.ends import InputEnd, OutputEnd, check_input, open_file, open_input, open_output
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from shim.stdio.logger import Logger
 
 __all__ = ["Stdio", "StdioSpec"]
+
+_log = structlog.get_logger("stdio")
 
 #: Seconds after the exit without a byte moving, and in total, for which the exit waits for output.
 DRAIN_IDLE = 2.0
@@ -72,6 +76,8 @@ class Stdio:
         self._input_task: asyncio.Task[None] | None = None
         self._output_tasks: list[asyncio.Task[None]] = []
         self._moved_at = 0.0
+        self._lost: set[int] = set()  # outputs whose host end has gone: what comes for them is dropped
+        self._runs = False  # the process ran before we were there
 
     @classmethod
     async def open(cls, spec: StdioSpec, *, container_id: str, namespace: str, undo: UndoLog) -> Stdio:
@@ -95,6 +101,39 @@ class Stdio:
             await stdio.close()
             raise
         return stdio
+
+    @classmethod
+    async def again(
+        cls, spec: StdioSpec, *, container_id: str, namespace: str, undo: UndoLog, runs: bool
+    ) -> Stdio:
+        """As `open`, for a process that is there already, and `runs` or waits for its start: a host's end
+        that has gone is left out."""
+        stdio = cls(spec)
+        stdio._runs = runs
+        run = partial(_run_logger, container_id=container_id, namespace=namespace, undo=undo)
+        try:
+            for index, (stream, where) in enumerate((("stdout", spec.stdout), ("stderr", spec.stderr)), 1):
+                if index == 2 and spec.terminal:
+                    break
+                end = None
+                if where:
+                    try:
+                        end = await stdio._open_output(where, stream, run)
+                    except (CallerError, HostError) as error:
+                        _log.warning(
+                            "output is dropped from now on", container=container_id, error=str(error)
+                        )
+                        stdio._lost.add(index)
+                stdio._outputs.append(end)
+        except BaseException:
+            await stdio.close()
+            raise
+        return stdio
+
+    @property
+    def input_over(self) -> bool:
+        """Whether stdin has ended, or is to end, for all that will ever come."""
+        return self._input_closed.is_set() or (self._input_task is not None and self._input_task.done())
 
     async def _open_output(
         self, where: str, stream: str, run_logger: Callable[[SplitResult], Awaitable[Logger]]
@@ -137,6 +176,13 @@ class Stdio:
                 self._input.end()
         self._input_task = asyncio.create_task(self._feed(self._copy_input))
 
+    def begin_input_again(self) -> None:
+        """As `begin_input`, of a process that runs: a stdin that has gone from the host gives nothing more,
+        and is no end."""
+        with contextlib.suppress(CallerError):
+            if not self._input_closed.is_set():
+                self.begin_input()
+
     @staticmethod
     def _open_input(where: str) -> InputEnd:
         if _is_stream(where):
@@ -149,7 +195,8 @@ class Stdio:
         source = self._input
         # Out of descriptors nothing holds stdin open for us: what comes is copied, and then it ends.
         with contextlib.suppress(OSError):
-            if source is not None and self.spec.terminal and not self._input_closed.is_set():
+            keeps = self.spec.terminal or self._runs  # who runs already is not to see an end that nobody said
+            if source is not None and keeps and not self._input_closed.is_set():
                 source.keep()
             elif source is not None and not _is_stream(self.spec.stdin):
                 await attend(source, self._outputs, self._input_closed)
@@ -162,11 +209,11 @@ class Stdio:
         GuestError if the guest does not take a connection; `close` cleans up.
         """
         names = [0, 0, 0]
-        if self.spec.stdin:
+        if self.spec.stdin and not (self._runs and self._input_closed.is_set()):
             sock, names[0] = await self._open_stream(sandbox)
             self._copy_input = partial(self._input_to_socket, sock)
         for index, out in enumerate(self._outputs, start=1):
-            if out is not None:
+            if out is not None or index in self._lost:
                 sock, names[index] = await self._open_stream(sandbox)
                 self._copy_output(stdio_pump.socket_to_output(sock, out, self._moved))
         return names[0], names[1], names[2]

@@ -2,5 +2,5 @@
 
 Enters: calls for a container or an exec, by id; exits that the guest tells; the death of the VM.
 Leaves: calls of a `Sandbox` (`shim.protocols`), events for containerd, each exit once.
-May import: stdio, protocols.
+May import: stdio, state, protocols.
 """

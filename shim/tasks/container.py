@@ -71,6 +71,9 @@ class Container:
         self._signals = Signals(sandbox, container_id)
         self._exits = Exits(sandbox, self.execs, self._signals, self.events, lambda: quieted(self))
         self._open = partial(Stdio.open, container_id=container_id, namespace=namespace, undo=undo)
+        self._again = partial(Stdio.again, container_id=container_id, namespace=namespace, undo=undo)
+        #: Told of what has changed without an event (`shim.recovery`).
+        self.changed: Callable[[], None] = _nothing
 
     def __repr__(self) -> str:
         return f"<Container {self.id} {self.init.status.value}>"
@@ -103,6 +106,41 @@ class Container:
             stdio.run(agent, self.id, "")
         self.events.created(self.bundle, rootfs, spec)
         self._exits.watch(self.init)
+
+    async def recall(
+        self, process: Process, spec: tuple[oci_pb2.Process, Mapping[str, Any]] | None, *, input_over: bool
+    ) -> None:
+        """Have a process back that an earlier shim had, its status and exit set: its streams flow again, and
+        its end is seen. `spec`: that of an exec which has not been started. Raises KataError."""
+        stdio = process.stdio = Stdio(process.stdio_spec)
+        if process.kind is Kind.EXEC:
+            self.execs[process.exec_id] = process
+            self._exec_specs[process.exec_id] = spec or (oci_pb2.Process(), {})
+        if process.exited.done():
+            return
+        if process.kind is Kind.EXEC and process.status is Status.CREATED:
+            process.stdio = await self._open(process.stdio_spec)
+            return
+        runs = process.status is not Status.CREATED
+        stdio = process.stdio = await self._again(process.stdio_spec, runs=runs)
+        if input_over:
+            stdio.end_input()
+        agent = self.sandbox.agent
+        if self.sandbox.direct_stdio:
+            await agent.reattach(self.id, process.exec_id, await stdio.connect(self.sandbox))
+        else:
+            stdio.run(agent, self.id, process.exec_id)
+        if runs:
+            stdio.begin_input_again()
+        self._exits.watch(process)
+
+    def tell_exit(self, process: Process, ended: Exit) -> None:
+        """Publish the exit of a process whose end nobody waits for, unless that was done."""
+        self._exits.tell(process, ended)
+
+    def exec_spec(self, exec_id: str) -> tuple[oci_pb2.Process, Mapping[str, Any]]:
+        """What an exec that has not been started is to run."""
+        return self._exec_specs[exec_id]
 
     async def abandon(self) -> None:
         """Give the host's side back, without a word to containerd. Idempotent."""
@@ -299,6 +337,7 @@ class Container:
         stdio = self.process(exec_id).stdio
         if stdio is not None:
             stdio.end_input()
+            self.changed()
 
     async def wait(self, exec_id: str) -> Exit:
         """How the process ended, as soon as it has."""
@@ -316,6 +355,7 @@ class Container:
             process.apply(Call.DELETE)
             process.finish(Exit.now(0))
             self._forget_exec(exec_id)
+            self.changed()
             assert process.stdio is not None
             await process.stdio.close()
         return process.exited.result()
@@ -357,3 +397,7 @@ class Container:
     async def _until_exit_is_told(process: Process) -> None:
         if process.ended is not None:
             await asyncio.shield(process.exited)
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""

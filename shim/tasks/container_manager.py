@@ -91,8 +91,13 @@ class ContainerManager:
         self._usage = Usage()
         self._work: set[asyncio.Task[Any]] = set()
         self._when_idle: Callable[[], None] | None = None
+        self._changed: Callable[[], None] | None = None
         #: The id of a sandbox that lives by the Sandbox API: no container's end is its end.
         self.kept = ""
+
+    def report_to(self, events: EventSink, changed: Callable[[], None]) -> None:
+        """From now on events go there, and `changed` hears of what has changed without one."""
+        self._events, self._changed = events, changed
 
     @property
     def containers(self) -> Mapping[str, Container]:
@@ -154,16 +159,7 @@ class ContainerManager:
             self._stopped.discard(sandbox.id)
             mounts = [RootfsMount(m.type, m.source, m.target, tuple(m.options)) for m in rootfs]
             guest = await sandbox.prepare_container(container_id, bundle, spec, mounts)
-            container = Container(
-                container_id,
-                bundle,
-                sandbox,
-                stdio,
-                self._events,
-                self._quieted,
-                namespace=self._namespace,
-                undo=self._undo_log,
-            )
+            container = self._make(container_id, bundle, sandbox, stdio)
             await container.create(guest, rootfs)
         except BaseException:
             # In a task of its own: this one may have been cancelled, and must not be again.
@@ -173,6 +169,29 @@ class ContainerManager:
         self._containers[container_id] = container
         self._creating.discard(container_id)
         return container.pid
+
+    def _make(self, container_id: str, bundle: str, sandbox: Sandbox, stdio: StdioSpec) -> Container:
+        container = Container(
+            container_id,
+            bundle,
+            sandbox,
+            stdio,
+            self._events,
+            self._quieted,
+            namespace=self._namespace,
+            undo=self._undo_log,
+        )
+        if self._changed is not None:
+            container.changed = self._changed
+        return container
+
+    def known(self, container_id: str, bundle: str, sandbox: Sandbox, stdio: StdioSpec) -> Container:
+        """One that an earlier shim created in this sandbox; `admit` makes it one of ours."""
+        return self._make(check_id(container_id, "a container's id"), bundle, sandbox, stdio)
+
+    def admit(self, containers: Sequence[Container]) -> None:
+        """They are here now."""
+        self._containers.update({container.id: container for container in containers})
 
     def _check_not_over(self) -> None:
         for sandbox_id in self._over:

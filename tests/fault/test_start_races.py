@@ -46,7 +46,7 @@ def test_nobody_finds_a_socket_that_does_not_listen(tmp_path: Path, monkeypatch:
     path = str(tmp_path / "s")
     mask = os.umask(0o077)
     try:
-        os.close(launcher._bind(path))
+        os.close(launcher.bind(path))
     finally:
         os.umask(mask)  # it leaves the shim's
 

@@ -152,3 +152,22 @@ def test_a_host_without_sandboxes(tmp_path: Path, capsys: pytest.CaptureFixture[
 )
 def test_ages_are_short(seconds: float, text: str) -> None:
     assert sandboxes._age(seconds) == text
+
+
+def test_a_vm_without_its_shim_is_orphaned(tmp_path: Path) -> None:
+    """Wherever its shim stands in the journal; the process that holds the mounts is no VM."""
+    own, start = os.getpid(), procfs.start_time(os.getpid())
+    shim, vm, mounts = ("shim", own, start - 1), ("qemu", own, start), ("mounts", own, start)
+    lives = ("shim", own, start)
+    for name, processes in {
+        "orphan": [shim, mounts, vm],
+        "again": [mounts, vm, shim],
+        "fine": [mounts, vm, lives],
+        "dead": [shim, mounts],
+    }.items():
+        journal(tmp_path / "run", owner(name), processes)
+
+    found = read_sandboxes(str(tmp_path / "run"), str(tmp_path / "kata"), str(tmp_path / "shared"))
+
+    states = {each.id: each.state for each in found}
+    assert states == {"orphan": "orphaned", "again": "orphaned", "fine": "running", "dead": "dead"}

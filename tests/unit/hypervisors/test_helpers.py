@@ -24,6 +24,7 @@ class Stub:
         self.lost: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.stopped = 0
         self.pids = [7]
+        self.inside = False
 
     def describe_loss(self) -> str:
         return f"{self.name} is gone"

@@ -271,6 +271,13 @@ class FakeAgent:
     async def read_stderr(self, container_id: str, exec_id: str, size: int) -> bytes:
         return await self._read(container_id, exec_id, "stderr", size)
 
+    async def reattach(self, container_id: str, exec_id: str, ports: tuple[int, int, int]) -> None:
+        await self._enter("reattach", container_id, exec_id)
+        process = self.process(container_id, exec_id)
+        process.streams = [self._sandbox.streams.pop(port) if port else None for port in ports]
+        if process.exited.done():
+            process.end_output()
+
     async def tty_win_resize(self, container_id: str, exec_id: str, rows: int, columns: int) -> None:
         await self._enter("tty_win_resize", container_id, exec_id)
         self.process(container_id, exec_id).windows.append((rows, columns))
