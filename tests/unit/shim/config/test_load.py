@@ -194,6 +194,7 @@ def test_sections_must_be_tables(files: Files) -> None:
         ("[agent.kata]\nhealth_check_interval = 0.1", "must be 0, or from 1 to 86400 (seconds), not 0.1"),
         ("[agent.kata]\nhealth_check_request_timeout_ms = 0", "must be above 0 and at most 600000, not 0"),
         ('[agent.kata]\nhealth_check_action = "stop"', "must be one of none, end, not stop"),
+        ('[runtime]\non_shim_death = "stay"', 'on_shim_death must be one of end, keep, not "stay"'),
     ],
 )
 def test_values_out_of_range(files: Files, text: str, what: str) -> None:
