@@ -20,13 +20,15 @@ import pytest
 from shim.state import journalfile
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, VERSIONS, Containerd
+from testing.containerd import KATA, PAUSE, VERSIONS, Containerd
+from testing.cri import NAMESPACE, Cri
 from testing.guest import guest_files
-from testing.images import busybox_image
+from testing.images import busybox_image, pause_image
 
 pytestmark = pytest.mark.e2e
 
 BUSYBOX = "local/busybox:1"
+CRI_BUSYBOX = "docker.io/local/busybox:1"
 KEEP = {"runtime": {"on_shim_death": "keep"}}
 DEADLINE = 60.0
 
@@ -416,3 +418,40 @@ def test_by_default_a_vm_ends_with_its_shim(containerd: Containerd) -> None:
     assert seconds < 5
     containerd.boot()
     containerd.ctr("container", "rm", name)
+
+
+@pytest.mark.parametrize("version", ["1.6", "2"])
+def test_kubelet_sees_nothing_of_it(version: str, tmp_path: Path) -> None:
+    """By CRI: the pod is ready, log and exit code of its container go on; who ended meanwhile has ended."""
+    busybox_image(tmp_path / "busybox.tar", CRI_BUSYBOX)
+    pause_image(tmp_path / "pause.tar", PAUSE)
+    with Containerd(debug=True, version=version, namespace=NAMESPACE, cri=True, overrides=KEEP) as daemon:
+        for archive in ("busybox.tar", "pause.tar"):
+            daemon.ctr("image", "import", str(tmp_path / archive))
+        cri = Cri(daemon)
+        for image in (CRI_BUSYBOX, PAUSE):
+            cri.wait_for_image(image)
+        pod = cri.run_pod()
+        goes_on = pod.run("sh", "-c", COUNT, image=CRI_BUSYBOX)
+        ends = pod.run("sh", "-c", "echo ready; sleep 4; exit 9", image=CRI_BUSYBOX)
+        pod.wait_output(ends, "ready")
+        pod.wait_output(goes_on, "line 3")
+
+        daemon.halt()
+        _kill_shim(daemon, pod.id)
+        time.sleep(5)  # one ends in a guest without a shim
+        recovered = _ctl(daemon, "recover", "--all")
+        assert (recovered.returncode, recovered.stderr) == (0, ""), daemon.log_tail(60)
+        daemon.boot()
+        cri.wait_until_up()
+
+        assert pod.state() == "SANDBOX_READY"
+        assert pod.wait_exit(ends).exit_code == 9
+        said = len(pod.output(goes_on))
+        _wait("its log stands still", lambda: len(pod.output(goes_on)) > said + 20)
+        assert pod.sh(goes_on, "touch /stop; echo in") == "in"
+        assert pod.wait_exit(goes_on).exit_code == 7
+        assert "over" in pod.output(goes_on)
+        pod.remove()
+        assert not daemon.state_dir(pod.id).exists()
+        cri.close()
