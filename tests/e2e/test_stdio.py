@@ -22,6 +22,7 @@ import pytest
 
 import ttrpc
 from proto import agent_pb2
+from shim.state.journalfile import load
 from testing.api import Api
 from testing.containerd import Containerd
 
@@ -318,7 +319,10 @@ def _agent_resident(sandbox: str) -> int:
     async def ask() -> str:
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(20)
-        sock.connect(f"/run/kata/{sandbox}/kata.hvsock")
+        (shim,) = [
+            each.facts for each in load(f"/run/kata/{sandbox}").records if each.facts.get("name") == "shim"
+        ]
+        sock.connect(f"/proc/{shim['pid']}/root/run/kata/{sandbox}/v/kata.hvsock")  # in its own mounts
         sock.sendall(b"CONNECT 1024\n")
         while not sock.recv(1).endswith(b"\n"):
             pass
