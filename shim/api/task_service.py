@@ -21,7 +21,8 @@ import structlog
 from google.protobuf import empty_pb2
 
 from devices.errors import CallerError
-from proto import runc_options_pb2, task_types_pb2, task_v2_pb2, task_v3_pb2
+from devices.threads import look
+from proto import oci_pb2, runc_options_pb2, task_types_pb2, task_v2_pb2, task_v3_pb2
 from shim.protocols import Exit
 from shim.spec.documents import process_of, resources_of
 from shim.spec.limits import fold_unified
@@ -63,6 +64,18 @@ def _exit_fields(response: Any, ended: Exit | None) -> Any:
 def _tell_dropped(what: str, strange: list[str], rest: Rest) -> None:
     if strange or rest.dropped:
         _log.info("not passed to the guest", process=what[:256], keys=[*strange, *rest.dropped][:50])
+
+
+def _process(data: bytes) -> tuple[oci_pb2.Process, Rest, list[str]]:
+    """An exec's process, of up to some megabytes: to be run beside the loop. Raises CallerError."""
+    document, strange = process_of(data)
+    return *process_from_json(document), strange
+
+
+def _resources(data: bytes) -> tuple[oci_pb2.LinuxResources, Rest, list[str]]:
+    """An update's resources, likewise."""
+    document, strange = resources_of(data)
+    return *resources_from_json(fold_unified(document)), strange
 
 
 def _stdio(request: Any) -> StdioSpec:
@@ -157,8 +170,7 @@ class TaskService:
     async def exec(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Remember a further process, which Start then runs."""
         self._manager.get(request.id)
-        document, strange = process_of(request.spec.value)
-        process, rest = process_from_json(document)
+        process, rest, strange = await look(_process, request.spec.value)
         _tell_dropped(f"{request.id}/{request.exec_id}", strange, rest)
         await self._manager.add_exec(
             request.id, request.exec_id, process, _stdio(request), beyond=rest.beyond
@@ -184,8 +196,7 @@ class TaskService:
     async def update(self, _ctx: object, request: Any) -> empty_pb2.Empty:
         """Change a container's limits."""
         self._manager.get(request.id)
-        document, strange = resources_of(request.resources.value)
-        resources, rest = resources_from_json(fold_unified(document))
+        resources, rest, strange = await look(_resources, request.resources.value)
         _tell_dropped(request.id, strange, rest)
         await self._manager.update(request.id, resources, beyond=rest.beyond)
         return empty_pb2.Empty()

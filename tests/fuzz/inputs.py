@@ -20,7 +20,7 @@ from shim.resources.direct_volumes import MOUNT_INFO, find, volume_directory
 from shim.resources.network import dan
 from shim.sandbox import management
 from shim.spec.guest_spec import Volume
-from shim.state import healthfile, journalfile
+from shim.state import healthfile, journalfile, recoveryfile
 from shim.state.trace import TRACE_FILE, Trace, owner_of
 from tests.fuzz.targets import directory, mapping, run, scratch, target
 
@@ -151,6 +151,18 @@ def health_file(data: bytes) -> None:
     """The file that says that a guest does not answer."""
     found = healthfile.read(directory(healthfile.NAME, data))
     assert found is None or math.isfinite(found.since)
+
+
+@target
+def recovery_file(data: bytes) -> None:
+    """What a shim that is to take a VM over reads: exactly what one writes, or an error of its own."""
+    where = directory(recoveryfile.NAME, data)
+    try:
+        found = recoveryfile.read(where)
+    except recoveryfile.RecoveryError:
+        return
+    recoveryfile.write(where, found)
+    assert recoveryfile.read(where) == found
 
 
 @target

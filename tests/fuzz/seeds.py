@@ -5,6 +5,7 @@ Why: a fuzzer that has to guess ten bytes of a header, or the keys of a file, se
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from proto import agent_pb2, cri_pb2
 from shim.config.annotations import PREFIX, known_names
-from shim.state import journalfile
+from shim.state import journalfile, recoveryfile
 from shim.state.identity import Identity
+from tests.unit.shim.saved import saved
 from ttrpc._frames import (
     FLAG_REMOTE_CLOSED,
     FLAG_REMOTE_OPEN,
@@ -185,6 +187,11 @@ def _health() -> list[bytes]:
     return [b'{"since": 1764000000.5, "why": "it does not answer"}', b'{"since": 1e999, "why": 5}']
 
 
+def _recovery() -> list[bytes]:
+    whole = {"version": recoveryfile.VERSION, **dataclasses.asdict(saved(pid=1))}
+    return [json.dumps(whole).encode(), b'{"version": 2}']
+
+
 _PHASE = '{"phase": "boot", "start": 1.5, "end": 2.0, "id": "s"}\n'
 _HEAD = '{"trace": 1, "sandbox": "s", "namespace": "n", "containerd": "/run/c.sock"}\n'
 _CDI = (
@@ -254,6 +261,7 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "json-foreign": _text('{"a": [1, -2.5e3, null, "\\u0041"]}', "[18446744073709551615]"),
     "journal": _journal,
     "health-file": _health,
+    "recovery-file": _recovery,
     "trace-file": _text(_HEAD + _PHASE, _PHASE),
     "cdi-file": _text(_CDI),
     "configuration": _configurations,

@@ -28,6 +28,7 @@ from devices.manager import DeviceManager
 from devices.undo import MemoryUndo
 from hypervisors.base import Capabilities
 from shim import runtime
+from shim.api import task_service
 from shim.config import load_config
 from shim.hooks import hook_process, hooks
 from shim.protocols import DaemonContext, GuestContainer, RootfsMount
@@ -473,6 +474,32 @@ async def test_a_resolv_conf_that_is_a_fifo_holds_nobody_up(world: World, tmp_pa
     for source in (str(tmp_path / "fifo"), "/dev/zero", str(tmp_path), "/nope", "relative"):
         mount = {"destination": "/etc/resolv.conf", "type": "x", "source": source}
         assert await asyncio.wait_for(world.create(json.dumps({"mounts": [mount]})), 30) == ""
+
+
+@pytest.mark.parametrize("rpc", ["Exec", "Update"])
+async def test_a_large_exec_or_update_is_read_beside_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rpc: str
+) -> None:
+    """Four megabytes of it are read for a while: others' calls must not wait."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    client = TaskClient(tmp_path)
+    await client.create()
+    name = "_process" if rpc == "Exec" else "_resources"
+    read, threads = getattr(task_service, name), list[int]()
+
+    def noting(data: bytes) -> Any:
+        threads.append(threading.get_ident())
+        return read(data)
+
+    monkeypatch.setattr(task_service, name, noting)
+    part = whole()["process"] if rpc == "Exec" else whole()["linux"]["resources"]
+    payload = AnyMessage(value=json.dumps(part).encode())
+    fields: dict[str, Any] = {"spec": payload, "exec_id": "e"} if rpc == "Exec" else {"resources": payload}
+    await client.call(rpc, id="c", **fields)
+    assert len(threads) == 1
+    assert threads[0] != threading.get_ident()
+    await client.close()
+    structlog.reset_defaults()
 
 
 async def test_what_may_hold_somebody_up_runs_beside_the_loop(
