@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from devices import versions
+
 __all__ = [
     "Process",
     "difference",
@@ -40,6 +42,8 @@ _DIRECTORIES = (
     "/run/vc/vm",
     "/run/containerd/s",
 )
+_HOSTS = frozenset({versions.CACHE})
+"""What belongs to the host, and no sandbox takes away."""
 _NETWORK_PREFIXES = ("tap", "kata", "tc", "br_kata")
 
 
@@ -167,7 +171,7 @@ def snapshot(
             name for name in os.listdir("/sys/class/net") if name.startswith(_NETWORK_PREFIXES)
         },
         "cgroups": {path for path in _cgroups() if (mine(path) if tag else "kata" in path)},
-        "files": {path for directory in _DIRECTORIES for path in _listing(directory) if mine(path)},
+        "files": {path for each in _DIRECTORIES for path in _listing(each) if mine(path)} - _HOSTS,
     }
     if root:
         tasks = Path(root)
