@@ -243,20 +243,29 @@ async def _serve_tasks(
     own = {"pid": os.getpid(), "start": start_time(os.getpid())}
     mark_children(identity.key, own["start"])
     home = await _own(identity)
+    made: Journal | None = None
     try:
         if takeover is not None:
             journal = await takeover.adopt(identity, home.path)
         elif os.listdir(home.path) or (os.path.isdir(identity.link) and not os.path.islink(identity.link)):
             await acquire(_clear, identity, home, own["start"])
         if takeover is None:
-            journal = Journal.create(home.path, identity, bundle)
+            journal = made = Journal.create(home.path, identity, bundle)
         # Recorded first, so released last, which here means nothing: until then `delete` sees us alive.
         journal.record("process", lambda: None, name="shim", **own)
         listening = journal.record("socket", place.leave, **place.facts)
         linked = takeover.linked(sandbox_id) if takeover is not None else await _link(identity, journal)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.rmdir(home.path)  # if nothing is in it
+    except BaseException as error:
+        if made is not None and not isinstance(
+            error, KataError
+        ):  # nobody calls `delete` for who never served
+            await made.release_all()
+            made.close()
+            with contextlib.suppress(OSError):
+                await acquire(home.remove)
+        else:
+            with contextlib.suppress(OSError):
+                os.rmdir(home.path)  # if nothing is in it
         home.close()
         raise
 

@@ -6,12 +6,13 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 
 from shim.launch import daemon
-from tests.unit.shim.shims import Shims, shims_fixture
+from tests.unit.shim.shims import REPO, Shims, shims_fixture
 from ttrpc import Server
 
 
@@ -37,6 +38,40 @@ class _Service:
 @pytest.fixture
 def shims() -> Iterator[Shims]:
     yield from shims_fixture()
+
+
+_GIVEN_UP = """
+import asyncio, sys
+sys.path[:0] = [{repo!r}]
+from shim.launch import daemon, launcher
+make = daemon._link
+async def link(*args):
+    await make(*args)
+    raise asyncio.CancelledError
+daemon._link = link
+launcher.main({argv!r})
+"""
+
+
+def test_one_that_is_ended_while_it_is_set_up_leaves_nothing(shims: Shims) -> None:
+    """It never served: containerd asks nobody to clean up after it."""
+    bundle = shims.bundle("c1")
+    code = _GIVEN_UP.format(repo=str(REPO), argv=shims.argv(bundle, "daemon")[1:])
+    ended = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=bundle.path,
+        env=shims.env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "the daemon failed" in ended.stderr
+    assert not shims.state_dir(bundle).exists()
+    assert not shims.link(bundle).is_symlink()
+    assert os.listdir(f"{shims.root}/run/containerd/s") == []
 
 
 async def test_idle_daemon_ends(monkeypatch: pytest.MonkeyPatch) -> None:
