@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from devices.errors import GuestError
 from shim.protocols import VM_DEATH, Sandbox
 from shim.tasks.process import Process
 
@@ -54,6 +55,8 @@ async def exit_status(sandbox: Sandbox, process: Process) -> Ended:
         if not call.done() and not sandbox.died.done():
             left = process.guests_until - asyncio.get_running_loop().time()
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED, timeout=max(0.0, left))
+        if call.cancelled():
+            raise GuestError("the wait for it was given up")  # by somebody else, or we would not be here
         if call.done():
             return Ended(call.result(), Word.GUEST)
         if sandbox.died.done():

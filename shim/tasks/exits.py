@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 import structlog
 
-from shim.protocols import Exit, Sandbox
+from shim.protocols import VM_DEATH, Exit, Sandbox
 from shim.stdio.stdio import DRAIN_IDLE, DRAIN_TOTAL
 from shim.tasks.exit_status import KILLED, Word, exit_status
 from shim.tasks.process import Kind, Process, Status
@@ -54,7 +54,7 @@ class Exits:
 
     def watch(self, process: Process) -> None:
         """The guest has it now."""
-        self._keep(asyncio.create_task(self._see(process), name=f"exit of {process.name}"))
+        self._keep(asyncio.create_task(self._surely(process), name=f"exit of {process.name}"))
 
     def tell(self, process: Process, ended: Exit) -> None:
         """Publish its exit, unless that was done."""
@@ -72,6 +72,14 @@ class Exits:
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _surely(self, process: Process) -> None:
+        """Whatever goes wrong on the way, the exit is told."""
+        try:
+            await self._see(process)
+        except Exception:  # noqa: BLE001  (see above)
+            _log.exception("what follows from an exit failed", process=process.name)
+            self.tell(process, process.ended or Exit.now(VM_DEATH))
 
     async def _see(self, process: Process) -> None:
         status, word = await exit_status(self._sandbox, process)

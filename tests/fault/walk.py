@@ -128,6 +128,12 @@ class Walk:
         finally:
             walk_launcher(self.containerd)
 
+    def hit(self) -> str:
+        """The name of the passage that was broken, which may be another than in the counted life: tasks of
+        the daemon overtake each other. "" if the life did not come so far."""
+        broken = [line for line in self._passages() if " <- " in line]
+        return broken[0].split(" ", 1)[1].rpartition(" <- ")[0] if broken else ""
+
     def _passages(self) -> list[str]:
         return (self._points / "passages").read_text().splitlines()
 
@@ -248,11 +254,12 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="only every Nth pair of passage and action")
     parser.add_argument("--action", choices=ACTIONS, action="append", help="default: all")
     parser.add_argument("--passage", type=int, help="this one only")
+    parser.add_argument("--first", type=int, default=1, help="begin at this passage (default: %(default)s)")
     options = parser.parse_args()
     wrong = 0
     with walking() as walk:
         names = walk.count()
-        numbers = [options.passage] if options.passage else range(1, len(names) + 1)
+        numbers = [options.passage] if options.passage else range(options.first, len(names) + 1)
         pairs = [(number, action) for number in numbers for action in options.action or ACTIONS]
         pairs = pairs[:: options.every]
         print(f"{len(names)} passages, {len(pairs)} lives", flush=True)
@@ -260,7 +267,7 @@ def main() -> int:
             life = walk.broken(number, action)
             wrong += bool(life.wrong)
             verdict = "; ".join(life.wrong) or "ok"
-            passage = names[number - 1]
+            passage = walk.hit() or f"({names[number - 1]})"
             line = f"{number:3} {passage:34} {action:8} {life.seconds:5.1f} s  {life.steps[-1][:60]:60} "
             print(line + verdict, flush=True)
     print(f"{len(pairs)} lives, {wrong} broke a promise")

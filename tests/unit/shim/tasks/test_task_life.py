@@ -12,6 +12,7 @@ import pytest_asyncio
 
 from devices.errors import CallerError, GuestError, HostError, KataError
 from proto import task_types_pb2, task_v2_pb2, task_v3_pb2
+from shim.tasks.exits import Exits
 from tests.unit.shim.fakes import VMM_PID, TaskClient, open_descriptors
 
 
@@ -213,6 +214,43 @@ async def test_the_death_of_the_vm_ends_every_process_at_once(shim: TaskClient) 
     assert await code_of(shim.kill()) == "NOT_FOUND"
     assert (await shim.delete()).exit_status == 255
     assert shim.sandbox.stopped
+
+
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError(), RuntimeError("a fault of ours")], ids=["given up", "ours"]
+)
+async def test_whatever_becomes_of_the_wait_the_exit_is_told(shim: TaskClient, error: BaseException) -> None:
+    """The task that waits for a process may be ended by anything: nobody may wait for the exit for ever."""
+    gone = asyncio.Event()
+
+    async def fail() -> None:
+        await gone.wait()
+        raise error
+
+    shim.runtime.prepare = lambda sandbox: sandbox.agent.before.update(wait_process=fail)
+    await shim.create()
+    await shim.start()
+    waiter = asyncio.create_task(shim.wait())
+    gone.set()
+    async with asyncio.timeout(5):
+        assert (await waiter).exit_status == 255
+    assert len(shim.events.of("exit")) == 1
+    assert (await shim.delete()).exit_status == 255
+
+
+async def test_what_follows_from_an_exit_fails_and_it_is_told(
+    shim: TaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Exits, "_drain", fail)
+    await shim.create()
+    await shim.start()
+    shim.sandbox.agent.process("c", "").exit(7)
+    async with asyncio.timeout(5):
+        assert (await shim.wait()).exit_status == 7
+    assert len(shim.events.of("exit")) == 1
 
 
 async def test_a_created_container_is_killed_by_delete(shim: TaskClient) -> None:
