@@ -59,7 +59,8 @@ class Process:
         return f"{self.pid} {' '.join(self.argv)[:300]}"
 
 
-def _processes() -> Iterator[tuple[Process, bytes]]:
+def _processes() -> Iterator[tuple[Process, int, bytes]]:
+    """Each with its parent's pid and its environment."""
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -71,24 +72,31 @@ def _processes() -> Iterator[tuple[Process, bytes]]:
             environ = (base / "environ").read_bytes()
             yield (
                 Process(int(entry), int(fields[19]), tuple(os.fsdecode(word) for word in argv)),
+                int(fields[1]),
                 environ,
             )
 
 
 def own_processes(tag: str, root: str, keys: Iterable[str] = ()) -> list[Process]:
     """Processes that descend from the daemon with this tag, or name its directory or a sandbox with one of
-    these keys, but this one."""
+    these keys, but this one; and their children, whose environment need not say whose they are."""
     names = [tag, *([root] if root else []), *keys]
     marks = [f"KATA_TEST_TAG={tag}".encode(), *(f"KATA_SHIM_CHILD={key}.".encode() for key in keys)]
-    found = []
-    for process, environ in _processes():
-        if process.pid == os.getpid():
-            continue
-        if any(mark in environ for mark in marks) or any(
-            name in word for name in names for word in process.argv
-        ):
-            found.append(process)
-    return found
+    others, found = [each for each in _processes() if each[0].pid != os.getpid()], list[Process]()
+    pids: set[int] = set()
+    while True:
+        own = [
+            each
+            for each in others
+            if each[1] in pids
+            or any(mark in each[2] for mark in marks)
+            or any(name in word for name in names for word in each[0].argv)
+        ]
+        if not own:
+            return found
+        others = [each for each in others if each not in own]
+        found += [each[0] for each in own]
+        pids |= {each[0].pid for each in own}
 
 
 def _is_program(process: Process) -> bool:
@@ -158,7 +166,7 @@ def snapshot(
     if tag:
         candidates = [p for p in own_processes(tag, root, keys) if p.pid not in ignored]
     else:
-        candidates = [p for p, _ in _processes() if p.pid not in ignored and _is_program(p)]
+        candidates = [p for p, _, _ in _processes() if p.pid not in ignored and _is_program(p)]
     found = {
         "processes": {f"{p} (started {p.started})" for p in candidates},
         "mounts": {

@@ -185,19 +185,25 @@ def test_containerd_killed_while_a_pod_boots(cri: Cri) -> None:
 
     running = threading.Thread(target=run)
     running.start()
-    wait_for(lambda: "qemu-system-x86_64" in _programs(daemon), "no VMM came up")
+    vmm = wait_for(lambda: _vmm(daemon), "no VMM came up")
+    os.kill(vmm, signal.SIGSTOP)  # so that it boots as long as we want
     daemon.halt(signal.SIGKILL)
     running.join(60)
     daemon.boot()
     pods = wait_for(lambda: _pods(cri), "the pod is forgotten")
     assert [pod.state for pod in pods] == [1], "SANDBOX_NOTREADY"
+    os.kill(vmm, signal.SIGCONT)
     daemon.ids.append(pods[0].id)
     for call in ("StopPodSandbox", "RemovePodSandbox"):
         cri.call(call, pod_sandbox_id=pods[0].id)
 
 
-def _programs(daemon: Containerd) -> list[str]:
-    return [os.path.basename(process.argv[0]) for process in daemon.processes()]
+def _vmm(daemon: Containerd) -> int:
+    """The pid of a QEMU that is to boot something, 0 if there is none."""
+    found = (
+        each.pid for each in daemon.processes() if "qemu-system" in each.argv[0] and "-kernel" in each.argv
+    )
+    return next(found, 0)
 
 
 def _pods(cri: Cri) -> list[Any]:

@@ -90,7 +90,7 @@ def fifo(tmp_path: Path) -> Path:
 
 _LOGGER = """\
 #!{python} -ISE
-import fcntl, os, sys, termios, threading, time
+import os, select, sys, threading, time
 log = sys.argv[sys.argv.index("log") + 1]
 def save(name, text):
     with open(log + "." + name + ".new", "w") as file:
@@ -111,11 +111,12 @@ copy(3, "stdout")
 errors.join()
 {after}
 """
+# Full is a pipe whose 16 pages are all begun: how many bytes they hold depends on the size of the writes.
 _UNTIL_FULL_AND_TOLD = """\
-size = bytearray(4)
-while int.from_bytes(size, sys.byteorder) < 65536:
+end = os.open("/proc/self/fd/3", os.O_WRONLY | os.O_NONBLOCK)
+while select.select([], [end], [], 0)[1]:
     time.sleep(0.01)
-    fcntl.ioctl(3, termios.FIONREAD, size)
+os.close(end)
 save("full", "")
 while not os.path.exists(log + ".go"):
     time.sleep(0.01)
