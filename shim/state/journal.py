@@ -47,6 +47,7 @@ class Journal:
         self._fd = fd
         self._lock = threading.Lock()
         self._entries: dict[Entry, int] = {}
+        self._failed: dict[Entry, int] = {}  # could not be released; `release_all` tries once more
         self._lines: dict[int, bytes] = {}  # what the file would be if it were written anew
         self._live = 0  # bytes of those
         self._last = 0
@@ -163,24 +164,34 @@ class Journal:
                 self._drop(number)
 
     async def release(self, entry: Entry) -> None:
-        """See `UndoLog.release`. Raises what the release raises; it is then left to `delete`."""
+        """See `UndoLog.release`. Raises what the release raises; it is then left to `release_all`, and to
+        `delete`."""
         with self._lock:
             number = self._entries.pop(entry, None)
         if number is None:
             return
-        if entry.release is None:
-            record = journalfile.Record(number, entry.kind, entry.facts)
-            await acquire(releases.release, record)
-        else:
-            outcome = entry.release()
-            if inspect.isawaitable(outcome):
-                await outcome
+        try:
+            if entry.release is None:
+                record = journalfile.Record(number, entry.kind, entry.facts)
+                await acquire(releases.release, record)
+            else:
+                outcome = entry.release()
+                if inspect.isawaitable(outcome):
+                    await outcome
+        except BaseException:
+            with self._lock:
+                self._failed[entry] = number
+            raise
         with self._lock:
             self._drop(number)
 
     async def release_all(self) -> list[Exception]:
-        """Release everything in reverse order, going on past errors; returns them."""
+        """Release everything in reverse order, what failed before too, going on past errors; returns them."""
         errors: list[Exception] = []
+        with self._lock:
+            every = {**self._entries, **self._failed}
+            self._entries = dict(sorted(every.items(), key=lambda pair: pair[1]))
+            self._failed.clear()
         while entries := self.entries:
             try:
                 await self.release(entries[-1])

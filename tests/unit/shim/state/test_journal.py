@@ -139,6 +139,37 @@ async def test_release_runs_once(tmp_path: Path) -> None:
     assert load(journal.directory).records == []
 
 
+async def test_what_failed_is_tried_once_more_in_the_end(tmp_path: Path) -> None:
+    """A release that fails leaves its record; the last one takes it away, or says that it is still there."""
+    journal = _create(tmp_path)
+    order: list[str] = []
+
+    def fails(name: str, times: int) -> Callable[[], None]:
+        tries = iter(range(times))
+
+        def release() -> None:
+            if next(tries, None) is not None:
+                raise OSError("busy")
+            order.append(name)
+
+        return release
+
+    once = journal.record("file", fails("once", 1), path="/nonexistent/1")
+    journal.record("file", fails("never", 0), path="/nonexistent/2")
+    always = journal.record("file", fails("always", 9), path="/nonexistent/3")
+    for entry in (once, always):
+        with pytest.raises(OSError, match="busy"):
+            await journal.release(entry)
+    assert len(load(journal.directory).records) == 3
+
+    errors = await journal.release_all()
+
+    assert [str(error) for error in errors] == ["busy"]
+    assert order == ["never", "once"]
+    assert _paths(journal.directory) == ["/nonexistent/3"]
+    journal.close()
+
+
 async def test_default_releases(tmp_path: Path) -> None:
     """Without a function of its own a record is undone by its kind: sockets, files, directories."""
     journal = _create(tmp_path)
