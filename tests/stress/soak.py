@@ -315,11 +315,15 @@ class Soak:
                 check=False,
                 env=self._containerd.environment,
             )
-            if done.returncode == 0 or not check:
+            lost = self._away.is_set() or "connection" in done.stderr or "Unavailable" in done.stderr
+            if done.returncode == 0 or not (check or lost):
                 return
-            if not self._away.is_set() and "connection" not in done.stderr:
+            if not lost:
                 break
             time.sleep(1 + attempt)
+        if not check:
+            self._complain(life, f"not cleaned up: {' '.join(args)}: {done.stderr[-300:]}")
+            return
         raise RuntimeError(f"{' '.join(args)}: {done.stderr[-300:]}")
 
     def _clean(self, life: Life) -> None:
