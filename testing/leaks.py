@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from devices import versions
-
 __all__ = [
     "Process",
     "difference",
@@ -42,7 +40,7 @@ _DIRECTORIES = (
     "/run/vc/vm",
     "/run/containerd/s",
 )
-_HOSTS = frozenset({versions.CACHE})
+_HOSTS = frozenset({"/run/kata-shim/versions.json"})
 """What belongs to the host, and no sandbox takes away."""
 _NETWORK_PREFIXES = ("tap", "kata", "tc", "br_kata")
 
