@@ -126,7 +126,10 @@ class Twin(GuestVM):
             "char-share-fs": f"path={self.directory}/fs",
         }
         argv = []
-        for word in self._template:
+        for option, given in zip(["", *self._template], self._template, strict=False):
+            if "-add-fd" in (option, given):
+                continue  # the guest's image, which it opens itself
+            word = re.sub(r"/dev/fdset/\d+", f"{GUEST}/rootfs.img", given)
             found = re.match(r"socket,id=([^,]+),fd=\d+", word)
             if found is None:
                 argv.append(word)
