@@ -61,6 +61,22 @@ class Parts:
         for device_id in list(self.files):
             self.let_go(device_id)
 
+    async def close(self) -> None:
+        """Give back all but QEMU itself, which has ended. Idempotent. Raises as `end_daemons`, in the end."""
+        try:
+            await self.end_daemons()
+        finally:
+            if self.channel is not None:
+                await self.channel.close()
+            if self.qmp is not None:
+                await self.qmp.close()
+            if self.console is not None:
+                self.console.close()
+            if self.vhost_fd >= 0:
+                os.close(self.vhost_fd)
+                self.vhost_fd = -1
+            self.let_all_go()
+
     async def end_daemons(self) -> None:
         """Stop the vsock daemon and what serves the devices, each whatever becomes of the others. Idempotent.
         Raises HostError for the first that the kernel does not end."""

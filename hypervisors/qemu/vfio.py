@@ -1,7 +1,7 @@
 """What has to be so before QEMU gets a device of VFIO: locked memory, and iommufd where it is asked for.
 
-What: `admit` finds out whether this host and this QEMU know iommufd; `locked_bytes` is what QEMU must be able
-to lock, and `raise_limit` lets a running one.
+What: `let_in` makes all of it so: `admit` finds out whether this host and this QEMU know iommufd,
+`locked_bytes` is what QEMU must be able to lock, and `raise_limit` lets a running one.
 Why: a device reads and writes the guest's memory at any time, so all of it is pinned when the first one
 comes; QEMU's own error for a limit is a hexadecimal address.
 Invariants: QEMU has no capability to lock what it likes, so the limit counts. No limit is lowered.
@@ -14,20 +14,43 @@ from __future__ import annotations
 import os
 import resource
 
+import structlog
+
 from devices.child import Child
-from devices.config import VfioConfig
+from devices.config import BalloonConfig, VfioConfig
 from devices.confine import Confinement
 from devices.errors import HostError, UnsupportedByHypervisor
+from devices.threads import acquire
 from devices.undo import UndoLog
+from hypervisors.qemu.cmdline import Plan
+from hypervisors.qemu.confinement import lend_nodes
+from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.qmp import QmpClient
 
-__all__ = ["admit", "locked_bytes", "raise_limit"]
+__all__ = ["admit", "let_in", "locked_bytes", "raise_limit"]
+
+_log = structlog.get_logger("qemu")
 
 IOMMU = "/dev/iommu"
 _OBJECT = "iommufd"
 _ROOM = 1 << 30  # bytes beside the guest's memory: its devices' own
 _PROBE = 10.0  # seconds
 _PHASE = "devices"
+
+
+async def let_in(
+    device: VfioConfig, parts: Parts, plan: Plan, count: int, *, undo: UndoLog, user: int
+) -> None:
+    """The VM is about to get this device, its `count`th; `user`: QEMU's. Raises HostError,
+    UnsupportedByHypervisor."""
+    if count == 1 and any(isinstance(one.device, BalloonConfig) for one in parts.placed):
+        _log.warning("the VM gives no free memory back from now on: a device of VFIO pins all of it")
+    await admit(device, program=plan.section.path, qmp=parts.qmp, undo=undo)
+    # Behind an IOMMU in the guest each device has mappings of its own.
+    parts.locked = locked_bytes(plan.max_memory * (count if plan.section.enable_iommu else 1))
+    if parts.process is not None:
+        raise_limit(parts.process.pid, parts.locked)
+        await acquire(lend_nodes, parts.process.pid, device, user)
 
 
 async def admit(

@@ -21,10 +21,8 @@ from typing import TypeVar
 
 import structlog
 
-from devices.addresses import FlatSpace, PciTopology
 from devices.child import Child, process_start_time, thread_ids
 from devices.config import (
-    BalloonConfig,
     BlockConfig,
     ConsoleConfig,
     DeviceConfig,
@@ -39,9 +37,8 @@ from devices.errors import (
     KataError,
     UnsupportedByHypervisor,
 )
-from devices.kinds import Kind, Op
+from devices.kinds import Op
 from devices.lines import Budget
-from devices.manager import disk_name
 from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from devices.users import User, parse_range, take
@@ -51,18 +48,19 @@ from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExi
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import abilities
 from hypervisors.qemu.adopt import saved, take_over
-from hypervisors.qemu.cmdline import MICROVM, Plan
-from hypervisors.qemu.confinement import check_readable, lend_nodes, meeting_place, take_back_nodes
+from hypervisors.qemu.cmdline import Plan
+from hypervisors.qemu.confinement import check_readable, meeting_place, take_back_nodes
 from hypervisors.qemu.death import Death
 from hypervisors.qemu.disks import update_disk
-from hypervisors.qemu.hotplug import LUNS, Plugger, scsi_seat
+from hypervisors.qemu.hotplug import Plugger
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
+from hypervisors.qemu.places import Places
 from hypervisors.qemu.plan import first_plan, with_ports
 from hypervisors.qemu.prepare import CONSOLE, VHOST_VSOCK, log_output, prepare
 from hypervisors.qemu.qmp import QmpClient, QmpEvent, sensible
-from hypervisors.qemu.recipes import SCSI, Placed
+from hypervisors.qemu.recipes import Placed
 from hypervisors.qemu.sizing import Sizer
 
 __all__ = ["VHOST_VSOCK", "Qemu"]
@@ -70,9 +68,6 @@ __all__ = ["VHOST_VSOCK", "Qemu"]
 _NAME = "qemu"
 # Seconds that a running QEMU gets to flush its images: to take `quit`, to end by it, and to end by SIGTERM.
 _QUIT_TIMEOUT, _TERM_TIMEOUT = 0.3, 0.3
-# A microvm's transports: the guest looks at the last one first, and its first disk has to be vda. The
-# interrupt of number 0 never arrives (QEMU 7.2).
-_MMIO = range(23, 0, -1)
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _Part = TypeVar("_Part")
@@ -95,11 +90,8 @@ class Qemu:
         self._plan: Plan | None = None  # from `prepare_vm` on
         self._parts = Parts()
         self._events = Budget(_NAME, "QMP events")
-        self._topology = PciTopology()
+        self._places = Places(section)
         self._passed: set[str] = set()  # ids of the devices of VFIO, once they were here
-        self._mmio = FlatSpace("virtio-mmio transports", _MMIO)  # a microvm's
-        self._luns = FlatSpace("SCSI addresses", LUNS)
-        self._dimms = FlatSpace("slots for memory", range(section.memory_slots))
         self._sizer: Sizer | None = None  # from `start_vm` on
         self._plugger: Plugger | None = None  # likewise
         self._death: Death | None = None  # from `start_vm` on
@@ -231,11 +223,11 @@ class Qemu:
         if isinstance(device, ConsoleConfig | ProtectionConfig):  # on no bus
             self._parts.placed.append(await self._prepare(device))
             return ""
-        at, guest_path = self._allocate(device)
+        at, guest_path = self._places.allocate(device, self._parts.placed)
         try:
             self._parts.placed.append(dataclasses.replace(await self._prepare(device), at=at))
         except BaseException:
-            self._release(device.id)
+            self._places.release(device.id)
             raise
         return guest_path
 
@@ -260,7 +252,10 @@ class Qemu:
     async def _prepare(self, device: DeviceConfig) -> Placed:
         assert self._plan is not None
         if isinstance(device, VfioConfig):
-            await self._admit(device)
+            from hypervisors.qemu.vfio import let_in  # few VMs have such a device
+
+            self._passed.add(device.id)
+            await let_in(device, self._parts, self._plan, len(self._passed), undo=self._undo, user=self._uid)
         return await prepare(
             self._parts,
             device,
@@ -270,22 +265,6 @@ class Qemu:
             debug=self._section.enable_debug,
             tcg=self._plan.accelerator is Accelerator.TCG,
         )
-
-    async def _admit(self, device: VfioConfig) -> None:
-        from hypervisors.qemu.vfio import admit, locked_bytes, raise_limit  # few VMs have such a device
-
-        assert self._plan is not None  # `capabilities` needed it
-        # Behind an IOMMU in the guest each device has mappings of its own.
-        if not self._passed and any(isinstance(one.device, BalloonConfig) for one in self._parts.placed):
-            _log.warning("the VM gives no free memory back from now on: a device of VFIO pins all of it")
-        self._passed.add(device.id)
-        times = len(self._passed) if self._section.enable_iommu else 1
-        parts = self._parts
-        await admit(device, program=self._section.path, qmp=parts.qmp, undo=self._undo)
-        parts.locked = locked_bytes(self._plan.max_memory * times)
-        if parts.process is not None:
-            raise_limit(parts.process.pid, parts.locked)
-            await acquire(lend_nodes, parts.process.pid, device, self._uid)
 
     async def remove_device(self, device_id: str) -> None:
         """What was hot-plugged; before `start_vm` whatever is no part of the VM itself."""
@@ -312,7 +291,7 @@ class Qemu:
             raise UnsupportedByHypervisor(_NAME, f"removing device {device_id}")
         self._parts.placed.remove(placed)
         self._parts.let_go(device_id)
-        self._release(device_id)
+        self._places.release(device_id)
         await helpers.end(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
@@ -380,18 +359,7 @@ class Qemu:
     async def cleanup(self) -> None:
         """See `Hypervisor.cleanup`."""
         await self.stop_vm()
-        parts = self._parts
-        await parts.end_daemons()
-        if parts.channel is not None:
-            await parts.channel.close()
-        if parts.qmp is not None:
-            await parts.qmp.close()
-        if parts.console is not None:
-            parts.console.close()
-        if parts.vhost_fd >= 0:
-            os.close(parts.vhost_fd)
-            parts.vhost_fd = -1
-        parts.let_all_go()
+        await self._parts.close()
         for name in ("qmp.sock", CONSOLE):
             with contextlib.suppress(OSError):
                 os.unlink(f"{self._state_dir}/{name}")
@@ -470,38 +438,12 @@ class Qemu:
 
     # --- how it is done
 
-    def _allocate(self, device: DeviceConfig) -> tuple[Mapping[str, str | int], str]:
-        """A place for a device that is there from the start, and the guest's path to it, "" for none."""
-        match device.kind:
-            case Kind.SCSI:
-                self._have_controller()
-                return scsi_seat(self._luns.allocate(device.id))
-            case Kind.PMEM:
-                slot = self._dimms.allocate(device.id)
-                return {"slot": slot}, f"/dev/pmem{slot}"
-        if self._section.machine_type == MICROVM:
-            at = {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device.id)}"}
-            disks = sum(placed.device.kind is Kind.BLK for placed in self._parts.placed)
-            return at, f"/dev/{disk_name(disks)}" if device.kind is Kind.BLK else ""
-        if isinstance(device, VfioConfig):
-            place = self._topology.open_port(device.id, device.port)
-        else:
-            place = self._topology.allocate(device.id)
-        return place.properties, place.guest_path
-
-    def _have_controller(self) -> None:
-        assert self._plan is not None
-        if self._plan.scsi is None:
-            self._plan = dataclasses.replace(self._plan, scsi=self._topology.allocate(SCSI))
-
-    def _release(self, device_id: str) -> None:
-        for space in (self._mmio, self._luns, self._dimms, self._topology):
-            space.release(device_id)
-
     async def _launch(self, timeout: float) -> None:
         assert self._plan is not None
         assert self._death is not None
-        plan = self._plan = with_ports(self._plan, self._topology)
+        places = self._places
+        plan = dataclasses.replace(self._plan, scsi=places.controller)
+        plan = self._plan = with_ports(plan, places.topology)
         await launch(
             plan,
             self._parts,
@@ -519,9 +461,9 @@ class Qemu:
         self._sizer = Sizer(plan, self._parts.qmp)
         self._plugger = Plugger(
             self._parts.qmp,
-            self._topology,
+            places.topology,
             self._section.hotplug_timeout,
-            luns=self._luns,
+            luns=places.luns,
             scsi=plan.scsi is not None,
         )
 

@@ -251,7 +251,7 @@ async def held(vm: Qemu) -> Held:
     return Held(
         qemu_fds=len(os.listdir(f"/proc/{pid}/fd")),
         nodes=len(nodes),
-        free_slots=vm._topology.free(),
+        free_slots=vm._places.topology.free(),
         own_fds=len(os.listdir("/proc/self/fd")),
         own_tasks=len(asyncio.all_tasks()),
         qemu_bytes=qemu_bytes,

@@ -47,7 +47,7 @@ async def test_lspci_shows_what_the_guest_paths_say(boot: Boot, tmp_path: Path) 
 
     shared = tmp_path / "shared"
     shared.write_bytes(bytes(4096))
-    free = vm._topology.free()
+    free = vm._places.topology.free()
     for number in range(free):
         await vm.add_device(BlockConfig(id=f"more{number}", path=str(shared), read_only=True))
     with pytest.raises(HypervisorError, match="no free PCI slot") as caught:

@@ -166,7 +166,7 @@ async def test_a_back_end_that_is_not_there_is_told_before_anything_is_plugged(
     boot: Boot, tmp_path: Path
 ) -> None:
     vm, _, manager = await boot()
-    free = vm._topology.free()
+    free = vm._places.topology.free()
     path = str(tmp_path / "nobody")
     listen(path).close()
     for device in (
@@ -175,4 +175,4 @@ async def test_a_back_end_that_is_not_there_is_told_before_anything_is_plugged(
     ):
         with pytest.raises(HostError, match=rf"{path}: nobody listens there; try: start the back end"):
             await manager.try_add_device(device, vm)
-    assert vm._topology.free() == free
+    assert vm._places.topology.free() == free

@@ -39,7 +39,7 @@ async def test_a_back_end_that_does_not_answer_is_given_up_and_the_vm_lives(
 ) -> None:
     """QEMU waits for it with its main loop standing still, until we end the connection."""
     vm, guest, manager = await boot()
-    free = vm._topology.free()
+    free = vm._places.topology.free()
     path = str(tmp_path / "mute")
     mute = listen(path)
     for device in (
@@ -49,7 +49,7 @@ async def test_a_back_end_that_does_not_answer_is_given_up_and_the_vm_lives(
         with pytest.raises(HypervisorError, match="QEMU did not answer"):
             await manager.try_add_device(device, vm)
         await vm.check()
-        assert vm._topology.free() == free
+        assert vm._places.topology.free() == free
     mute.close()
     assert (await guest.run("echo", "alive"))[1] == b"alive\n"
 

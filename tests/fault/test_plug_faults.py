@@ -71,7 +71,7 @@ async def everything(vm: Qemu) -> dict[str, Any]:
         "devices": await names(qmp, "/machine/peripheral"),
         "netdevs": await qmp.execute("human-monitor-command", {"command-line": "info network"}),
         "descriptors": len(os.listdir(f"/proc/{await vm.get_vmm_master_tid()}/fd")),
-        "free": vm._topology.free(),
+        "free": vm._places.topology.free(),
         "pids": len(await vm.get_pids()),
     }
 
