@@ -23,13 +23,13 @@ from devices.child import Child
 from devices.confine import Confinement
 from devices.errors import CallerError, ConfigError, HostError, KataError
 from devices.outlive import let_children_outlive
-from hypervisors.base import Adopting, Hypervisor
+from hypervisors.base import Adopting, Hypervisor, HypervisorState
 from hypervisors.registry import get_plugin
 from shim.config import Config
 from shim.protocols import DaemonContext
 from shim.sandbox.recovered import RecoveredSandbox
 from shim.state import recoveryfile
-from shim.state.recoveryfile import Saved, SavedDaemon, SavedSandbox
+from shim.state.recoveryfile import Saved, SavedDaemon, SavedSandbox, take
 from shim.state.trace import Trace
 from shim.tasks.container import Container
 from shim.tasks.container_manager import ContainerManager
@@ -191,6 +191,7 @@ async def recover(
         context.sandbox_id,
         context.takeover,
         _hypervisor(context, saved.sandbox),
+        _state(saved.sandbox),
         state_dir=context.state_dir,
         share=context.share_dir,
         undo=context.undo,
@@ -222,6 +223,18 @@ async def recover(
     keeper.go_on(sandbox, saved)
     _log.info("recovered", sandbox=sandbox.id, containers=[container.id for container in containers])
     return sandbox
+
+
+def _state(saved: SavedSandbox) -> HypervisorState:
+    try:
+        return take(HypervisorState, saved.vm, "sandbox.vm")
+    except TypeError as error:
+        raise HostError(
+            f"recovery.json: {error}",
+            phase="recover",
+            code="FAILED_PRECONDITION",
+            hint="recover it with the version of the shim that started it, or remove it",
+        ) from None
 
 
 def _hypervisor(context: DaemonContext, saved: SavedSandbox) -> Adopting:

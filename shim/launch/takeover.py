@@ -76,8 +76,8 @@ def judge(identity: Identity) -> Plight:
         ) from None
     except RecoveryError as error:
         raise Unrecoverable(str(error)) from None
-    vm = saved.sandbox.vm
-    if not is_running(int(vm.get("pid", 0)), int(vm.get("start", 0))):
+    pid, start = saved.sandbox.vm.get("pid"), saved.sandbox.vm.get("start")
+    if not isinstance(pid, int) or not isinstance(start, int) or not is_running(pid, start):
         raise Unrecoverable("its VM is dead; `delete`, which containerd runs, cleans up")
     program = saved.daemon.program
     if not program or not all(map(os.path.isabs, (program[0], program[-1]))):

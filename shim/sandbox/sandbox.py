@@ -17,19 +17,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-import ttrpc
 from devices.config import ShareFsConfig
 from devices.errors import BugError, GuestError, HostError, HypervisorError, KataError
 from devices.manager import DeviceManager
 from devices.threads import look
 from devices.undo import UndoLog
-from devices.vsock import AgentChannel
 from hypervisors.base import Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
@@ -38,11 +35,8 @@ from shim.resources.host_cgroup import HostCgroup
 from shim.resources.network.pod import PodNetwork
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
-from shim.sandbox.agent_client import GuestAgent
 from shim.sandbox.container_resources import ContainerResources
-from shim.sandbox.health import Health
-from shim.sandbox.loss import Loss
-from shim.sandbox.oom_watch import watch_oom
+from shim.sandbox.running import RunningVm
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM
 from shim.spec.limits import Size
@@ -55,14 +49,14 @@ if TYPE_CHECKING:
 
 __all__ = ["VirtSandbox"]
 
-#: Seconds: for a silent guest to unmount its disks; for a guest to show that it can let go of devices.
-_SILENT, _PULSE = 0.5, 2.0
+#: Seconds for a guest to show that it can let go of devices.
+_PULSE = 2.0
 
 _log = structlog.get_logger("sandbox")
 
 
-class VirtSandbox:
-    """See the module's docstring. `tasks` is the TaskGroup that the sandbox's own tasks live in."""
+class VirtSandbox(RunningVm):
+    """See the module's docstring."""
 
     def __init__(
         self,
@@ -74,14 +68,20 @@ class VirtSandbox:
         trace: Trace,
         on_oom: Callable[[str], None],
     ) -> None:
+        super().__init__(
+            settings.sandbox_id,
+            hypervisor,
+            deadlines=settings.deadlines,
+            health=settings.health,
+            state_dir=settings.state_dir,
+            tasks=tasks,
+            trace=trace,
+            on_oom=on_oom,
+        )
         self.settings = settings
         #: Awaited when all of it runs.
         self.on_up: Callable[[], Awaitable[None]] | None = None
-        self._hypervisor = hypervisor
         self._devices = DeviceManager(settings.disks.driver)
-        self._tasks = tasks
-        self._trace = trace
-        self._on_oom = on_oom
         self._undo = undo
         self._swap: GuestSwap | None = None
         self._network: PodNetwork | DanNetwork = PodNetwork(
@@ -118,36 +118,14 @@ class VirtSandbox:
             rescan=self._rescan,
             spawn=lambda work: self._watch(work, "watched volumes"),
         )
-        self._loss = Loss(hypervisor)
-        self._health = Health(
-            settings.health,
-            settings.state_dir,
-            evidence=hypervisor.diagnostics,
-            give_up=self._loss.give_up,
-        )
-        self._agent: GuestAgent | None = None
-        self._channel: AgentChannel | None = None
         self._vmm_pid = 0
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._ready.add_done_callback(_retrieve)
         self._boot: asyncio.Task[None] | None = None
-        self._watchers: list[asyncio.Task[None]] = []
         self._stop_lock = asyncio.Lock()
 
     # --- shim.protocols.Sandbox
-
-    @property
-    def id(self) -> str:
-        """The sandbox's id: the container's own, or the pod's."""
-        return self.settings.sandbox_id
-
-    @property
-    def agent(self) -> GuestAgent:
-        """The agent's client; only after `start`."""
-        if self._agent is None:
-            raise GuestError("the sandbox is not running", phase="agent", code="FAILED_PRECONDITION")
-        return self._agent
 
     @property
     def vmm_pid(self) -> int:
@@ -177,31 +155,6 @@ class VirtSandbox:
         except TimeoutError:
             raise HypervisorError(f"the VMM did not answer within {timeout:g} s", phase="vm") from None
         await self.agent.check(timeout)
-
-    @property
-    def stopped(self) -> bool:
-        """Whether `stop` was called: this object serves no longer."""
-        return self._loss.asked
-
-    @property
-    def died(self) -> asyncio.Future[str]:
-        """Resolves to the reason when the VM is gone without our asking."""
-        return self._loss.died
-
-    @property
-    def kill_limit(self) -> float:
-        """See `shim.protocols.Sandbox.kill_limit`."""
-        return self.settings.deadlines.kill
-
-    @property
-    def unresponsive(self) -> bool:
-        """See `shim.protocols.Sandbox.unresponsive`."""
-        return self._health.unresponsive
-
-    def doubt(self, why: str) -> None:
-        """See `shim.protocols.Sandbox.doubt`."""
-        if self._loss.lives:
-            self._health.doubt(why)
 
     @property
     def direct_stdio(self) -> bool:
@@ -256,12 +209,6 @@ class VirtSandbox:
         metrics = await self._hypervisor.get_hypervisor_metrics()
         cpu, memory = metrics.get("cpu_seconds_total", 0.0), metrics.get("resident_bytes", 0.0)
         return HostUsage(int(cpu * 1e9), int(memory))
-
-    async def open_stream(self) -> tuple[socket.socket, int]:
-        """A connection for one stdio stream, and the number that names it to the agent."""
-        if self._channel is None:
-            raise GuestError("the sandbox is not running", phase="stdio", code="FAILED_PRECONDITION")
-        return await self._channel.open_stream(self.settings.deadlines.request)
 
     async def stop(self) -> None:
         """End the VM, and release everything. Never raises but for cancellation."""
@@ -329,11 +276,9 @@ class VirtSandbox:
         with self._trace.phase("vmm.boot"):
             await self._channel.wait_ready(settings.deadlines.boot)
         with self._trace.phase("agent.connect"):
-            sock, _ = await self._channel.connect(settings.agent_port, settings.deadlines.request)
-            self._agent = GuestAgent(ttrpc.Client(sock), settings.deadlines, self._trace)
-            self._loss.agent = self._agent
+            agent = await self._connect(settings.agent_port)
         with self._trace.phase("agent.create_sandbox"):
-            await self._agent.create_sandbox(
+            await agent.create_sandbox(
                 sandbox_id=self.id,
                 hostname=settings.hostname,
                 dns=settings.dns,
@@ -341,16 +286,14 @@ class VirtSandbox:
                 guest_hook_path=settings.guest_hook_path,
                 kernel_modules=[*settings.disks.modules(), *map(_module, settings.kernel_modules)],
             )
-        await self._network.configure(self._agent)
+        await self._network.configure(agent)
         if settings.swap is not None:
             from shim.resources.guest_swap import GuestSwap  # not on the usual start path
 
             self._swap = GuestSwap(settings.swap, settings.key, self._undo)
             with self._trace.phase("swap"):
-                await self._swap.start(self._devices, hypervisor, self._agent)
-        self._watch(watch_oom(self._agent, self._on_oom), "oom")
-        self._watch(self._loss.watch_agent(), "agent")
-        self._watch(self._health.watch(self._agent.check), "health")
+                await self._swap.start(self._devices, hypervisor, agent)
+        self._watch_guest()
         await self._make_room(self._sizing.share)
         if self.on_up is not None:
             await self.on_up()
@@ -386,10 +329,6 @@ class VirtSandbox:
     async def _rescan(self) -> None:
         await self._network.rescan(self.agent)
 
-    def _watch(self, work: Any, name: str) -> None:
-        self._watchers = [watcher for watcher in self._watchers if not watcher.done()]
-        self._watchers.append(self._tasks.create_task(work, name=f"{name} {self.id}"))
-
     async def _answers(self) -> bool:
         """Whether the guest can let go of something now: it is asked, unless it is known that it cannot."""
         if not self._loss.lives or self.unresponsive or self._agent is None:
@@ -406,17 +345,7 @@ class VirtSandbox:
             self._boot.cancel()
             await asyncio.wait([self._boot])
         await self._step("stop serving volumes", self._containers.end_management())
-        await self._step("unmount its disks", self._unmount_disks())
-        # The VM first: whoever waits for a container's exit waits for this.
-        await self._step("stop the VM", self._hypervisor.stop_vm())
-        if self._agent is not None:
-            await self._step("close the agent's connection", self._agent.close())
-        for watcher in self._watchers:
-            watcher.cancel()
-        if self._watchers:
-            await asyncio.wait(self._watchers)
-        self._watchers.clear()
-        await self._step("clean up after the VMM", self._hypervisor.cleanup())
+        await self._end_vm(self._containers.writing)
         self._devices.close()
         if self._swap is not None:
             await self._step("remove its swap", self._swap.close())
@@ -427,26 +356,6 @@ class VirtSandbox:
             *(await self._cgroup.close() if self._cgroup is not None else []),
         ]:
             _log.error("not released", error=str(error))
-
-    async def _unmount_disks(self) -> None:
-        """What the guest has written to disks is in its memory still: all are unmounted there, at once."""
-        writing, agent = list(self._containers.writing), self._agent
-        self._containers.writing.clear()
-        if not writing or agent is None or self.died.done():
-            return
-        seconds = _SILENT if self.unresponsive else self.settings.deadlines.stop
-        async with asyncio.timeout(seconds):
-            removals = [agent.remove_container(container_id) for container_id in writing]
-            for removed in await asyncio.gather(*removals, return_exceptions=True):
-                if isinstance(removed, Exception):
-                    raise removed
-
-    async def _step(self, what: str, work: Any) -> None:
-        try:
-            await work
-        except Exception as error:  # noqa: BLE001  (stopping goes on past every error)
-            text = str(error) or type(error).__name__
-            _log.error("stopping the sandbox: step failed", step=what, error=text)
 
 
 def _retrieve(future: asyncio.Future[None]) -> None:

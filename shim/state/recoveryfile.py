@@ -33,6 +33,7 @@ __all__ = [
     "SavedSandbox",
     "read",
     "remove",
+    "take",
     "write",
 ]
 
@@ -148,7 +149,7 @@ def read(directory: str) -> Saved:
         document = parse(read_small(path, MAX_SIZE))
         if not isinstance(document, dict) or document.pop("version", None) != VERSION:
             raise RecoveryError(f"{path} is not of version {VERSION}")
-        return _take(Saved, document, "")
+        return take(Saved, document, "")
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -159,8 +160,9 @@ def read(directory: str) -> Saved:
         raise RecoveryError(f"{path}: {error}") from None
 
 
-def _take(kind: type[_T], value: Any, where: str) -> _T:
-    """The dataclass `kind` from an object that has exactly its fields. Raises TypeError."""
+def take(kind: type[_T], value: Any, where: str) -> _T:
+    """The dataclass `kind` of `value`, an object at `where` in the file that has exactly its fields. Raises
+    TypeError."""
     if not isinstance(value, dict):
         raise TypeError(f"{where or 'it'} is no object")
     types_of = typing.get_type_hints(kind)
@@ -173,7 +175,7 @@ def _take(kind: type[_T], value: Any, where: str) -> _T:
 def _member(kind: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind):
-        return _take(typing.cast("type[Any]", kind), value, where)
+        return take(typing.cast("type[Any]", kind), value, where)
     if origin is tuple:
         if not isinstance(value, list):
             raise TypeError(f"{where} is no array")

@@ -11,28 +11,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from testing import leaks
 from testing.api import Api
-from testing.containerd import KATA, Containerd, chosen_version
-from testing.guest import guest_files
-from testing.images import busybox_image
+from testing.containerd import KATA, Containerd
+from tests.fault.gear import BUSYBOX, busybox_archive, nothing_left, private_containerd
 
 pytestmark = pytest.mark.e2e
 
-BUSYBOX = "local/busybox:1"
 TASKS = "containerd.services.tasks.v1.Tasks"
 
 
 @pytest.fixture(scope="module")
 def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
     """A private containerd with one image."""
-    missing = [str(path) for path in guest_files().values() if not path.exists()]
-    if missing:
-        pytest.fail(f"the guest is not built: {', '.join(missing)}; run `make guest`", pytrace=False)
-    archive = tmp_path_factory.mktemp("images") / "busybox.tar"
-    busybox_image(archive, BUSYBOX)
-    with Containerd(debug=True, version=chosen_version()) as daemon:
-        daemon.ctr("image", "import", str(archive))
+    archive = busybox_archive(tmp_path_factory.mktemp("images"))
+    with private_containerd(archive) as daemon:
         yield daemon
 
 
@@ -46,21 +38,8 @@ def api(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(autouse=True)
 def no_leaks(containerd: Containerd) -> Iterator[None]:
     """After each test everything that came is gone again."""
-
-    def take() -> dict[str, set[str]]:
-        return leaks.snapshot(
-            tag=containerd.tag,
-            root=str(containerd.root),
-            sockets=[
-                leaks.shim_socket(containerd.address, containerd.namespace, name) for name in containerd.ids
-            ],
-            ignore=[containerd.pid],
-        )
-
-    before = take()
-    yield
-    left = leaks.settle(before, take, timeout=10)
-    assert left == {}, containerd.log_tail(60)
+    with nothing_left(containerd):
+        yield
 
 
 def _pid(containerd: Containerd, name: str, program: str) -> int:

@@ -20,13 +20,12 @@ import pytest
 
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, VERSIONS, Containerd
-from testing.guest import PROJECT, Value, guest_files, write_configuration
-from testing.images import busybox_image
+from testing.containerd import KATA, Containerd
+from testing.guest import PROJECT, Value, write_configuration
+from tests.fault.gear import BUSYBOX, busybox_archive, nothing_left, private_containerd
 
 pytestmark = pytest.mark.e2e
 
-BUSYBOX = "local/busybox:1"
 TASKS = "containerd.services.tasks.v1.Tasks"
 LIMIT = 4.0  # seconds: kill_timeout of these shims
 SLACK = 4.0  # more, for containerd, and a machine that is busy
@@ -44,14 +43,8 @@ SLEEP = ("sh", "-c", "echo ready; sleep 100000")
 @pytest.fixture(scope="module")
 def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]:
     """A private containerd with one image, whose shims have little patience."""
-    missing = [str(path) for path in guest_files().values() if not path.exists()]
-    if missing:
-        pytest.fail(f"the guest is not built: {', '.join(missing)}; run `make guest`", pytrace=False)
-    archive = tmp_path_factory.mktemp("images") / "busybox.tar"
-    busybox_image(archive, BUSYBOX)
-    version = os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]
-    with Containerd(debug=True, version=version, overrides={"agent.kata": AGENT}) as daemon:
-        daemon.ctr("image", "import", str(archive))
+    archive = busybox_archive(tmp_path_factory.mktemp("images"))
+    with private_containerd(archive, {"agent.kata": AGENT}) as daemon:
         yield daemon
 
 
@@ -65,21 +58,8 @@ def api(containerd: Containerd, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture(autouse=True)
 def no_leaks(containerd: Containerd) -> Iterator[None]:
     """After each test everything that came is gone again."""
-
-    def take() -> dict[str, set[str]]:
-        return leaks.snapshot(
-            tag=containerd.tag,
-            root=str(containerd.root),
-            sockets=[
-                leaks.shim_socket(containerd.address, containerd.namespace, name) for name in containerd.ids
-            ],
-            ignore=[containerd.pid],
-        )
-
-    before = take()
-    yield
-    left = leaks.settle(before, take, timeout=10)
-    assert left == {}, containerd.log_tail(60)
+    with nothing_left(containerd):
+        yield
 
 
 def parent(pid: int) -> int:

@@ -20,14 +20,13 @@ import pytest
 from shim.state import journalfile
 from testing import leaks
 from testing.api import Api, Task
-from testing.containerd import KATA, PAUSE, VERSIONS, Containerd
+from testing.containerd import KATA, PAUSE, Containerd
 from testing.cri import NAMESPACE, Cri
-from testing.guest import guest_files
 from testing.images import busybox_image, pause_image
+from tests.fault.gear import BUSYBOX, busybox_archive, nothing_left, private_containerd
 
 pytestmark = pytest.mark.e2e
 
-BUSYBOX = "local/busybox:1"
 CRI_BUSYBOX = "docker.io/local/busybox:1"
 KEEP = {"runtime": {"on_shim_death": "keep"}}
 DEADLINE = 60.0
@@ -35,31 +34,15 @@ DEADLINE = 60.0
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    missing = [str(path) for path in guest_files().values() if not path.exists()]
-    if missing:
-        pytest.fail(f"the guest is not built: {', '.join(missing)}; run `make guest`", pytrace=False)
-    path = tmp_path_factory.mktemp("images") / "busybox.tar"
-    busybox_image(path, BUSYBOX)
-    return path
+    return busybox_archive(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
 def containerd(archive: Path, request: pytest.FixtureRequest) -> Iterator[Containerd]:
     """A private containerd whose shims' VMs are kept (or what the test says), and nothing left of them."""
     overrides = getattr(request, "param", KEEP)
-    version = os.environ.get("KATA_E2E_CONTAINERD") or VERSIONS[0]
-    with Containerd(debug=True, version=version, overrides=overrides) as daemon:
-        daemon.ctr("image", "import", str(archive))
-
-        def take() -> dict[str, set[str]]:
-            sockets = [leaks.shim_socket(daemon.address, daemon.namespace, name) for name in daemon.ids]
-            ignore = [daemon.pid] if daemon.pid else []
-            return leaks.snapshot(tag=daemon.tag, root=str(daemon.root), sockets=sockets, ignore=ignore)
-
-        before = take()
+    with private_containerd(archive, overrides) as daemon, nothing_left(daemon):
         yield daemon
-        left = leaks.settle(before, take, timeout=10)
-        assert left == {}, daemon.log_tail(80)
 
 
 @pytest.fixture

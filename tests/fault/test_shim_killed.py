@@ -21,7 +21,6 @@ from shim.state.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError
 
-_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 _KEY = "io.kubernetes.cri."
 
 
@@ -30,16 +29,11 @@ def shims() -> Iterator[Shims]:
     yield from shims_fixture()
 
 
-async def _call(bundle: Bundle, name: str, request: object) -> object:
-    async with await Client.connect_unix(str(bundle.socket), timeout=5) as client:
-        return await getattr(client.stub(_TASK, default_timeout=20), name)(request)
-
-
 async def _create(bundle: Bundle, *, helper: bool = True) -> int:
     request = task_v2_pb2.CreateTaskRequest(
         id=bundle.id, bundle=str(bundle.path), stdin="helper" if helper else ""
     )
-    response = await _call(bundle, "create", request)
+    response = await bundle.call("create", request)
     assert isinstance(response, task_v2_pb2.CreateTaskResponse)
     return response.pid
 
@@ -74,8 +68,8 @@ async def test_killed_with_a_container(shims: Shims) -> None:
 
     assert shims.start(bundle).returncode == 0
     await _create(bundle, helper=False)
-    await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    await bundle.call("delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
     _response(shims.delete(bundle))
 
 
@@ -111,8 +105,8 @@ async def test_delete_waits_for_a_clean_end(shims: Shims) -> None:
     bundle = shims.bundle("c1")
     shims.start(bundle, env={"STUB_CLOSE_SECONDS": "1"})
     await _create(bundle, helper=False)
-    await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    await bundle.call("delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
     _wait_removed(bundle.socket)
 
     _response(shims.delete(bundle))
@@ -125,7 +119,7 @@ async def test_shutdown_that_hangs(shims: Shims) -> None:
     """A shim that does not finish is killed within containerd's five seconds."""
     bundle = shims.bundle("c1")
     shims.start(bundle, env={"STUB_CLOSE_SECONDS": "100"})
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
     _wait_removed(bundle.socket)
 
     _response(shims.delete(bundle))
@@ -145,7 +139,7 @@ async def test_member_of_a_live_pod(shims: Shims) -> None:
     _response(shims.delete(member))
 
     assert helper in shims.processes()
-    await _call(pod, "state", task_v2_pb2.StateRequest(id="p1"))
+    await pod.call("state", task_v2_pb2.StateRequest(id="p1"))
     (member.path / "config.json").unlink()  # half-made
     _response(shims.delete(member))
     assert helper in shims.processes()
@@ -362,8 +356,8 @@ async def test_daemon_that_cannot_work_says_why(shims: Shims) -> None:
         with pytest.raises(RpcError, match="version 99"):
             await client.call(method, sandbox_v1_pb2.CreateSandboxRequest(sandbox_id="c1"), timeout=10)
     with pytest.raises(RpcError, match="no container"):
-        await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+        await bundle.call("delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
 
     assert shims.wait_gone(bundle.pid)
     assert not bundle.socket.exists()

@@ -16,19 +16,11 @@ import pytest
 from proto import task_v2_pb2
 from shim.launch import launcher
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
-from ttrpc import Client
-
-_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 
 
 @pytest.fixture
 def shims() -> Iterator[Shims]:
     yield from shims_fixture()
-
-
-async def _call(bundle: Bundle, name: str, request: object, timeout: float = 20) -> object:
-    async with await Client.connect_unix(str(bundle.socket), timeout=5) as client:
-        return await getattr(client.stub(_TASK, default_timeout=timeout), name)(request)
 
 
 def test_nobody_finds_a_socket_that_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,9 +75,9 @@ async def test_starts_at_the_same_time_have_one_daemon(shims: Shims, stale: bool
         assert {start.returncode for start in starts} == {0}, answers
         assert set(answers) == {f"unix://{path}".encode()}
         (daemon,) = shims.processes()
-        await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="c1"))
+        await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
         assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
-        await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+        await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
         assert shims.wait_gone(daemon)
 
 
@@ -94,7 +86,7 @@ async def test_the_end_of_one_is_not_the_end_of_the_next(shims: Shims) -> None:
     state directory, and keeps it, its socket and its link when the first is gone."""
     bundle = shims.bundle("c1")
     shims.start(bundle, env={"STUB_CLOSE_SECONDS": "2"})
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
     first = bundle.pid
     until = time.monotonic() + 10
     while bundle.socket.exists():
@@ -104,14 +96,14 @@ async def test_the_end_of_one_is_not_the_end_of_the_next(shims: Shims) -> None:
     assert shims.start(bundle).returncode == 0
     assert bundle.pid != first
     assert first in shims.processes()
-    reply: Any = await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="c1"))
+    reply: Any = await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
 
     assert reply.shim_pid == bundle.pid
     assert shims.wait_gone(first)
     assert bundle.socket.exists()
     assert (shims.state_dir(bundle) / "journal").exists()
     assert shims.link(bundle).resolve() == shims.state_dir(bundle)
-    await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="c1"))
+    await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
     assert shims.delete(bundle).returncode == 0
     assert shims.leftovers() == []
 

@@ -16,9 +16,8 @@ from proto import task_v2_pb2
 from shim.state.journalfile import encode, header_of, load
 from shim.state.procfs import start_time
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
-from ttrpc import Client, RpcError
+from ttrpc import RpcError
 
-_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 OTHERS: list[dict[str, Any]] = [{"namespace": "b"}, {"address": "/run/second/containerd.sock"}]
 
 
@@ -27,20 +26,15 @@ def shims() -> Iterator[Shims]:
     yield from shims_fixture()
 
 
-async def _call(bundle: Bundle, name: str, request: object) -> object:
-    async with await Client.connect_unix(str(bundle.socket), timeout=5) as client:
-        return await getattr(client.stub(_TASK, default_timeout=20), name)(request)
-
-
 async def _create(bundle: Bundle) -> int:
     request = task_v2_pb2.CreateTaskRequest(id=bundle.id, bundle=str(bundle.path), stdin="helper")
-    response = await _call(bundle, "create", request)
+    response = await bundle.call("create", request)
     assert isinstance(response, task_v2_pb2.CreateTaskResponse)
     return response.pid
 
 
 async def _lives(bundle: Bundle) -> None:
-    await _call(bundle, "state", task_v2_pb2.StateRequest(id=bundle.id))
+    await bundle.call("state", task_v2_pb2.StateRequest(id=bundle.id))
 
 
 def _deleted(shims: Shims, bundle: Bundle, told: str = "") -> None:
@@ -70,8 +64,8 @@ async def test_both_run(shims: Shims, other: dict[str, Any]) -> None:
 
     assert shims.start(first).returncode == 0
     await _create(first)
-    await _call(second, "delete", task_v2_pb2.DeleteRequest(id="twin"))
-    await _call(second, "shutdown", task_v2_pb2.ShutdownRequest(id="twin"))
+    await second.call("delete", task_v2_pb2.DeleteRequest(id="twin"))
+    await second.call("shutdown", task_v2_pb2.ShutdownRequest(id="twin"))
     _deleted(shims, second)
     await _lives(first)
     _deleted(shims, first)
@@ -85,7 +79,7 @@ async def test_katas_link_is_the_first_ones(shims: Shims, other: dict[str, Any])
     first, second = shims.bundle("twin"), shims.bundle("twin", **other)
     for bundle in (first, second):
         shims.start(bundle)
-        await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="twin"))
+        await bundle.call("connect", task_v2_pb2.ConnectRequest(id="twin"))
     link = shims.link(first)
     assert link.resolve() == shims.state_dir(first)
     assert not Path(os.readlink(link)).is_absolute()
@@ -93,14 +87,14 @@ async def test_katas_link_is_the_first_ones(shims: Shims, other: dict[str, Any])
     _deleted(shims, second)
     assert link.resolve() == shims.state_dir(first)
     shims.start(second)
-    await _call(second, "connect", task_v2_pb2.ConnectRequest(id="twin"))
+    await second.call("connect", task_v2_pb2.ConnectRequest(id="twin"))
     _deleted(shims, first)
     assert not link.is_symlink()
-    await _call(second, "connect", task_v2_pb2.ConnectRequest(id="twin"))
+    await second.call("connect", task_v2_pb2.ConnectRequest(id="twin"))
 
     link.symlink_to("../kata-shim/" + "0" * 32)  # of one whose state somebody removed
     shims.start(first)
-    await _call(first, "connect", task_v2_pb2.ConnectRequest(id="twin"))
+    await first.call("connect", task_v2_pb2.ConnectRequest(id="twin"))
     assert link.resolve() == shims.state_dir(first)
     _deleted(shims, first)
     _deleted(shims, second)
@@ -162,7 +156,7 @@ async def test_another_ones_journal_is_left_alone(shims: Shims, sleeper: subproc
     assert shims.start(bundle).returncode == 0
     with pytest.raises(RpcError, match="is that of b/twin"):
         await _create(bundle)
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id="twin"))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="twin"))
     assert shims.wait_gone(bundle.pid)
 
     assert sleeper.poll() is None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from typing import Any
 
+from hypervisors.base import HypervisorState
 from shim.state.procfs import start_time
 from shim.state.recoveryfile import Saved, SavedContainer, SavedDaemon, SavedProcess, SavedSandbox
 
@@ -46,7 +48,9 @@ def saved(*containers: SavedContainer, pid: int = 0, socket: str = "/run/s", **d
         sandbox=SavedSandbox(
             hypervisor="qemu",
             section={"path": "/usr/bin/qemu", "virtio_fs_extra_args": []},
-            vm={"hypervisor": "qemu", "sandbox_id": "c1", "pid": pid, "start": start_time(pid)},
+            vm=dataclasses.asdict(
+                HypervisorState(hypervisor="qemu", sandbox_id="c1", pid=pid, start=start_time(pid))
+            ),
             is_pod=False,
             direct_stdio=True,
             agent_port=1024,

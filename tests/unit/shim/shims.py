@@ -19,12 +19,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from proto import task_v2_pb2
 from shim.state.identity import Identity
+from ttrpc import Client
 
 REPO = Path(__file__).parents[3]
 STUB = Path(__file__).parent / "stub"
 GRPC = "/run/containerd/containerd.sock"
 NAMESPACE = "test-ns"
+_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
 
 _SCRIPT = """#!{python} -IS
 import sys
@@ -55,6 +58,11 @@ class Bundle:
     @property
     def socket(self) -> Path:
         return Path(self.read("address").removeprefix("unix://"))
+
+    async def call(self, name: str, request: object, timeout: float = 20) -> object:
+        """A call of the task service, over a connection of its own."""
+        async with await Client.connect_unix(str(self.socket), timeout=5) as client:
+            return await getattr(client.stub(_TASK, default_timeout=timeout), name)(request)
 
 
 class Shims:

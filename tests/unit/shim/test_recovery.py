@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from devices.errors import ConfigError
+from devices.errors import ConfigError, HostError
 from hypervisors.registry import register_built_in
 from shim import recovery
 from shim.protocols import DaemonContext
@@ -117,5 +117,11 @@ def test_another_schema_is_told() -> None:
 
     vm = recovery._hypervisor(context, dataclasses.replace(old, section={"gone": 1, "path": "/q"}))
     assert cast("Any", vm)._section.path == "/q"
+    for vm_saved, words in (
+        ({**old.vm, "pid": "7"}, "sandbox.vm.pid is no int"),
+        ({}, "is missing, or unknown"),
+    ):
+        with pytest.raises(HostError, match=words):
+            recovery._state(dataclasses.replace(old, vm=vm_saved))
     with pytest.raises(ConfigError, match="unheard-of"):
         recovery._hypervisor(context, dataclasses.replace(old, hypervisor="unheard-of"))

@@ -21,25 +21,15 @@ from shim.state.bundle import socket_path
 from tests.unit.shim.shims import GRPC, NAMESPACE, REPO, Bundle, Shims, shims_fixture
 from ttrpc import Client, Code, RpcError
 
-_TASK = task_v2_pb2.DESCRIPTOR.services_by_name["Task"]
-
 
 @pytest.fixture
 def shims() -> Iterator[Shims]:
     yield from shims_fixture()
 
 
-async def _call(bundle: Bundle, name: str, request: object, timeout: float = 20) -> object:
-    """One call to the shim, dialled as containerd does: once, at once."""
-    client = await Client.connect_unix(str(bundle.socket), timeout=5)
-    async with client:
-        stub = client.stub(_TASK, default_timeout=timeout)
-        return await getattr(stub, name)(request)
-
-
 async def _shut_down(shims: Shims, bundle: Bundle) -> None:
     pid = bundle.pid
-    await _call(bundle, "shutdown", task_v2_pb2.ShutdownRequest(id=bundle.id))
+    await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id=bundle.id))
     assert shims.wait_gone(pid)
 
 
@@ -59,7 +49,7 @@ async def test_start(shims: Shims) -> None:
     assert Path(path).stat().st_mode & 0o777 == 0o600
     assert Path(path).parent.stat().st_mode & 0o777 == 0o700
 
-    await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="c1"))  # the daemon has settled
+    await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))  # the daemon has settled
 
     proc = Path(f"/proc/{bundle.pid}")
     assert os.getsid(bundle.pid) == bundle.pid
@@ -81,7 +71,7 @@ async def test_daemon_serves_and_ends(shims: Shims) -> None:
     shims.start(bundle, "-debug")
 
     with pytest.raises(RpcError) as caught:
-        await _call(bundle, "state", task_v2_pb2.StateRequest(id="c1"))
+        await bundle.call("state", task_v2_pb2.StateRequest(id="c1"))
     assert caught.value.code is Code.NOT_FOUND
     assert shims.state_dir(bundle).stat().st_mode & 0o777 == 0o700
     pid = bundle.pid
@@ -212,7 +202,7 @@ async def test_stale_socket(shims: Shims) -> None:
     stale.close()
 
     assert shims.start(bundle).returncode == 0
-    await _call(bundle, "connect", task_v2_pb2.ConnectRequest(id="c1"))
+    await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
     await _shut_down(shims, bundle)
 
 
@@ -266,13 +256,13 @@ async def test_signals(shims: Shims) -> None:
     """SIGTERM does not end a shim with containers; SIGHUP and SIGPIPE never do; idle ones end cleanly."""
     bundle = shims.bundle("c1")
     shims.start(bundle)
-    await _call(bundle, "create", task_v2_pb2.CreateTaskRequest(id="c1", bundle="/b"))
+    await bundle.call("create", task_v2_pb2.CreateTaskRequest(id="c1", bundle="/b"))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         os.kill(bundle.pid, number)
-    await _call(bundle, "state", task_v2_pb2.StateRequest(id="c1"))
+    await bundle.call("state", task_v2_pb2.StateRequest(id="c1"))
     assert "signal ignored" in shims.log(bundle)
 
-    await _call(bundle, "delete", task_v2_pb2.DeleteRequest(id="c1"))
+    await bundle.call("delete", task_v2_pb2.DeleteRequest(id="c1"))
     os.kill(bundle.pid, signal.SIGTERM)
     assert shims.wait_gone(bundle.pid)
 

@@ -22,6 +22,7 @@ from shim.protocols import Deadlines
 from shim.resources.network.settings import NetworkSettings
 from shim.resources.sizing import Bounds
 from shim.sandbox import loss as loss_module
+from shim.sandbox import running as running_module
 from shim.sandbox import sandbox as sandbox_module
 from shim.sandbox.health import HealthSettings
 from shim.sandbox.sandbox import VirtSandbox
@@ -184,7 +185,7 @@ class Started(VirtSandbox):
 @pytest.fixture
 async def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Vm:
     monkeypatch.setattr(loss_module, "_GATHER", 0.2)
-    monkeypatch.setattr(sandbox_module, "_SILENT", 0.1)
+    monkeypatch.setattr(running_module, "_SILENT", 0.1)
     monkeypatch.setattr(sandbox_module, "_PULSE", 1.0)
     return Vm(str(tmp_path))
 
