@@ -50,7 +50,7 @@ bench-host: setup ## a shell in the bench host, or CMD='...' there; docs/bench-h
 storm: setup ## 200 short containers, eight at a time, in pods and alone; STORM_ARGS=--help (10 min)
 	@$(PY) -m tests.stress $(STORM_ARGS)
 
-soak: setup ## lives in parallel in two namespaces with 500 random faults; SOAK_ARGS=--help (45 min)
+soak: setup ## lives in parallel in two namespaces with 500 random faults; SOAK_ARGS=--help (25 min)
 	@$(PY) -m tests.stress.soak $(SOAK_ARGS)
 
 test-failpoints: setup ## a life for each await that leaves the daemon, broken in four ways; WALK_ARGS=--help (30 min)

@@ -19,9 +19,11 @@ import os
 import re
 from dataclasses import dataclass
 
+from devices import strict_json
 from devices.child import Child
 from devices.confine import Confinement
 from devices.errors import HostError
+from devices.small_file import read_small
 from devices.undo import UndoLog
 
 __all__ = ["CACHE", "Version", "parse", "version_of"]
@@ -83,10 +85,8 @@ async def _ask(path: str, undo: UndoLog) -> Version:
 def _read(cache: str) -> dict[str, list[object]]:
     """Path -> [device, inode, time, size, text]; what makes no sense is left out."""
     try:
-        with open(cache, encoding="utf-8") as file:
-            text = file.read(_MAX_BYTES + 1)
-        found = json.loads(text) if len(text) <= _MAX_BYTES else {}
-    except (OSError, ValueError):
+        found = strict_json.parse(read_small(cache, _MAX_BYTES))
+    except (OSError, strict_json.JsonError):
         return {}
     if not isinstance(found, dict):
         return {}

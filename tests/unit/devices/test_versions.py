@@ -79,7 +79,9 @@ async def test_another_binary_is_asked_again(program: Path, asked: list[str]) ->
     assert asked == [f"{program} --version"] * 2
 
 
-@pytest.mark.parametrize("text", ["", "no json", "[1]", '{"/x": 1}', '{"PROGRAM": [1, 2]}', "1" * 70000])
+@pytest.mark.parametrize(
+    "text", ["", "no json", "[1]", '{"/x": 1}', '{"PROGRAM": [1, 2]}', "1" * 70000, "[" * 60000]
+)
 async def test_a_broken_file_is_an_empty_one(program: Path, text: str) -> None:
     Path(versions.CACHE).parent.mkdir(exist_ok=True)
     Path(versions.CACHE).write_text(text.replace("PROGRAM", str(program)))
