@@ -157,8 +157,9 @@ def bind(
     root mount is not shared: the container would find an empty directory.
     """
     if _host_roots and _is_out_of_sight(source, _host_roots[-1]):
+        path = os.readlink(descriptor_path(source)) if isinstance(source, int) else source
         raise HostError(
-            f"what the host has mounted at {source} does not reach the shim: its mount at / is not shared",
+            f"what the host has mounted at {path} does not reach the shim: its mount at / is not shared",
             phase="devices",
             hint="mount --make-rshared / before containerd starts (systemd does it)",
         )

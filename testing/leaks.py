@@ -75,6 +75,15 @@ def _processes() -> Iterator[tuple[Process, int, bytes]]:
             )
 
 
+def lives(pid: int) -> bool:
+    """Whether that process runs. One that has ended stays in /proc until its parent, often the machine's
+    first process, has asked for its code: some take seconds for that."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def own_processes(tag: str, root: str, keys: Iterable[str] = ()) -> list[Process]:
     """Processes that descend from the daemon with this tag, or name its directory or a sandbox with one of
     these keys, but this one; and their children, whose environment need not say whose they are."""

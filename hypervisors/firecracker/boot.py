@@ -46,12 +46,11 @@ def arguments(
     jail: str = "",
     base: str = "",
     owner: tuple[int, int] = (0, 0),
-    netns: str | None = None,
     cgroups: int = 2,
 ) -> list[str]:
     """argv of Firecracker. `jail`: the id under which the jailer runs it below `base`, "" without a jailer;
-    `owner`: the user and group that it runs as there; `cgroups`: the host's cgroup version. Without a jailer
-    the caller sees to the network namespace."""
+    `owner`: the user and group that it runs as there; `cgroups`: the host's cgroup version. The
+    caller sees to the network namespace."""
     own = ["--api-sock", API_SOCKET]
     if section.disable_seccomp:
         own.append("--no-seccomp")
@@ -63,8 +62,6 @@ def arguments(
         argv += ["--cgroup-version", str(cgroups)]
         for setting in section.jailer_cgroups:
             argv += ["--cgroup", setting]
-    if netns:
-        argv += ["--netns", netns]
     return [*argv, "--chroot-base-dir", base, "--", *own]
 
 

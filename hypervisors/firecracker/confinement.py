@@ -19,9 +19,10 @@ _FILES = 4096
 _JAILER = ("sys_admin", "mknod", "chown", "dac_override", "fowner", "setuid", "setgid")
 
 
-def jailer_confinement() -> Confinement:
-    """It enters the network namespace by itself."""
-    return Confinement(capabilities=_JAILER, network=None, view=None, files=_FILES)
+def jailer_confinement(netns: str | None) -> Confinement:
+    """It starts in the pod's network namespace. Its own `--netns` would not do: the path is often one below
+    the shim's /proc entry, which a process with fewer rights than the shim's may not open."""
+    return Confinement(capabilities=_JAILER, network=netns, view=None, files=_FILES)
 
 
 def plain_confinement(netns: str | None) -> Confinement:

@@ -375,6 +375,7 @@ class Firecracker:
         await acquire(self._make_files, den)
         parts.report.open(den)
         jail = jail_id(self._state_dir) if den.jailed else ""
+        confinement = (jailer_confinement if jail else plain_confinement)(self._netns)
         version = 2 if os.path.exists("/sys/fs/cgroup/cgroup.controllers") else 1
         if jail and section.jailer_cgroups:
             for path in cgroup_paths(section, jail, version):
@@ -386,12 +387,11 @@ class Firecracker:
                 jail=jail,
                 base=JAIL_BASE,
                 owner=self._owner,
-                netns=self._netns,
                 cgroups=version,
             ),
             name=_NAME,
             undo=self._undo,
-            confinement=jailer_confinement() if jail else plain_confinement(self._netns),
+            confinement=confinement,
             cwd=None if jail else den.root,
             on_output=parts.report.on_console if section.enable_debug else None,
         )

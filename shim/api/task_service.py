@@ -211,8 +211,13 @@ class TaskService:
         return _messages(request).StatsResponse(stats=await self._manager.stats(request.id))
 
     async def connect(self, _ctx: object, request: Any) -> Any:
-        """Who serves this container; for an unknown one the answer has no task pid."""
+        """Who serves this container. containerd asks when it finds a bundle at its start: one that was killed
+        before its Create has nobody who sends that again, and NOT_FOUND makes it clean up; with an answer it
+        would hold the id for a task that never comes. In a pod that lives there is one, without a task's pid:
+        containerd 1.7 asks there for a container that it is about to create."""
         container = self._manager.containers.get(request.id)
+        if self._manager.idle:
+            self._manager.get(request.id)
         return _messages(request).ConnectResponse(
             shim_pid=os.getpid(), task_pid=0 if container is None else container.pid
         )

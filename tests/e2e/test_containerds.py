@@ -11,6 +11,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -244,6 +245,27 @@ def test_a_killed_containerd_finds_its_tasks_again(containerd: Containerd, livin
     new.io.write(b"go\n")
     assert new.wait() == 6
     new.delete()
+
+
+@pytest.mark.kata_only  # with runc's shim containerd 1.6 says "already exists" until somebody kills it
+def test_a_containerd_killed_before_create_keeps_no_id(
+    containerd: Containerd, no_leaks: Callable[[], None]
+) -> None:
+    """Killed between `start` and Create it finds a shim that nobody will ever send a Create: it ends that."""
+    name = containerd.new_id("early")
+    bundle = containerd.state / "io.containerd.runtime.v2.task" / containerd.namespace / name
+    argv = containerd.ctr_argv("run", "--rm", "--runtime", KATA, BUSYBOX, name, "true")
+    client = subprocess.Popen(argv, env=containerd.environment, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (bundle / "address").exists():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    containerd.halt(signal.SIGKILL)
+    client.wait(60)
+    containerd.boot()
+    containerd.ctr("container", "rm", name)
+    containerd.ctr(*argv[argv.index("run") :])
+    no_leaks()
 
 
 def _away(containerd: Containerd) -> Callable[[], None]:

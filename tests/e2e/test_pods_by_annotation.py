@@ -161,7 +161,7 @@ def test_namespaces_by_path_are_the_pods(pods: Pods, shm: str, no_leaks: Callabl
             if topic == "/tasks/exit" and event.container_id in pods.names:
                 exits.append(event.container_id)
         assert sorted(exits) == sorted(task.container for task in (pod, *both, alone))
-    assert not os.path.exists(f"/proc/{pod.pid}"), "the VM is gone"
+    assert not leaks.lives(pod.pid), "the VM is gone"
     with pytest.raises(grpc.RpcError, match="has ended"):
         pods.member(pod, *SLEEP)
     for task in (*both, alone, pod):

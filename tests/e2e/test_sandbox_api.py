@@ -29,6 +29,7 @@ from proto import (
     task_v2_pb2,
     transfer_streams_pb2,
 )
+from testing import leaks
 from testing.api import Api
 from testing.containerd import Containerd
 from testing.guest import PROJECT
@@ -208,7 +209,7 @@ async def test_a_sandbox_lives_without_a_container(pod: Pod) -> None:
     assert ended.exit_status == 0
     status = await pod.call("SandboxStatus", verbose=True)
     assert (status.state, status.exited_at) == ("SANDBOX_NOTREADY", ended.exited_at)
-    assert not os.path.exists(f"/proc/{started.pid}")
+    assert not leaks.lives(started.pid)
     await pod.task("Delete", name)
     await pod.call("StopSandbox")
     await pod.call("ShutdownSandbox")

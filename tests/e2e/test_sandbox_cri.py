@@ -143,7 +143,7 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
 
     pod.stop()
     assert pod.state() == "SANDBOX_NOTREADY"
-    assert not os.path.exists(f"/proc/{vmm}")
+    assert not leaks.lives(vmm)
     pod.remove()
 
 

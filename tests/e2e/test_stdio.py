@@ -23,6 +23,7 @@ import pytest
 import ttrpc
 from proto import agent_pb2
 from shim.state.journalfile import load
+from testing import leaks
 from testing.api import Api
 from testing.containerd import Containerd
 
@@ -171,7 +172,7 @@ def test_a_binary_logger_of_a_detached_container(
         removed = containerd.ctr("task", "rm", name, check=False)
         assert removed.code == 7 or not removed.code, removed.error
         pid = int(Path(log + ".pid").read_text())
-        wait_until(lambda: not os.path.exists(f"/proc/{pid}"), "the logger outlived its container")
+        wait_until(lambda: not leaks.lives(pid), "the logger outlived its container")
     finally:
         containerd.remove(name)
     no_leaks()
@@ -189,11 +190,11 @@ def test_a_logger_that_does_not_end_is_killed_at_delete(start: Callable[..., Exe
     process = start("echo", "hello", stdout=url)
     assert process.wait() == 0
     pid = int(Path(log + ".pid").read_text())
-    assert os.path.exists(f"/proc/{pid}"), "a logger has time to finish until the delete"
+    assert leaks.lives(pid), "a logger has time to finish until the delete"
     process.delete()
     assert Path(log + ".stdout").read_text() == "hello\n"
     assert os.path.exists(log + ".term"), "it was asked first"
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not leaks.lives(pid)
 
 
 _SLOW = "time.sleep(0.5)\nsave('all', open(log + '.stdout').read())"
@@ -220,7 +221,7 @@ def test_kill_9_of_the_shim_leaves_no_logger(
         bundle = containerd.state / "io.containerd.runtime.v2.task" / containerd.namespace / name
         os.kill(int((bundle / "shim.pid").read_text()), signal.SIGKILL)
         wait_until(lambda: not bundle.exists(), "containerd did not clean up")
-        assert not os.path.exists(f"/proc/{pid}"), "it outlived its shim"
+        assert not leaks.lives(pid), "it outlived its shim"
         assert os.path.exists(f"{log}.{left}")
     finally:
         containerd.remove(name)

@@ -76,7 +76,31 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pod(cri: Cri) -> Iterator[Pod]:
+def places(
+    kubelet: Kubelet, tools: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Path]]:
+    """A volume of each kind by its place in the container. As with kubelet, all is mounted before the pod is
+    made: where `/` is not shared (a machine without systemd) no later mount reaches it."""
+    nest = tmp_path_factory.mktemp("nest")
+    (nest / "sub").mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "sub", str(nest / "sub")], check=True)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(nest / "socket"))
+            yield {
+                "/dev/shm": kubelet.mount("empty-dir", "shm", "tmpfs", "size=200m,mode=1777"),
+                "/cache": kubelet.mount("empty-dir", "cache", "tmpfs", "size=200m"),
+                "/conf": kubelet.config_map("one"),
+                "/tools": tools,
+                "/nest": nest,
+                "/socket": nest / "socket",
+            }
+    finally:
+        subprocess.run(["umount", "-l", str(nest / "sub")], check=True)
+
+
+@pytest.fixture(scope="module")
+def pod(cri: Cri, places: dict[str, Path]) -> Iterator[Pod]:
     """On the host's network, whose spec names no host."""
     made = cri.run_pod()
     yield made
@@ -84,29 +108,13 @@ def pod(cri: Cri) -> Iterator[Pod]:
 
 
 @pytest.fixture(scope="module")
-def box(pod: Pod, kubelet: Kubelet, tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def box(pod: Pod, places: dict[str, Path]) -> str:
     """A container with one volume of each kind; its id."""
-    nest = tmp_path_factory.mktemp("nest")
-    (nest / "sub").mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "sub", str(nest / "sub")], check=True)
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(nest / "socket"))
-    places = {
-        "/dev/shm": kubelet.mount("empty-dir", "shm", "tmpfs", "size=200m,mode=1777"),
-        "/cache": kubelet.mount("empty-dir", "cache", "tmpfs", "size=200m"),
-        "/conf": kubelet.config_map("one"),
-        "/tools": tools,
-        "/nest": nest,
-        "/socket": nest / "socket",
-    }
     mounts = [
         {"container_path": place, "host_path": str(path), "readonly": place in ("/conf", "/nest")}
         for place, path in places.items()
     ]
-    made = pod.run(*SLEEP, image=BUSYBOX, mounts=mounts, resources={"memory_limit_in_bytes": 512 * MIB})
-    yield made
-    listener.close()
-    subprocess.run(["umount", "-l", str(nest / "sub")], check=True)
+    return pod.run(*SLEEP, image=BUSYBOX, mounts=mounts, resources={"memory_limit_in_bytes": 512 * MIB})
 
 
 def log_of(pod: Pod, needle: str) -> str:

@@ -342,7 +342,7 @@ def test_recovery_that_fails_changes_nothing(containerd: Containerd, api: Api) -
     deleted, seconds = _shim_action(containerd, name, "delete", _bundle(containerd, name))
     assert (deleted.returncode, deleted.stderr) == (0, b"")
     assert seconds < 5
-    assert not Path(f"/proc/{vmm}").exists()
+    assert not leaks.lives(vmm)
     containerd.boot()
     containerd.ctr("container", "rm", name)
 

@@ -9,7 +9,6 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -75,7 +74,7 @@ async def test_starts_at_the_same_time_have_one_daemon(shims: Shims, stale: bool
         assert {start.returncode for start in starts} == {0}, answers
         assert set(answers) == {f"unix://{path}".encode()}
         (daemon,) = shims.processes()
-        await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
+        await bundle.serving()
         assert os.listdir(os.path.dirname(path)) == [os.path.basename(path)]
         await bundle.call("shutdown", task_v2_pb2.ShutdownRequest(id="c1"))
         assert shims.wait_gone(daemon)
@@ -96,14 +95,12 @@ async def test_the_end_of_one_is_not_the_end_of_the_next(shims: Shims) -> None:
     assert shims.start(bundle).returncode == 0
     assert bundle.pid != first
     assert first in shims.processes()
-    reply: Any = await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
-
-    assert reply.shim_pid == bundle.pid
+    assert await bundle.serving() == bundle.pid
     assert shims.wait_gone(first)
     assert bundle.socket.exists()
     assert (shims.state_dir(bundle) / "journal").exists()
     assert shims.link(bundle).resolve() == shims.state_dir(bundle)
-    await bundle.call("connect", task_v2_pb2.ConnectRequest(id="c1"))
+    await bundle.serving()
     assert shims.delete(bundle).returncode == 0
     assert shims.leftovers() == []
 

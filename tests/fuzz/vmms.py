@@ -7,6 +7,7 @@ reply is also tried with a QEMU that answers the right command with any value.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import socket
@@ -198,6 +199,7 @@ async def _connect(data: bytes) -> None:
     path = os.path.join(directory("x", b""), "vsock")
     if _vsock is None:
         _vsock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        atexit.register(_vsock.close)
         _vsock.bind(path)
         _vsock.listen(4)
         _vsock.setblocking(False)

@@ -124,8 +124,12 @@ def test_what_the_host_mounts_later_is_seen_or_told(tmp_path: Path, shared: bool
                 mounts.bind(str(tmp_path / "volume"), str(tmp_path / "target"))
                 assert os.listdir(tmp_path / "target") == ["file"]
             else:
-                with pytest.raises(HostError, match="volume does not reach the shim") as caught:
-                    mounts.bind(str(tmp_path / "volume"), str(tmp_path / "target"))
+                volume = str(tmp_path / "volume")
+                fd = os.open(volume, os.O_PATH)
+                for source in (volume, fd):
+                    with pytest.raises(HostError, match=f"mounted at {volume} does not reach") as caught:
+                        mounts.bind(source, str(tmp_path / "target"))
+                os.close(fd)
                 assert "mount --make-rshared /" in caught.value.hint
         finally:
             os.write(order[1], b".")

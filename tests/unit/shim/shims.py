@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -21,7 +23,7 @@ from pathlib import Path
 
 from proto import task_v2_pb2
 from shim.state.identity import Identity
-from ttrpc import Client
+from ttrpc import Client, RpcError
 
 REPO = Path(__file__).parents[3]
 STUB = Path(__file__).parent / "stub"
@@ -63,6 +65,15 @@ class Bundle:
         """A call of the task service, over a connection of its own."""
         async with await Client.connect_unix(str(self.socket), timeout=5) as client:
             return await getattr(client.stub(_TASK, default_timeout=timeout), name)(request)
+
+    async def serving(self) -> int:
+        """The pid of the daemon that answers, whatever it does."""
+        async with await Client.connect_unix(str(self.socket), timeout=5) as client:
+            with contextlib.suppress(RpcError):
+                await client.stub(_TASK, default_timeout=20).connect(task_v2_pb2.ConnectRequest(id=self.id))
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(self.socket))
+                return int(struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 
 
 class Shims:

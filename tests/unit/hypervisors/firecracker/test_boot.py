@@ -20,10 +20,10 @@ _SECTION = FirecrackerConfig(
 
 def test_argv() -> None:
     assert boot.arguments(_SECTION) == ["/usr/bin/firecracker", "--api-sock", "fc.sock"]
-    assert boot.arguments(_SECTION, jail="abc", base="/j", owner=(12, 34), netns="/run/netns/x") == [
+    assert boot.arguments(_SECTION, jail="abc", base="/j", owner=(12, 34)) == [
         *("/usr/bin/jailer", "--id", "abc", "--exec-file", "/usr/bin/firecracker"),
         *("--uid", "12", "--gid", "34", "--cgroup-version", "2", "--cgroup", "pids.max=64"),
-        *("--netns", "/run/netns/x", "--chroot-base-dir", "/j", "--", "--api-sock", "fc.sock"),
+        *("--chroot-base-dir", "/j", "--", "--api-sock", "fc.sock"),
     ]
 
 

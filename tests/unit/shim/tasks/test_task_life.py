@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -78,11 +79,11 @@ async def test_shutdown_ends_the_shim_only_without_containers(shim: TaskClient) 
 
 
 async def test_connect_and_pids(shim: TaskClient) -> None:
-    answer = await shim.call("Connect", id="nobody")
-    assert answer.task_pid == 0
-    assert answer.shim_pid > 0
+    assert await code_of(shim.call("Connect", id="c")) == "NOT_FOUND", "else containerd keeps its id taken"
     await shim.create()
-    assert (await shim.call("Connect", id="c")).task_pid == VMM_PID
+    answer = await shim.call("Connect", id="c")
+    assert (answer.shim_pid, answer.task_pid) == (os.getpid(), VMM_PID)
+    assert (await shim.call("Connect", id="member")).task_pid == 0, "1.7 asks before Create"
     await shim.start()
     await shim.exec()
     assert [entry.pid for entry in (await shim.call("Pids", id="c")).processes] == [VMM_PID]
