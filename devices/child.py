@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -40,6 +41,7 @@ from devices.mark import marked
 from devices.outlive import children_outlive
 from devices.syscalls import CLONE_NEWPID, setns, unshare
 from devices.tail import TailBuffer
+from devices.threads import submit
 from devices.undo import Entry, UndoLog
 
 __all__ = [
@@ -321,7 +323,6 @@ class Child:
         if children_outlive():
             os.close(writer)
             writer = os.open(f"/proc/self/fd/{reader}", os.O_RDWR | os.O_CLOEXEC)
-        loop = asyncio.get_running_loop()
         try:
             order = _Order(
                 argv=argv,
@@ -333,7 +334,7 @@ class Child:
                 env=marked(confine.environment(env)),
                 pass_fds=tuple(pass_fds),
             )
-            process = await _finish(loop.run_in_executor(_Spawner.executor(), _start, order))
+            process = await _finish(submit(_Spawner.executor(), functools.partial(_start, order)))
         except OSError as error:
             os.close(reader)
             undo.forget(entry)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from devices.errors import CallerError, HostError
 from devices.in_use import users
-from devices.threads import acquire, look
+from devices.threads import acquire, look, start
 from devices.undo import Entry, UndoLog
 from devices.vfio import PciFunction, read_function
 
@@ -183,7 +183,7 @@ def _bounded(write: Callable[[], None], address: str, timeout: float = TIMEOUT) 
             failed.append(error)
 
     thread = threading.Thread(target=run, name=f"driver of {address}", daemon=True)
-    thread.start()
+    start(thread)
     thread.join(timeout)
     if thread.is_alive():
         raise HostError(

@@ -54,6 +54,7 @@ from devices.syscalls import (
     set_mount_attributes,
     unshare,
 )
+from devices.threads import start
 
 __all__ = ["MountLike", "bind_rootfs", "mount_rootfs", "parse_options"]
 
@@ -257,7 +258,7 @@ def _in_directory(directory: str, source: str, target: str, fstype: str, flags: 
             failure.append(error)
 
     thread = threading.Thread(target=work, name="mount")
-    thread.start()
+    start(thread)
     thread.join()
     if failure:
         raise failure[0]

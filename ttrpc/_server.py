@@ -442,6 +442,10 @@ class _Call:
         if isinstance(error, MessageTooLarge):
             self.answer_error(Code.RESOURCE_EXHAUSTED, str(error))
             return
+        if isinstance(error, MemoryError):  # no fault of the handler's, and its text is mostly empty
+            text = str(error) or type(error).__name__
+            self.answer_error(Code.RESOURCE_EXHAUSTED, f"no memory is left: {text}")
+            return
         name = getattr(error, "code", None)
         if isinstance(name, str) and name in Code.__members__ and name != "OK":
             self.answer_error(Code[name], str(error))

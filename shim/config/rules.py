@@ -2,13 +2,15 @@
 
 What: one function for each section; each returns the problems it finds as text with file and line.
 Why here and not in a plugin: these hold for every hypervisor, and a path that is wrong is told before
-anything is started.
+anything is started. A program, kernel or image that everybody may write is refused, as the file itself is
+(`shim.config.source`): who may write it chooses what runs as root.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,6 +134,8 @@ def check_paths(section: Any, table: Table) -> list[str]:
             problems.append(f"{what} does not exist")
         elif kind != "any" and not os.path.isfile(path):
             problems.append(f"{what} is not a regular file")
+        elif kind != "any" and os.stat(path).st_mode & stat.S_IWOTH:
+            problems.append(f"{what} may be written by everybody (try: chmod o-w)")
         elif not os.access(path, os.X_OK if kind == "program" else os.R_OK):
             problems.append(f"{what} is not {'executable' if kind == 'program' else 'readable'}")
     return problems

@@ -4,7 +4,8 @@ What: `Source.read` reads the base file, then every `*.toml` of `config.d/` besi
 file really is (symlinks followed), in the order of their names. Tables are merged, every other value
 is replaced, arrays too. `locate` tells which file set a key last, and its line.
 Invariants: a file is regular, UTF-8 and at most MAX_BYTES long, else ConfigError; hidden files and
-other endings (editors' copies) in config.d are left alone.
+other endings (editors' copies) in config.d are left alone. It belongs to root or to who reads it, and not
+everybody may write it.
 """
 
 from __future__ import annotations
@@ -110,13 +111,30 @@ class Source:
         return Table(".".join(name), values, lambda *key: self.locate(*name, *key))
 
 
+def _check_file(path: str, info: os.stat_result) -> None:
+    """Who may write what names the programs that run as root, is root: nobody else may."""
+    if not stat.S_ISREG(info.st_mode):
+        raise ConfigError(f"{path}: not a regular file", phase="config")
+    if info.st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{path}: everybody may write it, and so choose what runs as root",
+            phase="config",
+            hint=f"chmod o-w {path}",
+        )
+    if info.st_uid not in (0, os.geteuid()):
+        raise ConfigError(
+            f"{path}: it belongs to user {info.st_uid}, who could choose what runs as root",
+            phase="config",
+            hint=f"chown root {path}",
+        )
+
+
 def _read_text(path: str) -> str:
     try:
         # O_NONBLOCK: a FIFO in this place must not hang the shim.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path}: not a regular file", phase="config")
+            _check_file(path, os.fstat(fd))
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", phase="config") from error

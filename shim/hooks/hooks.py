@@ -29,6 +29,7 @@ import structlog
 
 from devices.child import process_start_time
 from devices.errors import KataError
+from devices.threads import submit
 from devices.undo import Entry, UndoLog
 from shim.hooks.hook_process import Hook, read_hooks, run, state_json
 
@@ -111,25 +112,26 @@ class HostHooks:
         watch, stop = os.pipe2(os.O_CLOEXEC)
         # A thread of its own, which ends with the hook: it stays in the namespaces that it enters.
         thread = ThreadPoolExecutor(1, thread_name_prefix="hook")
-        work = loop.run_in_executor(
-            thread,
-            functools.partial(
-                run,
-                hook,
-                state_json(self._spec, self._id, self._bundle, _STATUS.get(stage, "creating"), self._pid),
-                cwd=self._bundle,
-                mounts=self._mounts,
-                netns=f"/proc/{self._pid}/ns/net" if stage == "createContainer" else None,
-                stop=watch,
-                started=started,
-            ),
-        )
         try:
-            await asyncio.shield(work)
-        except asyncio.CancelledError:
-            os.write(stop, b"x")
-            await asyncio.wait([work])
-            raise
+            work = submit(
+                thread,
+                functools.partial(
+                    run,
+                    hook,
+                    state_json(self._spec, self._id, self._bundle, _STATUS.get(stage, "creating"), self._pid),
+                    cwd=self._bundle,
+                    mounts=self._mounts,
+                    netns=f"/proc/{self._pid}/ns/net" if stage == "createContainer" else None,
+                    stop=watch,
+                    started=started,
+                ),
+            )
+            try:
+                await asyncio.shield(work)
+            except asyncio.CancelledError:
+                os.write(stop, b"x")
+                await asyncio.wait([work])
+                raise
         finally:
             thread.shutdown(wait=False)
             os.close(stop)

@@ -335,7 +335,7 @@ async def _serve_tasks(
     if not errors:
         try:
             await acquire(home.remove)
-        except OSError as error:
+        except (OSError, KataError) as error:
             errors.append(error)
     for left in errors:
         _log.error("not undone", error=str(left))

@@ -39,6 +39,14 @@ _ATTEMPTS = 8  # at a name that others take and leave at the same time
 _ENOENT, _EADDRINUSE, _ECONNREFUSED = 2, 98, 111  # the module errno costs a tenth of a millisecond
 
 
+_HINTS = {  # EPERM, EACCES, EAGAIN, ENOSPC: `start` loads no module for their names
+    1: "run it as root",
+    13: "run it as root",
+    11: "raise the limit of processes (ulimit -u, the unit's TasksMax, pids.max of the cgroup)",
+    28: "make room in /run",
+}
+
+
 class StartError(Exception):
     """`start` cannot go on; the text is for people."""
 
@@ -54,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
-        sys.stderr.write(f"{NAME}: {error.strerror or error}{where}; try: run it as root\n")
+        hint = _HINTS.get(error.errno or 0, "")
+        sys.stderr.write(f"{NAME}: {error.strerror or error}{where}{hint and '; try: '}{hint}\n")
         return 1
 
 

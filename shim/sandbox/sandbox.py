@@ -238,6 +238,8 @@ class VirtSandbox(RunningVm):
             )
         except OSError as error:  # of what no one expected to fail: no descriptors, no room, a broken disk
             self._fail(HostError(str(error), phase="boot"))
+        except MemoryError:
+            self._fail(HostError("no memory is left for the shim", phase="boot"))
         except Exception as error:  # noqa: BLE001  (whatever it is, whoever waits must hear of it)
             _log.exception("sandbox start failed")
             self._fail(BugError(f"{type(error).__name__}: {error}", phase="boot"))

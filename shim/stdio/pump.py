@@ -18,6 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
@@ -25,6 +26,7 @@ from itertools import islice
 from typing import Protocol
 
 from devices.errors import KataError
+from devices.threads import submit
 from shim.stdio.ends import InputEnd, OutputEnd
 
 __all__ = [
@@ -98,7 +100,7 @@ def _write_all(fd: int, data: memoryview) -> None:
 
 async def _in_thread(fd: int, data: memoryview) -> None:
     """Write to a file. A cancelled caller still waits: `fd` and `data` are in use until then."""
-    job = asyncio.get_running_loop().run_in_executor(None, _write_all, fd, data)
+    job = submit(None, functools.partial(_write_all, fd, data))
     try:
         await asyncio.shield(job)
     except asyncio.CancelledError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -63,5 +65,48 @@ def test_a_shim_that_may_open_no_more_files(walk: Walk) -> None:
         untold += [step for step in life.steps if "Too many open files" not in step or "OSError" in step]
         wrong += [f"{limit} descriptors: {line}" for line in life.wrong]
     assert wrong == []
-    assert untold == []
+    assert untold == [], untold
     assert walk.live().steps[-1] == "delete"
+
+
+def test_a_clock_that_jumps(walk: Walk) -> None:
+    """Two days back and forth each second: nothing ends early or hangs, for no limit is of that clock."""
+    days = "(-86400, 86400)[int(real()) % 2]"
+    with walk.shims_with(f"import time; real = time.time; time.time = lambda: real() + {days}"):
+        life = walk.live()
+    assert life.wrong == []
+    assert life.steps[-1] == "delete"
+
+
+def test_a_shim_that_may_start_no_more_threads(walk: Walk) -> None:
+    """The limit of its cgroup, or of the service: wherever it is met the caller is told, nothing stays, and
+    with a higher one the same id works."""
+    wrong, untold = [], []
+    with limited_processes() as (cgroup, limit):
+        for number in range(1, 12, 2):
+            limit.write_text(str(number))
+            with walk.shims_with(f"open({str(cgroup / 'cgroup.procs')!r}, 'w').write('0')"):
+                life = walk.live()
+            told = ("limit of processes", "Cannot allocate memory")  # the kernel's word for some forks
+            if life.steps[-1] != "delete" and not any(word in life.steps[-1] for word in told):
+                untold.append(f"{number}: {life.steps}")
+            wrong += [f"{number} processes: {line}" for line in life.wrong]
+    assert wrong == []
+    assert untold == [], untold
+    assert walk.live().steps[-1] == "delete"
+
+
+@contextmanager
+def limited_processes() -> Iterator[tuple[Path, Path]]:
+    """A cgroup on the host, and its file with the limit of processes."""
+    for root in ("/sys/fs/cgroup/pids", "/sys/fs/cgroup"):
+        made = Path(root, f"kata-few-{os.getpid()}")
+        if (Path(root) / "cgroup.procs").exists():
+            break
+    made.mkdir()
+    try:
+        if not (made / "pids.max").exists():
+            pytest.skip("this host has no pids controller")
+        yield made, made / "pids.max"
+    finally:
+        made.rmdir()

@@ -372,3 +372,32 @@ def test_a_guest_that_falls_silent(containerd: Containerd, make: Make, action: s
         assert "the guest is unresponsive" in containerd.log_tail(200)
     finally:
         write_configuration(containerd.configuration, {"agent.kata": AGENT})
+
+
+def test_a_host_that_sleeps(api: Api, make: Make) -> None:
+    """All of a pod and its shim stand still for longer than any of its deadlines; then everything goes on,
+    and nothing was told meanwhile."""
+    task = make("sh", "-c", "trap 'exit 7' USR1; n=0; while :; do n=$((n+1)); echo line $n; sleep 0.2; done")
+    task.io.wait_for(b"line 2\n")
+    running = task.exec("cat", exec_id="runs")
+    running.start()
+    shim = shim_of(task.pid)
+    everybody = [shim, *children(shim)]
+    with api.events() as event:
+        for pid in everybody:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(LIMIT * 3)
+        for pid in everybody:
+            os.kill(pid, signal.SIGCONT)
+        before = task.io.out.count(b"\n")
+        task.io.wait_for(f"line {before + 5}\n".encode())
+        running.io.write(b"awake\n")
+        running.io.wait_for(b"awake\n")
+        assert exits_of(event, task.container, patience=2) == []
+    running.io.detach_stdin()
+    running.close_stdin()
+    assert running.wait() == 0
+    running.delete()
+    task.kill(signal.SIGUSR1)
+    assert task.wait() == 7
+    task.delete()

@@ -24,7 +24,7 @@ from typing import ParamSpec, TypeVar
 
 from devices.errors import HostError
 from devices.syscalls import CLONE_NEWNET, setns, unshare
-from devices.threads import to_end
+from devices.threads import start, to_end
 
 __all__ = ["OURS", "Netns", "identity", "inside", "names", "open_netns"]
 
@@ -82,7 +82,7 @@ def _start(fd: int | None, function: Callable[[], T]) -> Future[T]:
         except BaseException as error:  # noqa: BLE001  (it is raised to whoever waits)
             done.set_exception(error)
 
-    threading.Thread(target=work, name="netns", daemon=True).start()
+    start(threading.Thread(target=work, name="netns", daemon=True))
     return done
 
 

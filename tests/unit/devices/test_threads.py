@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from devices.threads import acquire, look
+from devices.errors import HostError
+from devices.threads import acquire, look, start
 
 
 class Slow:
@@ -99,3 +101,27 @@ async def test_looks_that_hang_do_not_keep_anything_from_being_given_back() -> N
     for one in slow:
         one.end.set()
     assert await asyncio.gather(*looks) == [5] * len(looks)
+
+
+async def test_where_no_thread_can_be_started_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither now nor later, by a thread that was busy: its caller believes that nothing was taken."""
+    done = list[str]()
+    with ThreadPoolExecutor(2) as executor:
+        busy = Slow()
+        first = asyncio.create_task(acquire(busy, 1, executor=executor))
+        await _begun(first, busy)
+
+        def refuse(*_args: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HostError, match="no more threads") as caught:
+            await acquire(done.append, "second", executor=executor)
+        assert "pids.max" in caught.value.hint
+        with pytest.raises(HostError):
+            start(threading.Thread(target=done.append, args=("third",)))
+        monkeypatch.undo()
+        busy.end.set()
+        assert await first == 1
+        assert await acquire(len, "four", executor=executor) == 4
+    assert done == []

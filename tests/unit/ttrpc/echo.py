@@ -68,6 +68,8 @@ class Echo:
 
     async def fail(self, ctx: CallContext, request: StringValue) -> BytesValue:
         code, _, text = request.value.partition(":")
+        if code == "memory":
+            raise MemoryError
         raise RpcError(Code(int(code)), text)
 
     async def wait(self, ctx: CallContext, request: Int64Value) -> Int64Value:

@@ -100,6 +100,8 @@ async def test_a_status_arrives_with_code_and_text(pair: Pair) -> None:
 
     assert (caught.value.code, caught.value.message) == (Code.NOT_FOUND, "container: not found")
     assert str(caught.value) == "NOT_FOUND: container: not found"
+    with pytest.raises(RpcError, match="RESOURCE_EXHAUSTED: no memory is left: MemoryError"):
+        await stub.fail(StringValue(value="memory:"))
 
 
 @pytest.mark.parametrize(

@@ -306,6 +306,14 @@ def test_files_that_are_named_must_be_there(files: Files, make_file: Callable[[s
     )
 
 
+def test_what_everybody_may_write_does_not_run_as_root(files: Files, make_file: Callable[[str], str]) -> None:
+    kernel = Path(make_file("vmlinux"))
+    kernel.chmod(0o646)
+    assert problems(files, f'[hypervisor.qemu]\nkernel = "{kernel}"\n') == (
+        f"FILE:2: [hypervisor.qemu] kernel = '{kernel}' may be written by everybody (try: chmod o-w)",
+    )
+
+
 def test_a_kernel_that_is_not_there_comes_with_a_hint_how_to_get_one(files: Files) -> None:
     with pytest.raises(ConfigError) as caught:
         files.load('[hypervisor.qemu]\nkernel = "/no/kernel"\n')
@@ -392,6 +400,30 @@ def test_what_is_no_text_file_is_refused(files: Files, make: Callable[[Path], No
     make(files.base)
     with pytest.raises(ConfigError, match=what):
         files.load()
+
+
+@pytest.mark.parametrize("drop_in", [False, True])
+def test_a_file_that_somebody_else_may_write_is_refused(files: Files, drop_in: bool) -> None:
+    """The base file and each drop-in: who writes it has any program run as root."""
+    files.load("[runtime]\n")
+    path = files.base
+    if drop_in:
+        path = files.directory / "config.d" / "10-mine.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("[runtime]\n")
+    path.chmod(0o646)
+    with pytest.raises(ConfigError, match=f"{path}: everybody may write it") as caught:
+        files.load()
+    assert caught.value.hint == f"chmod o-w {path}"
+
+    path.chmod(0o664)
+    if os.geteuid() == 0:
+        os.chown(path, 4711, 0)
+        with pytest.raises(ConfigError, match=f"{path}: it belongs to user 4711") as caught:
+            files.load()
+        assert caught.value.hint == f"chown root {path}"
+        os.chown(path, 0, 0)
+    files.load()
 
 
 # --- where the file is looked for
