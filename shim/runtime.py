@@ -289,7 +289,7 @@ class VirtContainer:
             host_mounts=context.host_mounts,
             cgroup=cgroup_settings(
                 spec,
-                context.sandbox_id,
+                context.alias,
                 only=config.runtime.sandbox_cgroup_only,
                 limited=spec_wants(spec, pod=container_type(spec) != "single_container"),
                 keep_shim=context.placed,

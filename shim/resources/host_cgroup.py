@@ -79,16 +79,17 @@ class CgroupSettings:
 
 
 def cgroup_settings(
-    spec: Mapping[str, Any], sandbox_id: str, *, only: bool, limited: Size, keep_shim: bool
+    spec: Mapping[str, Any], alias: str, *, only: bool, limited: Size, keep_shim: bool
 ) -> CgroupSettings:
-    """`only`: the key sandbox_cgroup_only. Raises CallerError."""
+    """`alias`: what no other sandbox of this host is called; `only`: the key sandbox_cgroup_only. Raises
+    CallerError."""
     linux = spec.get("linux") or {}
     path = str(linux.get("cgroupsPath") or "")
     shares = ((linux.get("resources") or {}).get("cpu") or {}).get("shares") or 0
     scope = path if is_scope(path) else ""
-    rest = f"{_OVERHEAD_SLICE}:kata:{sandbox_id}" if scope else f"{OVERHEAD}/{sandbox_id}"
+    rest = f"{_OVERHEAD_SLICE}:kata:{alias}" if scope else f"{OVERHEAD}/{alias}"
     return CgroupSettings(
-        path=relative_path(path, f"{_DEFAULT}/{sandbox_id}"),
+        path=relative_path(path, f"{_DEFAULT}/{alias}"),
         overhead="" if only else relative_path(rest, ""),
         scope=scope,
         overhead_scope=rest if scope and not only else "",
@@ -378,7 +379,8 @@ def release(facts: Mapping[str, str | int], timeout: float = _GRACE) -> None:
 
 
 def _remove(path: str, until: float) -> None:
-    """The kernel lets go of the dead a moment later, and tells nobody."""
+    """The kernel lets go of the dead a moment later, and tells nobody. What has cgroups of others below is theirs
+    now: we made it, and somebody else the one that both are in."""
     while True:
         try:
             os.rmdir(path)
@@ -386,11 +388,19 @@ def _remove(path: str, until: float) -> None:
         except FileNotFoundError:
             return
         except OSError as error:
+            if error.errno == errno.EBUSY and _has_cgroups(path):
+                return
             if error.errno != errno.EBUSY or time.monotonic() > until:
                 raise
         if time.monotonic() > until - _GRACE / 2:
             _evacuate(path)
         time.sleep(0.01)
+
+
+def _has_cgroups(path: str) -> bool:
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        return any(entry.is_dir(follow_symlinks=False) for entry in entries)
+    return False
 
 
 def _evacuate(path: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,18 @@ async def test_two_pods_share_what_is_above_them(host: MakeHost) -> None:
     assert world.directories() == {"memory/default", "memory/default/b"}
     assert await second.close() == []
     assert world.directories() == {"memory/default"}  # whose maker is gone; empty, and anybody's
+
+
+def test_what_was_made_above_another_ones_cgroup_is_left_to_it(host: MakeHost) -> None:
+    """Two that start at once: one makes the directory above, the other the one that both are in."""
+    world = host(v1=("memory",), v2=None)
+    above = f"{world.mounts[0].mount}/default"
+    os.mkdir(above)
+    os.mkdir(f"{above}/theirs")
+    begin = time.monotonic()
+    release({"paths": above})
+    assert time.monotonic() - begin < 1
+    assert world.directories() == {"memory/default", "memory/default/theirs"}
 
 
 async def test_a_host_without_cgroups_is_told(host: MakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
