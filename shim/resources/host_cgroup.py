@@ -379,8 +379,8 @@ def release(facts: Mapping[str, str | int], timeout: float = _GRACE) -> None:
 
 
 def _remove(path: str, until: float) -> None:
-    """The kernel lets go of the dead a moment later, and tells nobody. What has cgroups of others below is theirs
-    now: we made it, and somebody else the one that both are in."""
+    """The kernel lets go of the dead a moment later, and tells nobody. What has cgroups of others below is
+    theirs now: we made it, and somebody else the one that both are in."""
     while True:
         try:
             os.rmdir(path)
