@@ -338,7 +338,8 @@ class Soak:
                     self._ctr(life, *args, check=False)
                 except subprocess.TimeoutExpired:
                     self._complain(life, f"ctr {' '.join(args)} hangs")
-            folder = self._apis[life.namespace].directory / name
+        below = self._apis[life.namespace].directory
+        for folder in [below / life.name, *below.glob(f"{life.name}-*")]:  # its own, members' and execs'
             if folder.exists():
                 for path in folder.iterdir():
                     path.unlink()
