@@ -22,12 +22,14 @@ from agent.privileged import opens_all
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["METADATA", "NETWORK", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
+__all__ = ["LOOPBACK", "METADATA", "NETWORK", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
 
 #: The metadata of a call in which OCI fields travel that Kata's messages have no place for.
 METADATA = "kata-shim-oci"
 #: A feature: UpdateRoutes and UpdateInterface take more than Kata's messages hold (`agent.network`).
 NETWORK = "kata-shim-network"
+#: A feature: what the pod's localhost is dialled for is carried to the guest's (proto/loopback.proto).
+LOOPBACK = "kata-shim-loopback"
 
 _CHAR_DEVICES = "/sys/dev/char"
 _HUGEPAGES = "/sys/kernel/mm/hugepages"

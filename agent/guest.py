@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from agent import deadlines
-from agent.fit import METADATA, NETWORK
+from agent.fit import LOOPBACK, METADATA, NETWORK
 from agent.memory_limits import follow, memory
 from agent.storage.storages import DRIVERS
 from agent.threads import in_thread
@@ -63,7 +63,7 @@ def details(request: agent_pb2.GuestDetailsRequest, version: str) -> agent_pb2.G
     agent.device_handlers.extend(("blk", "mmioblk", "scsi", "nvdimm"))
     agent.storage_handlers.extend(DRIVERS)
     agent.supports_seccomp = os.path.exists("/proc/sys/kernel/seccomp")
-    agent.extra_features.extend((METADATA, NETWORK))
+    agent.extra_features.extend((METADATA, NETWORK, LOOPBACK))
     return response
 
 

@@ -92,6 +92,11 @@ class Sandbox:
             self.id = ""
             raise
 
+    @property
+    def streams(self) -> StreamListener | None:
+        """Where the host's streams arrive, None if it opens none."""
+        return self._listener
+
     # --- containers ---------------------------------------------------------------------------
 
     def container(self, container_id: str) -> Container:

@@ -22,12 +22,13 @@ from ttrpc import CallContext, Code, RpcError, Server
 
 if TYPE_CHECKING:
     from agent.container import Container
+    from agent.network.loopback import Dialler
     from agent.oom import OomWatcher
     from agent.process import Process
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
     from agent.stdio.streams import StreamListener
-    from proto import csi_pb2, recovery_pb2, types_pb2
+    from proto import csi_pb2, loopback_pb2, recovery_pb2, types_pb2
 
 __all__ = ["VERSION", "AgentService", "HealthService", "serve"]
 
@@ -84,6 +85,7 @@ class AgentService:
         self._sandbox: Sandbox | None = None
         self._reaper: Reaper | None = None
         self._oom: OomWatcher | None = None
+        self._dialler: Dialler | None = None
         self.stopped = asyncio.Event()
 
     # --- a shim that takes over (proto/recovery.proto) -------------------------------------------
@@ -97,6 +99,27 @@ class AgentService:
         process = self._process(request)
         await process.stdio.reattach((request.stdin_port, request.stdout_port, request.stderr_port))
         return recovery_pb2.ReattachResponse(alive=process.alive)
+
+    # --- who dials the pod's localhost (proto/loopback.proto) ------------------------------------
+
+    async def listening(
+        self, _: CallContext, request: loopback_pb2.ListeningRequest
+    ) -> loopback_pb2.ListeningResponse:
+        """The ports of the guest's loopback, once they are others than those known."""
+        from agent.network.loopback import wait
+        from proto import loopback_pb2
+
+        known = frozenset(request.known.v4), frozenset(request.known.v6)
+        v4, v6 = await wait(known, request.wait_ms / 1000)
+        ports = loopback_pb2.LoopbackPorts(v4=sorted(v4), v6=sorted(v6))
+        return loopback_pb2.ListeningResponse(ports=ports)
+
+    async def dial(self, _: CallContext, request: loopback_pb2.DialRequest) -> loopback_pb2.DialResponse:
+        """A connection of the loopback for one of the host's streams."""
+        from proto import loopback_pb2
+
+        await self.dialler.dial(request.port, request.v6, request.stream)
+        return loopback_pb2.DialResponse()
 
     # --- the parts, made on first use ---------------------------------------------------------
 
@@ -122,6 +145,17 @@ class AgentService:
                 listener = StreamListener(self._loop, Listener(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
+
+    @property
+    def dialler(self) -> Dialler:
+        """For connections to the loopback. Raises RpcError where the host can open no streams."""
+        if self._dialler is None:
+            from agent.network.loopback import Dialler
+
+            if self.sandbox.streams is None:
+                raise _unimplemented("Dial without a port for streams")
+            self._dialler = Dialler(self.sandbox.streams)
+        return self._dialler
 
     @property
     def oom(self) -> OomWatcher:
@@ -467,6 +501,7 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     server.register(descriptor, service, run_to_end=to_end)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
     server.register_later("kata_shim.Recovery", lambda: _register_recovery(server, service))
+    server.register_later("kata_shim.Loopback", lambda: _register_loopback(server, service))
     listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
@@ -481,6 +516,12 @@ def _register_recovery(server: Server, service: AgentService) -> None:
     from proto import recovery_pb2  # hardly any guest is ever asked
 
     server.register(recovery_pb2.DESCRIPTOR.services_by_name["Recovery"], service, run_to_end=True)
+
+
+def _register_loopback(server: Server, service: AgentService) -> None:
+    from proto import loopback_pb2  # the host asks when its containers run
+
+    server.register(loopback_pb2.DESCRIPTOR.services_by_name["Loopback"], service, run_to_end=["Dial"])
 
 
 def serve(agent_fd: int, stream_fd: int) -> None:

@@ -27,12 +27,14 @@ from shim.sandbox import answers
 from shim.spec.oci_fields import BEYOND
 from shim.state.trace import Trace
 
-__all__ = ["FEATURE_BEYOND", "METADATA_BEYOND", "GuestAgent"]
+__all__ = ["FEATURE_BEYOND", "FEATURE_LOOPBACK", "METADATA_BEYOND", "GuestAgent"]
 
 #: The agent takes OCI fields that Kata's messages have no place for as JSON in this metadata of a call.
 FEATURE_BEYOND = METADATA_BEYOND = "kata-shim-oci"
 #: It takes what Kata's messages do not say of addresses, routes and rules, in the same metadata.
 FEATURE_NETWORK = "kata-shim-network"
+#: It has the service of proto/loopback.proto.
+FEATURE_LOOPBACK = "kata-shim-loopback"
 _NOTHING: Mapping[str, Any] = {}
 
 _log = structlog.get_logger("agent")
@@ -375,6 +377,32 @@ class GuestAgent:
         """AddARPNeighbors."""
         request = agent_pb2.AddARPNeighborsRequest(neighbors=agent_pb2.ARPNeighbors(ARPNeighbors=neighbors))
         await self._call("AddARPNeighbors", request)
+
+    async def has_loopback(self) -> bool:
+        """Whether it can do the next two."""
+        return await self._has(FEATURE_LOOPBACK)
+
+    async def listening(
+        self, known: tuple[frozenset[int], frozenset[int]], wait: float
+    ) -> tuple[frozenset[int], frozenset[int]]:
+        """Listening of our agent: the ports at the guest's 127.0.0.1 and ::1, once they are others than
+        `known`, or after `wait` seconds."""
+        from proto import loopback_pb2  # asked once a container runs
+
+        ports = loopback_pb2.LoopbackPorts(v4=sorted(known[0]), v6=sorted(known[1]))
+        request = loopback_pb2.ListeningRequest(known=ports, wait_ms=int(wait * 1000))
+        service = loopback_pb2.DESCRIPTOR.services_by_name["Loopback"]
+        timeout = wait + self._deadlines.request
+        found = (await self._call("Listening", request, service=service, timeout=timeout)).ports
+        return frozenset(found.v4), frozenset(found.v6)
+
+    async def dial(self, port: int, v6: bool, stream: int) -> None:
+        """Dial of our agent: join the stream of this number with a connection to the guest's loopback."""
+        from proto import loopback_pb2
+
+        request = loopback_pb2.DialRequest(port=port, v6=v6, stream=stream)
+        service = loopback_pb2.DESCRIPTOR.services_by_name["Loopback"]
+        await self._call("Dial", request, service=service)
 
     async def set_guest_date_time(self, seconds: int, microseconds: int) -> None:
         """SetGuestDateTime: after a pause or a restore the guest's clock is late."""

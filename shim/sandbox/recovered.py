@@ -101,6 +101,8 @@ class RecoveredSandbox(RunningVm):
     def watch(self) -> None:
         """Everything is there again: see to it."""
         self._watch_guest()
+        if self.direct_stdio:
+            self._share_localhost(self.vmm_pid)
 
     # --- shim.protocols.Sandbox
 

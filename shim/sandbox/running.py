@@ -29,6 +29,7 @@ from shim.state.trace import Trace
 
 __all__ = ["RunningVm"]
 
+_SETTLE = 1.0  # seconds: what else a pod starts comes before its localhost
 _SILENT = 0.5  # seconds for a silent guest to unmount its disks
 
 _log = structlog.get_logger("sandbox")
@@ -61,6 +62,7 @@ class RunningVm:
         self._agent: GuestAgent | None = None
         self._channel: AgentChannel | None = None
         self._watchers: list[asyncio.Task[None]] = []
+        self._localhost_shared = False
 
     # --- shim.protocols.Sandbox
 
@@ -121,6 +123,19 @@ class RunningVm:
         self._watch(watch_oom(agent, self._on_oom), "oom")
         self._watch(self._loss.watch_agent(), "agent")
         self._watch(self._health.watch(agent.check), "health")
+
+    def _share_localhost(self, pid: int) -> None:
+        """From now on, soon: what dials localhost in the VMM's network namespace reaches the guest's.
+        Idempotent."""
+        if not self._localhost_shared and not self.stopped and self._loss.lives:
+            self._localhost_shared = True
+            self._watch(self._localhost(pid), "localhost")
+
+    async def _localhost(self, pid: int) -> None:
+        await asyncio.sleep(_SETTLE)
+        from shim.resources.network.loopback import mirror  # not on the start path
+
+        await mirror(pid, self.agent, self.open_stream)
 
     async def _end_watchers(self) -> None:
         for watcher in self._watchers:

@@ -184,7 +184,9 @@ class VirtSandbox(RunningVm):
         await self._rescan()
 
     async def container_started(self, container_id: str) -> None:
-        """Run the poststart hooks."""
+        """Run the poststart hooks; with the first one the pod's localhost becomes the guest's, too."""
+        if self.direct_stdio:
+            self._share_localhost(self._vmm_pid)
         await self._containers.started(container_id)
 
     async def release_container(self, container_id: str) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -148,6 +149,56 @@ def test_a_network_that_was_there_before(plain: Containerd, start: Start, lab: N
     assert "tap0_kata" in lab.traces()
     plain.remove(plain.ids[-1])
     assert lab.traces() == ""
+
+
+def _localhost(lab: NetLab, port: int, text: bytes) -> bytes:
+    """What the guest answers whoever dials localhost in the pod's namespace, as containerd does for
+    `kubectl port-forward`: sent while it is read, with a half-close. Raises OSError."""
+    with lab.inside("pod", socket.socket) as client:
+        client.settimeout(60)
+        client.connect(("127.0.0.1", port))
+
+        def send() -> None:
+            client.sendall(text)
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        found = bytearray()
+        while piece := client.recv(1 << 16):
+            found += piece
+        sender.join()
+        return bytes(found)
+
+
+def _refused(lab: NetLab, port: int) -> bool:
+    try:
+        _localhost(lab, port, b"hello")
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        pass  # the guest's went since we looked
+    return False
+
+
+def test_localhost_of_the_pod_is_the_guests(plain: Containerd, start: Start, lab: NetLab) -> None:
+    """A port that the guest listens at is there, others are refused; with the container all of it goes."""
+    run = _sh(plain, start())
+    text = os.urandom(1 << 20)
+    _wait(lambda: not _refused(lab, 7), 60)
+    assert _localhost(lab, 7, text) == text
+    assert _refused(lab, 8)
+
+    run("nc -ll -p 8 -e /bin/cat </dev/null >/dev/null 2>&1 & echo $! > /tmp/pid")
+    _wait(lambda: not _refused(lab, 8), 60)
+    assert _localhost(lab, 8, text) == text
+    run("kill $(cat /tmp/pid)")
+    _wait(lambda: _refused(lab, 8), 60)
+    assert _localhost(lab, 7, b"still") == b"still"
+
+    plain.remove(plain.ids[-1])
+    assert _refused(lab, 7)
+    assert len(lab.sh("pod", "cat /proc/net/tcp /proc/net/tcp6 | grep -v ' 06 '").splitlines()) == 2
 
 
 def test_as_many_routes_as_a_guest_is_told(

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from testing.containerd import KATA, PAUSE, Containerd
 from testing.cri import NAMESPACE, Cri
 from testing.images import busybox_image, pause_image
 from tests.fault.gear import BUSYBOX, busybox_archive, nothing_left, private_containerd
+from tests.netlab import ECHO, NetLab
 
 pytestmark = pytest.mark.e2e
 
@@ -177,6 +179,32 @@ def test_a_task_goes_on(containerd: Containerd, api: Api) -> None:
     assert numbers == sorted(set(numbers)), "doubled or out of order"
     assert len(numbers) >= numbers[-1] - 3, "more is lost than what was on its way"
     containerd.ctr("container", "rm", name)
+
+
+def _echoed(lab: NetLab) -> bool:
+    """Whether localhost of the pod's namespace leads to the guest's echo."""
+    with lab.inside("pod", socket.socket) as client:
+        client.settimeout(DEADLINE)
+        try:
+            client.connect(("127.0.0.1", 7))
+            client.sendall(b"hello")
+            return client.recv(100) == b"hello"
+        except (ConnectionRefusedError, ConnectionResetError):
+            return False
+
+
+def test_localhost_is_the_guests_again(containerd: Containerd, api: Api) -> None:
+    """Nothing listens for a shim that is dead; the next one listens where it did."""
+    with NetLab() as lab:
+        name = containerd.new_id("keep")
+        space = f"network:{lab.pod}"
+        containerd.ctr("run", "--detach", "--runtime", KATA, "--with-ns", space, BUSYBOX, name, *ECHO)
+        _wait("localhost is not the guest's", lambda: _echoed(lab))
+        outage = Outage(containerd, api, name)
+        assert not _echoed(lab)
+        outage.over()
+        _wait("localhost is not the guest's again", lambda: _echoed(lab))
+        containerd.remove(name)
 
 
 class Pod:

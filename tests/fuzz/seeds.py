@@ -230,6 +230,10 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "agent": _answers,
     "qmp": _qmp,
     "firecracker": _firecracker,
+    "loopback-frames": lambda: [
+        b"\0\0\0\x05hello\0\0\0\x02me\0\0\0\0\0\0\0\0",
+        b"\0\0\0\x05hello\xff\xff\xff\xff",
+    ],
     "stdio-frames": lambda: [b"\0\0\0\x05hello\0\0\0\x02me\0\0\0\0", b"\0\1\0\0" + bytes(70_000)],
     "console": _text(
         "[    0.1] Linux\r\n\x1b[1;31mred\x1b[0m\nKernel panic - not syncing: x\n", "\x1b]0;title\x07\u202e"

@@ -26,6 +26,7 @@ from devices.tail import TailBuffer
 from proto import agent_pb2, oci_pb2
 from shim.launch import bootstrap, flags
 from shim.protocols import Deadlines, GuestContainer
+from shim.resources.network.relay import Frames
 from shim.sandbox.agent_client import GuestAgent
 from shim.state.trace import Trace
 from shim.stdio import pump
@@ -173,6 +174,21 @@ def stdio_frames(data: bytes) -> None:
     whole = read(iter([data]))
     assert whole == read(pieces(data))
     assert len(whole) <= len(data)
+
+
+@target
+def loopback_frames(data: bytes) -> None:
+    """A connection of the guest's loopback as the guest frames it: however it is cut, the same comes out."""
+
+    def read(parts: Iterator[bytes]) -> tuple[bytes, int, bool]:
+        reader = Frames()
+        found = b"".join(bytes(part) for piece in parts for part in reader.payloads(memoryview(piece)))
+        return found, reader.ends, reader.broken
+
+    whole = read(iter([data]))
+    assert whole == read(pieces(data))
+    assert len(whole[0]) <= len(data)
+    assert whole[1] <= 2 or whole[2]
 
 
 @target

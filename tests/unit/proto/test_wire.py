@@ -13,12 +13,17 @@ from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, FileDesc
 PROTO = Path(__file__).parents[3] / "proto"
 WIRE: dict[str, Any] = json.loads((Path(__file__).parents[2] / "data" / "wire.json").read_text())
 
-# Between our shim and our agent, and nobody else's: a service of its own, whose absence can be told.
+# Between our shim and our agent, and nobody else's: services of their own, whose absence can be told.
 RECOVERY = {"Reattach": "kata_shim.ReattachRequest -> kata_shim.ReattachResponse"}
+LOOPBACK = {
+    "Listening": "kata_shim.ListeningRequest -> kata_shim.ListeningResponse",
+    "Dial": "kata_shim.DialRequest -> kata_shim.DialResponse",
+}
 SERVICES: dict[str, dict[str, str]] = {
     **WIRE["kata"]["services"],
     **WIRE["containerd"]["services"],
     "kata_shim.Recovery": RECOVERY,
+    "kata_shim.Loopback": LOOPBACK,
 }
 MESSAGES: dict[str, dict[str, str]] = {
     **WIRE["kata"]["messages"],
@@ -31,7 +36,7 @@ ENUMS["grpc.VolumeUsage.Unit"] = {"0": "UNKNOWN", "1": "BYTES", "2": "INODES"}
 ENUMS["grpc.HealthCheckResponse.ServingStatus"] = {"0": "UNKNOWN", "1": "SERVING", "2": "NOT_SERVING"}
 ENUMS["runtime.v1.NamespaceMode"] = {"0": "POD", "1": "CONTAINER", "2": "NODE", "3": "TARGET"}
 # Modules with messages that wire.json does not have (containerd-shim.md 3.1 and 3.3).
-BEYOND_WIRE = {"runc_options", "linux_runc", "cri", "transfer_streams", "recovery"}
+BEYOND_WIRE = {"runc_options", "linux_runc", "cri", "transfer_streams", "recovery", "loopback"}
 BEYOND: dict[str, dict[str, str]] = {
     "containerd.runc.v1.Options": {
         "3": "string shim_cgroup",
@@ -58,6 +63,11 @@ BEYOND: dict[str, dict[str, str]] = {
         "5": "uint32 stderr_port",
     },
     "kata_shim.ReattachResponse": {"1": "bool alive"},
+    "kata_shim.LoopbackPorts": {"1": "repeated uint32 v4", "2": "repeated uint32 v6"},
+    "kata_shim.ListeningRequest": {"1": "kata_shim.LoopbackPorts known", "2": "uint32 wait_ms"},
+    "kata_shim.ListeningResponse": {"1": "kata_shim.LoopbackPorts ports"},
+    "kata_shim.DialRequest": {"1": "uint32 port", "2": "bool v6", "3": "uint32 stream"},
+    "kata_shim.DialResponse": {},
     # CRI's, and only what a sandbox reads of them.
     "runtime.v1.PodSandboxConfig": {
         "2": "string hostname",

@@ -17,7 +17,7 @@ from agent.service import AgentService
 from devices.errors import CallerError, GuestError
 from proto import agent_pb2, oci_pb2
 from shim.protocols import Deadlines, GuestContainer
-from shim.sandbox.agent_client import FEATURE_BEYOND, METADATA_BEYOND, GuestAgent
+from shim.sandbox.agent_client import FEATURE_BEYOND, FEATURE_LOOPBACK, METADATA_BEYOND, GuestAgent
 from shim.state.trace import Trace
 from ttrpc import CallContext, Client, Code, RpcError, Server
 
@@ -113,6 +113,11 @@ async def test_without_them_a_stock_agent_is_not_asked(connect: Connect) -> None
     await agent.create_container("c", GuestContainer(spec=oci_pb2.Spec()))
 
     assert recorder.calls == [("create", [])]
+
+
+async def test_who_can_be_dialled_says_so(connect: Connect) -> None:
+    assert await (await connect(Recorder([FEATURE_LOOPBACK]))).has_loopback()
+    assert not await (await connect(Recorder([]))).has_loopback()
 
 
 async def test_how_much_memory_the_guest_can_spare(connect: Connect) -> None:
