@@ -86,6 +86,7 @@ class AgentService:
         self._reaper: Reaper | None = None
         self._oom: OomWatcher | None = None
         self._dialler: Dialler | None = None
+        self._own_ports: set[int] = set()
         self.stopped = asyncio.Event()
 
     # --- a shim that takes over (proto/recovery.proto) -------------------------------------------
@@ -110,7 +111,7 @@ class AgentService:
         from proto import loopback_pb2
 
         known = frozenset(request.known.v4), frozenset(request.known.v6)
-        v4, v6 = await wait(known, request.wait_ms / 1000)
+        v4, v6 = await wait(known, request.wait_ms / 1000, self._own_ports)
         ports = loopback_pb2.LoopbackPorts(v4=sorted(v4), v6=sorted(v6))
         return loopback_pb2.ListeningResponse(ports=ports)
 
@@ -120,6 +121,27 @@ class AgentService:
 
         await self.dialler.dial(request.port, request.v6, request.stream)
         return loopback_pb2.DialResponse()
+
+    async def resolve(
+        self, _: CallContext, request: loopback_pb2.ResolveRequest
+    ) -> loopback_pb2.ResolveResponse:
+        """What the guest asks these addresses goes to the host."""
+        from agent.network.resolver import Resolver
+        from proto import loopback_pb2
+
+        if self.sandbox.streams is None:
+            raise _unimplemented("Resolve without a port for streams")
+        stream = await self.sandbox.streams.take(request.stream)
+        resolver = Resolver()
+        try:
+            await resolver.start(request.addresses, stream)
+        except BaseException:
+            resolver.close()
+            await resolver.ended()
+            stream.close()
+            raise
+        self._own_ports.update(resolver.ports)
+        return loopback_pb2.ResolveResponse()
 
     # --- the parts, made on first use ---------------------------------------------------------
 
@@ -521,7 +543,9 @@ def _register_recovery(server: Server, service: AgentService) -> None:
 def _register_loopback(server: Server, service: AgentService) -> None:
     from proto import loopback_pb2  # the host asks when its containers run
 
-    server.register(loopback_pb2.DESCRIPTOR.services_by_name["Loopback"], service, run_to_end=["Dial"])
+    server.register(
+        loopback_pb2.DESCRIPTOR.services_by_name["Loopback"], service, run_to_end=["Dial", "Resolve"]
+    )
 
 
 def serve(agent_fd: int, stream_fd: int) -> None:

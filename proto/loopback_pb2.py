@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14proto/loopback.proto\x12\tkata_shim\"\'\n\rLoopbackPorts\x12\n\n\x02v4\x18\x01 \x03(\r\x12\n\n\x02v6\x18\x02 \x03(\r\"L\n\x10ListeningRequest\x12\'\n\x05known\x18\x01 \x01(\x0b\x32\x18.kata_shim.LoopbackPorts\x12\x0f\n\x07wait_ms\x18\x02 \x01(\r\"<\n\x11ListeningResponse\x12\'\n\x05ports\x18\x01 \x01(\x0b\x32\x18.kata_shim.LoopbackPorts\"7\n\x0b\x44ialRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\n\n\x02v6\x18\x02 \x01(\x08\x12\x0e\n\x06stream\x18\x03 \x01(\r\"\x0e\n\x0c\x44ialResponse2\x8b\x01\n\x08Loopback\x12\x46\n\tListening\x12\x1b.kata_shim.ListeningRequest\x1a\x1c.kata_shim.ListeningResponse\x12\x37\n\x04\x44ial\x12\x16.kata_shim.DialRequest\x1a\x17.kata_shim.DialResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14proto/loopback.proto\x12\tkata_shim\"\'\n\rLoopbackPorts\x12\n\n\x02v4\x18\x01 \x03(\r\x12\n\n\x02v6\x18\x02 \x03(\r\"L\n\x10ListeningRequest\x12\'\n\x05known\x18\x01 \x01(\x0b\x32\x18.kata_shim.LoopbackPorts\x12\x0f\n\x07wait_ms\x18\x02 \x01(\r\"<\n\x11ListeningResponse\x12\'\n\x05ports\x18\x01 \x01(\x0b\x32\x18.kata_shim.LoopbackPorts\"7\n\x0b\x44ialRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\n\n\x02v6\x18\x02 \x01(\x08\x12\x0e\n\x06stream\x18\x03 \x01(\r\"\x0e\n\x0c\x44ialResponse\"3\n\x0eResolveRequest\x12\x11\n\taddresses\x18\x01 \x03(\t\x12\x0e\n\x06stream\x18\x02 \x01(\r\"\x11\n\x0fResolveResponse2\xcd\x01\n\x08Loopback\x12\x46\n\tListening\x12\x1b.kata_shim.ListeningRequest\x1a\x1c.kata_shim.ListeningResponse\x12\x37\n\x04\x44ial\x12\x16.kata_shim.DialRequest\x1a\x17.kata_shim.DialResponse\x12@\n\x07Resolve\x12\x19.kata_shim.ResolveRequest\x1a\x1a.kata_shim.ResolveResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,6 +41,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DIALREQUEST']._serialized_end=271
   _globals['_DIALRESPONSE']._serialized_start=273
   _globals['_DIALRESPONSE']._serialized_end=287
-  _globals['_LOOPBACK']._serialized_start=290
-  _globals['_LOOPBACK']._serialized_end=429
+  _globals['_RESOLVEREQUEST']._serialized_start=289
+  _globals['_RESOLVEREQUEST']._serialized_end=340
+  _globals['_RESOLVERESPONSE']._serialized_start=342
+  _globals['_RESOLVERESPONSE']._serialized_end=359
+  _globals['_LOOPBACK']._serialized_start=362
+  _globals['_LOOPBACK']._serialized_end=567
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from agent import log
 from agent.network.relay import relay
@@ -40,8 +40,8 @@ Ports = tuple[frozenset[int], frozenset[int]]
 """At 127.0.0.1, at ::1."""
 
 
-def listening(tables: tuple[str, str] = _TABLES) -> Ports:
-    """The ports as they are now. A table that is not there (no IPv6) names none."""
+def listening(tables: tuple[str, str] = _TABLES, own: Collection[int] = ()) -> Ports:
+    """The ports as they are now, but for the agent's `own`. A table that is not there names none."""
     four, six = tables
     v4 = {port for address, port in _listeners(four) if address in {_ANY4, _LOOPBACK4}}
     v6: set[int] = set()
@@ -50,6 +50,7 @@ def listening(tables: tuple[str, str] = _TABLES) -> Ports:
             v6.add(port)
         if address == _ANY6:  # it has IPv4 too, unless it has said IPV6_V6ONLY, which no table tells
             v4.add(port)
+    v4.difference_update(own)
     return frozenset(sorted(v4)[:PORTS]), frozenset(sorted(v6)[:PORTS])
 
 
@@ -81,11 +82,11 @@ def _lines(path: str) -> Iterator[str]:
         os.close(fd)
 
 
-async def wait(known: Ports, seconds: float) -> Ports:
+async def wait(known: Ports, seconds: float, own: Collection[int] = ()) -> Ports:
     """Return when there are others than `known`, or after `seconds`."""
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    while (now := listening()) == known and loop.time() < end:  # noqa: ASYNC110  (nothing tells of it)
+    while (now := listening(own=own)) == known and loop.time() < end:  # noqa: ASYNC110  (nothing tells of it)
         await asyncio.sleep(INTERVAL)
     return now
 

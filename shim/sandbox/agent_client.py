@@ -379,7 +379,7 @@ class GuestAgent:
         await self._call("AddARPNeighbors", request)
 
     async def has_loopback(self) -> bool:
-        """Whether it can do the next two."""
+        """Whether it can do the next three."""
         return await self._has(FEATURE_LOOPBACK)
 
     async def listening(
@@ -403,6 +403,14 @@ class GuestAgent:
         request = loopback_pb2.DialRequest(port=port, v6=v6, stream=stream)
         service = loopback_pb2.DESCRIPTOR.services_by_name["Loopback"]
         await self._call("Dial", request, service=service)
+
+    async def resolve(self, addresses: Sequence[str], stream: int) -> None:
+        """Resolve of our agent: what the guest asks port 53 of these addresses comes by the stream."""
+        from proto import loopback_pb2
+
+        request = loopback_pb2.ResolveRequest(addresses=addresses, stream=stream)
+        service = loopback_pb2.DESCRIPTOR.services_by_name["Loopback"]
+        await self._call("Resolve", request, service=service)
 
     async def set_guest_date_time(self, seconds: int, microseconds: int) -> None:
         """SetGuestDateTime: after a pause or a restore the guest's clock is late."""

@@ -15,7 +15,7 @@ import structlog
 
 from devices.small_file import read_small
 
-__all__ = ["DEFAULT_SHM", "MAX_RESOLV_CONF", "HostFiles", "read_host_files"]
+__all__ = ["DEFAULT_SHM", "MAX_RESOLV_CONF", "HostFiles", "read_dns", "read_host_files", "resolv_conf"]
 
 DEFAULT_SHM = 64 << 20  # bytes; Kata's and Docker's default
 MAX_RESOLV_CONF = 64 << 10  # bytes
@@ -29,14 +29,23 @@ HostFiles = tuple[tuple[str, ...], int]
 
 def read_host_files(spec: Mapping[str, Any]) -> HostFiles:
     """By the mounts of a spec. Blocks: a source may lie on a file server that does not answer."""
-    sources = {"/etc/resolv.conf": "", "/dev/shm": ""}
-    for mount in reversed(spec.get("mounts") or []):  # the first that names a destination counts
-        if mount.get("destination") in sources:
-            sources[mount["destination"]] = mount.get("source", "")
-    return _dns(sources["/etc/resolv.conf"]), _shm_size(sources["/dev/shm"])
+    return read_dns(resolv_conf(spec)), _shm_size(_source(spec, "/dev/shm"))
 
 
-def _dns(source: str) -> tuple[str, ...]:
+def resolv_conf(spec: Mapping[str, Any]) -> str:
+    """Where on the host the resolv.conf is that a spec mounts; "" for none."""
+    return _source(spec, "/etc/resolv.conf")
+
+
+def _source(spec: Mapping[str, Any], destination: str) -> str:
+    for mount in spec.get("mounts") or []:  # the first that names a destination counts
+        if mount.get("destination") == destination:
+            return str(mount.get("source", ""))
+    return ""
+
+
+def read_dns(source: str) -> tuple[str, ...]:
+    """The lines of a resolv.conf. Blocks."""
     if not source.startswith("/"):
         return ()
     try:

@@ -36,6 +36,7 @@ from shim.resources.network.pod import PodNetwork
 from shim.resources.shared_dir import SharedDir
 from shim.resources.sizing import Sizing
 from shim.sandbox.container_resources import ContainerResources
+from shim.sandbox.host_files import read_dns, resolv_conf
 from shim.sandbox.running import RunningVm
 from shim.sandbox.settings import SandboxSettings
 from shim.spec.guest_spec import GUEST_SHM
@@ -119,6 +120,8 @@ class VirtSandbox(RunningVm):
             spawn=lambda work: self._watch(work, "watched volumes"),
         )
         self._vmm_pid = 0
+        self._resolv_confs: dict[str, str] = {}  # container -> on the host
+        self._resolves = False
         loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = loop.create_future()
         self._ready.add_done_callback(_retrieve)
@@ -174,14 +177,17 @@ class VirtSandbox(RunningVm):
     ) -> GuestContainer:
         """See `shim.sandbox.container_resources.ContainerResources.prepare`."""
         before = self.size.vcpus
+        self._resolv_confs[container_id] = resolv_conf(spec)
         made = await self._containers.prepare(container_id, bundle, spec, rootfs)
         if self.size.vcpus > before:
             self._watch(self._follow(), "cgroup")
         return made
 
-    async def container_starting(self, container_id: str) -> None:  # noqa: ARG002  (all of a pod share it)
+    async def container_starting(self, container_id: str) -> None:
         """See `shim.protocols.Sandbox.container_starting`."""
         await self._rescan()
+        if self.direct_stdio and not self._resolves and not self._localhost_shared:
+            await self._resolve(self._resolv_confs.get(container_id, ""))
 
     async def container_started(self, container_id: str) -> None:
         """Run the poststart hooks; with the first one the pod's localhost becomes the guest's, too."""
@@ -191,6 +197,7 @@ class VirtSandbox(RunningVm):
 
     async def release_container(self, container_id: str) -> None:
         """Undo `prepare_container`. Idempotent."""
+        self._resolv_confs.pop(container_id, None)
         alive = await self._answers() if self._containers.plugged(container_id) else self._loss.lives
         await self._containers.release(container_id, alive=alive)
 
@@ -332,6 +339,21 @@ class VirtSandbox(RunningVm):
 
     async def _rescan(self) -> None:
         await self._network.rescan(self.agent)
+
+    async def _resolve(self, source: str) -> None:
+        """If its resolv.conf names servers of the namespace's loopback, as Docker's does, the guest asks us.
+        Read now: whoever makes the network writes it between Create and Start. Only with the first container:
+        afterwards it may be our own relay that answers at 127.0.0.1."""
+        lines = await look(read_dns, source) if source else ()
+        if not any(line.startswith("nameserver") and "127." in line for line in lines):
+            return
+        from shim.resources.network.resolver import loopback_servers, set_up
+
+        with self._trace.phase("agent.resolve"):
+            work = await set_up(self._vmm_pid, loopback_servers(lines), self.agent, self.open_stream)
+        if work is not None:
+            self._resolves = True
+            self._watch(work, "resolver")
 
     async def _answers(self) -> bool:
         """Whether the guest can let go of something now: it is asked, unless it is known that it cannot."""

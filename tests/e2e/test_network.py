@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -199,6 +201,70 @@ def test_localhost_of_the_pod_is_the_guests(plain: Containerd, start: Start, lab
     plain.remove(plain.ids[-1])
     assert _refused(lab, 7)
     assert len(lab.sh("pod", "cat /proc/net/tcp /proc/net/tcp6 | grep -v ' 06 '").splitlines()) == 2
+
+
+NAMES = r"""
+import socket, struct, sys, threading
+
+def answer(question):
+    end = question.index(b"\0", 12) + 5
+    record = b"\xc0\x0c" + struct.pack("!HHIH", 1, 1, 60, 4) + socket.inet_aton("192.0.2.7")
+    kind = question[end - 4:end - 2]
+    found = record if kind == b"\0\1" else b""
+    head = question[:2] + b"\x81\x80" + struct.pack("!HHHH", 1, 1 if found else 0, 0, 0)
+    return head + question[12:end] + found
+
+udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+udp.bind(("127.0.0.11", 53))
+tcp = socket.create_server(("127.0.0.11", 53))
+
+def connections():
+    while True:
+        connection, _ = tcp.accept()
+        with connection:
+            head = connection.recv(2)
+            if head:
+                said = answer(connection.recv(struct.unpack("!H", head)[0]))
+                connection.sendall(struct.pack("!H", len(said)) + said)
+
+threading.Thread(target=connections, daemon=True).start()
+print("here", flush=True)
+while True:
+    question, peer = udp.recvfrom(65535)
+    udp.sendto(answer(question), peer)
+"""
+"""A name server of the pod's namespace, as Docker has one in each: every name is 192.0.2.7."""
+
+
+def test_a_name_server_of_the_namespaces_loopback(plain: Containerd, lab: NetLab, tmp_path: Path) -> None:
+    """What resolv.conf names is asked by UDP and TCP; no other address leads out of the guest; and a server
+    of the pod's own can still listen at port 53."""
+    resolv_conf = tmp_path / "resolv.conf"
+    resolv_conf.write_text("nameserver 127.0.0.11\n")
+    name = plain.new_id("names")
+    mount = f"type=bind,src={resolv_conf},dst=/etc/resolv.conf,options=rbind:ro"
+    options = ("--with-ns", f"network:{lab.pod}", "--mount", mount)
+    argv = ["nsenter", f"--net={lab.pod}", sys.executable, "-c", NAMES]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == b"here\n"
+            plain.ctr("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, *ECHO, timeout=180)
+            run = _sh(plain, name)
+            assert "192.0.2.7" in run("nslookup web.example")
+            question = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\3web\0\0\1\0\1"
+            asked = "".join(f"\\{byte:03o}" for byte in struct.pack("!H", len(question)) + question)
+            answer = run(f"{{ printf '{asked}'; sleep 1; }} | nc 127.0.0.11 53 | hexdump -ve '1/1 \"%02x\"'")
+            assert answer.endswith("c0000207"), answer
+            assert "refused" in run("nc 127.0.0.12 53 </dev/null 2>&1; true")
+            run("nc -ll -p 53 -e /bin/cat </dev/null >/dev/null 2>&1 &")
+            _wait(lambda: not _refused(lab, 53), 60)
+            assert _localhost(lab, 53, b"the pod's own") == b"the pod's own"
+            assert "192.0.2.7" in run("nslookup db.example")
+        finally:
+            server.kill()
+            plain.remove(name)
+    assert _unsettled(plain, name) == []
 
 
 def test_as_many_routes_as_a_guest_is_told(

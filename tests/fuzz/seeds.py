@@ -234,6 +234,10 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
         b"\0\0\0\x05hello\0\0\0\x02me\0\0\0\0\0\0\0\0",
         b"\0\0\0\x05hello\xff\xff\xff\xff",
     ],
+    "name-questions": lambda: [
+        b"\0\0\0\x0b\0\0\0\1\0\0hello\0\0\0\x08\0\0\0\2\1\1me",
+        b"\0\0\0\x07\0\0\0\1\2\0x",
+    ],
     "stdio-frames": lambda: [b"\0\0\0\x05hello\0\0\0\x02me\0\0\0\0", b"\0\1\0\0" + bytes(70_000)],
     "console": _text(
         "[    0.1] Linux\r\n\x1b[1;31mred\x1b[0m\nKernel panic - not syncing: x\n", "\x1b]0;title\x07\u202e"

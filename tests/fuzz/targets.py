@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from devices.tail import TailBuffer
 from proto import agent_pb2, oci_pb2
 from shim.launch import bootstrap, flags
 from shim.protocols import Deadlines, GuestContainer
+from shim.resources.network import resolver
 from shim.resources.network.relay import Frames
 from shim.sandbox.agent_client import GuestAgent
 from shim.state.trace import Trace
@@ -189,6 +191,25 @@ def loopback_frames(data: bytes) -> None:
     assert whole == read(pieces(data))
     assert len(whole[0]) <= len(data)
     assert whole[1] <= 2 or whole[2]
+
+
+@target
+def name_questions(data: bytes) -> None:
+    """What the guest asks name servers: one of those that it was given, a message of DNS, or the end."""
+
+    async def read(ours: socket.socket) -> None:
+        while True:
+            _, address, _, question = await resolver.read_question(ours, ("127.0.0.1", "127.0.0.11"))
+            assert address in ("127.0.0.1", "127.0.0.11")
+            assert 0 < len(question) <= resolver.MESSAGE
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(data[: 64 << 10])
+        theirs.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):
+            run(read(ours))
 
 
 @target

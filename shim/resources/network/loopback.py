@@ -132,7 +132,7 @@ class _Mirror:
             return
         made: dict[_Key, socket.socket] = {}
         try:
-            await self._netns.run(_listen, missing, made)
+            why = await self._netns.run(_listen, missing, made)
         finally:
             loop = asyncio.get_running_loop()
             for key, listener in made.items():
@@ -141,7 +141,7 @@ class _Mirror:
         not_had = set(missing) - made.keys()
         if not_had - self._not_had:
             ports = sorted({port for _, port in not_had})
-            _log.info("ports of the pod's localhost are somebody else's, and not the guest's", ports=ports)
+            _log.info("ports of the pod's localhost cannot be the guest's", ports=ports, why=sorted(why))
         self._not_had = not_had
         _log.debug("the pod's localhost", ports=sorted(self._listeners))
 
@@ -210,19 +210,23 @@ def _bounded(ports: Ports) -> set[_Key]:
     }
 
 
-def _listen(keys: Iterable[_Key], made: dict[_Key, socket.socket]) -> None:
-    """In the namespace: what of it can be had goes into `made`."""
+def _listen(keys: Iterable[_Key], made: dict[_Key, socket.socket]) -> set[str]:
+    """In the namespace: what of it can be had goes into `made`. Why the rest cannot."""
+    why: set[str] = set()
     for family, port in keys:
         try:
             listener = socket.socket(family, socket.SOCK_STREAM)
-        except OSError:
-            continue  # there is no IPv6, or no descriptor
+        except OSError as error:
+            why.add(str(error.strerror))  # there is no IPv6, or no descriptor
+            continue
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # past who is in TIME_WAIT
             listener.bind((_ADDRESSES[socket.AddressFamily(family)], port))
             listener.listen(_BACKLOG)
             listener.setblocking(False)
-        except OSError:
+        except OSError as error:
             listener.close()  # it is in use, or lo is down or has no such address
+            why.add(str(error.strerror))
         else:
             made[family, port] = listener
+    return why

@@ -18,6 +18,7 @@ RECOVERY = {"Reattach": "kata_shim.ReattachRequest -> kata_shim.ReattachResponse
 LOOPBACK = {
     "Listening": "kata_shim.ListeningRequest -> kata_shim.ListeningResponse",
     "Dial": "kata_shim.DialRequest -> kata_shim.DialResponse",
+    "Resolve": "kata_shim.ResolveRequest -> kata_shim.ResolveResponse",
 }
 SERVICES: dict[str, dict[str, str]] = {
     **WIRE["kata"]["services"],
@@ -68,6 +69,8 @@ BEYOND: dict[str, dict[str, str]] = {
     "kata_shim.ListeningResponse": {"1": "kata_shim.LoopbackPorts ports"},
     "kata_shim.DialRequest": {"1": "uint32 port", "2": "bool v6", "3": "uint32 stream"},
     "kata_shim.DialResponse": {},
+    "kata_shim.ResolveRequest": {"1": "repeated string addresses", "2": "uint32 stream"},
+    "kata_shim.ResolveResponse": {},
     # CRI's, and only what a sandbox reads of them.
     "runtime.v1.PodSandboxConfig": {
         "2": "string hostname",

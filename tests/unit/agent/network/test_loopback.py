@@ -79,7 +79,7 @@ async def test_a_port_that_comes_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 async def test_waiting_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loopback, "listening", lambda: (frozenset({1}), frozenset()))
+    monkeypatch.setattr(loopback, "listening", lambda own: (frozenset({1}), frozenset()))
     known = frozenset({1}), frozenset[int]()
 
     assert await wait(known, 0.01) == known
