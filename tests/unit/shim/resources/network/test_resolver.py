@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import pytest
 
 from agent.network import resolver as guest_side
+from agent.network.redirect import redirect
 from devices.errors import GuestError
 from shim.resources.network import resolver
 from shim.resources.network.netns import Netns
@@ -26,11 +27,11 @@ class NameServer:
     """In the pod's namespace, by UDP and TCP: it answers with what it was asked, backwards, and notes it.
     What begins with "silence" it does not answer."""
 
-    def __init__(self, lab: NetLab, address: str = SERVER) -> None:
+    def __init__(self, lab: NetLab, address: str = SERVER, port: int = 53) -> None:
         self.asked: list[bytes] = []
         self._udp = lab.inside("pod", lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-        self._udp.bind((address, 53))
-        self._tcp = lab.inside("pod", lambda: socket.create_server((address, 53)))
+        self._udp.bind((address, port))
+        self._tcp = lab.inside("pod", lambda: socket.create_server((address, port)))
         self._threads = [threading.Thread(target=work) for work in (self._datagrams, self._connections)]
         for thread in self._threads:
             thread.start()
@@ -155,6 +156,24 @@ async def test_both_ways_to_ask(lab: NetLab, server: NameServer, agent: Agent) -
     await agent.over()
     with pytest.raises(ConnectionRefusedError):
         await agent.tcp(b"after the end")
+
+
+async def test_a_server_behind_rules_as_dockers_is(lab: NetLab, agent: Agent) -> None:
+    """It listens at another port, and rules of the namespace lead there."""
+    there = NameServer(lab, "127.0.0.1", 5353)
+    answering = None
+    try:
+        lab.inside("pod", lambda: redirect([(SERVER, 5353)]))
+        work = await set_up(int(lab.pod.split("/")[2]), [SERVER], agent, agent.open_stream)
+        assert work is not None
+        answering = asyncio.create_task(work)
+        assert await agent.udp(b"udp") == b"pdu"
+        assert await agent.tcp(b"tcp") == [b"pct"]
+    finally:
+        if answering is not None:
+            answering.cancel()
+            await asyncio.wait([answering])
+        there.close(lab)
 
 
 async def test_a_server_that_does_not_answer_is_no_standstill(
