@@ -5,8 +5,11 @@ spec was wrong, why, under which code, and what to try.
 Why: crun names paths below the container's root, files of cgroups and system calls, and all of it is an
 internal error; who wrote the spec knows its mounts by their destinations, and its limits by their names.
 Invariants: a message that is not known stays as it is. Text of the config in it is cut: parts of it come from
-images.
-Source: crun's src/libcrun/{linux,container,cgroup-resources,utils}.c, 1.8 to 1.28.
+images. Why a program cannot be run is told in runc's words, in small letters: Docker's client finds 127 and
+126 by "executable file not found", "no such file or directory", "permission denied" and "is a directory", and
+takes the first two for 127 wherever they stand.
+Source: crun's src/libcrun/{linux,container,cgroup-resources,utils}.c, 1.8 to 1.28; moby's daemon/errors.go
+and Docker's cli/command/container/run.go.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ _STAT = re.compile(r"(?:error )?stat(?:'ing file)? `([^`]*)`: (.*)")
 _OPEN = re.compile(r"(?:openat2|open(?:at)?|mkdir(?:at)?|create(?: directory)?) `([^`]*)`: (.*)")
 _CHDIR = re.compile(r"chdir(?:\(\))? `?([^`:]*)`?: (.*)")
 _CGROUP = re.compile(r"(?:writing|open|write to) (?:file )?`?(?:/sys/fs/cgroup\S*/)?([a-z]+\.[\w.]+)`?: (.*)")
+_NOT_FOUND = re.compile(r"executable file `.*` not found|cannot find `?.*`? in \$PATH")
+_NOT_RUN = re.compile(r"(?:open executable|exec container process(?: \([^)]*\))?(?: `.*`)?): (.*)")
 _NO_FILE_SYSTEM = "the guest's kernel has no such file system: see kernel_modules in [agent.kata]"
 _HINTS = {
     "Not a directory": "one of the two is a file and the other a directory, or a file is on the way",
@@ -121,6 +126,22 @@ def _directory(message: str, config: Json) -> _Found:
     return Code.INVALID_ARGUMENT, f"process.cwd {cwd[:200]!r} cannot be entered: {match[2]}", ""
 
 
+def _program(message: str, config: Json) -> _Found:
+    args = config.get("process", {}).get("args") or [""]
+    program = str(args[0])[:200]
+    absent, unfit = _NOT_FOUND.search(message), _NOT_RUN.search(message)
+    if absent is not None:
+        why = "no such file or directory" if "/" in program else "executable file not found in $PATH"
+    elif unfit is not None:
+        why = unfit[1].lower()
+    else:
+        return None
+    if why == "operation not permitted":  # crun's own word for what is no regular file
+        why = "it is no file: permission denied"
+    hint = "it must be a file that the container's user may execute" if "denied" in why else ""
+    return Code.INVALID_ARGUMENT, f"process.args[0] {program!r} cannot be run: {why}", hint
+
+
 def _limit(message: str, config: Json) -> _Found:
     if "the memory limit could be too low" in message:
         limit = config.get("linux", {}).get("resources", {}).get("memory", {}).get("limit")
@@ -146,4 +167,4 @@ def _hostname(message: str, config: Json) -> _Found:
     )
 
 
-_RULES = (_rlimit, _mount, _source, _directory, _limit, _hostname, _place)
+_RULES = (_program, _rlimit, _mount, _source, _directory, _limit, _hostname, _place)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent import log
 from agent.complaints import explain
-from agent.crun import Crun, about_program, unique
+from agent.crun import Crun, unique
 from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
@@ -362,17 +362,14 @@ class _ConsoleSocket:
 
 
 async def _explained(crun: Coroutine[Any, Any, None], config: dict[str, Any]) -> None:
-    """Wait for crun; its complaint gets the words of the config, and one about the program its name."""
+    """Wait for crun; its complaint gets the words of the config."""
     try:
         await crun
     except RpcError as error:
         explained = explain(error, config)
         if explained is not error:
             raise explained from None
-        program = config["process"]["args"][0]
-        if not about_program(error.message) or program in error.message:
-            raise
-        raise RpcError(error.code, f"{error.message}: {program[:200]!r}") from None
+        raise
 
 
 def _open_files(config: dict[str, Any]) -> list[str]:

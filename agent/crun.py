@@ -18,7 +18,7 @@ import signal
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["ENV", "ROOT", "Crun", "about_program", "complaint", "unique"]
+__all__ = ["ENV", "ROOT", "Crun", "complaint", "unique"]
 
 ROOT = "/run/crun"
 PROGRAM = "/usr/bin/crun"
@@ -29,6 +29,9 @@ _FEW = 200
 _MANY = {"LD_PRELOAD": "/usr/lib/kata-agent/environment.so"}
 # What crun says of a spec that asks for something impossible.
 _WRONG_SPEC = (
+    "executable file",
+    "permission denied",
+    "cannot find",
     "invalid rlimit",
     "invalid seccomp",
     "invalid namespace",
@@ -44,7 +47,7 @@ def complaint(what: str, text: str, code: int) -> RpcError:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     message = " ".join(lines[-1].split())[:MESSAGE_MAX] if lines else f"crun ended with status {code}"
     lowered = message.lower()
-    if about_program(message) or any(words in lowered for words in _WRONG_SPEC):
+    if any(words in lowered for words in _WRONG_SPEC):
         status = Code.INVALID_ARGUMENT
     elif "does not exist" in lowered and "container" in lowered:
         status = Code.NOT_FOUND
@@ -63,12 +66,6 @@ def unique(variables: list[str]) -> list[str]:
         else:
             found.pop(name, None)
     return list(found.values())
-
-
-def about_program(message: str) -> bool:
-    """crun says that the container's program cannot be run; it does not always say which."""
-    lowered = message.lower()
-    return any(words in lowered for words in ("executable file", "permission denied", "cannot find"))
 
 
 def _read_text(path: str) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "CtrError",
     "Result",
     "chosen_version",
+    "docker_exit_code",
     "install_shim",
     "own_version",
     "programs",
@@ -202,6 +203,20 @@ def _cni_network(root: Path, plugin: Mapping[str, object], number: int) -> str:
     ipam = {"type": "host-local", "ranges": ranges, "routes": routes, "dataDir": f"{root}/ipam"}
     plugins = [{**plugin, "ipam": ipam}]
     return json.dumps({"cniVersion": "0.4.0", "name": f"net{number}", "plugins": plugins})
+
+
+def docker_exit_code(text: str) -> int:
+    """What `docker run` ends with when a start fails with this text, by the rules of Docker's client."""
+    if any(
+        words in text
+        for words in (
+            "executable file not found",
+            "no such file or directory",
+            "system cannot find the file specified",
+        )
+    ):
+        return 127
+    return 126 if "permission denied" in text or "is a directory" in text else 125
 
 
 class Containerd:

@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from testing.api import Api, Stdio, Task
-from testing.containerd import Containerd, Result
+from testing.containerd import Containerd, Result, docker_exit_code
 
 
 @pytest.fixture
@@ -73,6 +73,15 @@ def test_a_command_that_does_not_exist_is_named(execute: Callable[..., Result]) 
     assert result.code
     assert "/no/such/program" in result.error
     assert execute("echo", "still alive").text == "still alive"
+
+
+@pytest.mark.parametrize(
+    ("program", "code"), [("/nope", 127), ("nope", 127), ("/etc/passwd", 126), ("/etc", 126)]
+)
+def test_dockers_client_finds_the_exit_code_in_the_text(
+    execute: Callable[..., Result], program: str, code: int
+) -> None:
+    assert docker_exit_code(execute(program, check=False).error) == code
 
 
 def test_a_terminal_by_ctr(execute: Callable[..., Result]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from testing import leaks
-from testing.containerd import KATA, Containerd, Result
+from testing.containerd import KATA, Containerd, Result, docker_exit_code
 
 Run = Callable[..., Result]
 
@@ -70,6 +70,12 @@ def test_a_command_that_does_not_exist_is_named(run: Run, no_leaks: Callable[[],
     assert "/no/such/program" in result.error
     assert "no such file" in result.error.lower() or "not found" in result.error.lower()
     assert len(result.error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("program", ["/nope", "nope", "/etc/passwd", "/etc"])
+def test_dockers_client_finds_the_exit_code_in_the_text(run: Run, program: str) -> None:
+    code = 127 if "nope" in program else 126
+    assert docker_exit_code(run(program, check=False).error) == code
 
 
 def test_thirty_layers_are_one_file_system(run: Run) -> None:

@@ -117,7 +117,6 @@ def test_what_was_wrong_is_named(said: str, code: Code, text: str, hint: str) ->
         "mount `/elsewhere` to `elsewhere`: Invalid argument",
         "openat2 `etc/passwd`: Permission denied",
         "chdir `/other`: No such file or directory",
-        "executable file `nope` not found in $PATH: No such file or directory",
         "",
     ],
 )
@@ -126,3 +125,43 @@ def test_what_is_not_known_stays_as_it_is(said: str) -> None:
 
     assert explain(error, CONFIG) is error
     assert explain(error, {"process": {"args": ["sh"]}}) is error
+
+
+@pytest.mark.parametrize(
+    ("program", "said", "why"),
+    [
+        (
+            "nope",
+            "executable file `nope` not found in $PATH: No such file or directory",
+            "executable file not found in $PATH",
+        ),
+        (
+            "/nope",
+            "executable file `/nope` not found in $PATH: No such file or directory",
+            "no such file or directory",
+        ),
+        (
+            "/etc/passwd",
+            "open executable: Permission denied",
+            "permission denied; try: it must be a file that the container's user may execute",
+        ),
+        (
+            "/etc",
+            "open executable: Operation not permitted",
+            "it is no file: permission denied; try: it must be a file that the container's user may execute",
+        ),
+        ("/etc", "open executable: Is a directory", "is a directory"),
+        ("/sh", "exec container process `/sh`: Exec format error", "exec format error"),
+        (
+            "/sh",
+            "exec container process (missing dynamic library?) `//sh`: No such file or directory",
+            "no such file or directory",
+        ),
+    ],
+)
+def test_why_a_program_cannot_be_run_is_told_in_runcs_words(program: str, said: str, why: str) -> None:
+    """Docker's client answers 127 and 126 by these."""
+    found = explain(RpcError(Code.INTERNAL, f"exec e of c1: {said}"), {"process": {"args": [program]}})
+
+    assert found.code is Code.INVALID_ARGUMENT
+    assert found.message == f"exec e of c1: process.args[0] {program!r} cannot be run: {why}"
