@@ -26,11 +26,12 @@ import structlog
 
 from devices.errors import CallerError, KataError
 from devices.undo import UndoLog
-from proto import mount_pb2, oci_pb2
+from proto import agent_pb2, mount_pb2, oci_pb2
 from shim.protocols import VM_DEATH, EventSink, Exit, GuestContainer, Sandbox
 from shim.stdio.stdio import Stdio, StdioSpec
 from shim.tasks.exit_status import KILLED
 from shim.tasks.exits import EXEC_GRACE, Exits
+from shim.tasks.last_usage import LastUsage
 from shim.tasks.process import Call, Kind, Process, Status
 from shim.tasks.signals import Signals
 from shim.tasks.task_events import TaskEvents
@@ -46,7 +47,8 @@ _log = structlog.get_logger("container")
 
 
 class Container:
-    """One container. `quieted` is awaited after its output is drained, before its exit is told."""
+    """One container. `quieted` is awaited after its output is drained, before its exit is told; `usage` asks
+    the guest what it has used, once it has ended."""
 
     def __init__(
         self,
@@ -56,6 +58,7 @@ class Container:
         spec: StdioSpec,
         events: EventSink,
         quieted: Callable[[Container], Awaitable[None]],
+        usage: Callable[[], Coroutine[Any, Any, agent_pb2.StatsContainerResponse]],
         *,
         namespace: str,
         undo: UndoLog,
@@ -69,7 +72,15 @@ class Container:
         self._exec_specs: dict[str, tuple[oci_pb2.Process, Mapping[str, Any]]] = {}
         self.events = TaskEvents(events, container_id, self.pid)
         self._signals = Signals(sandbox, container_id)
-        self._exits = Exits(sandbox, self.execs, self._signals, self.events, lambda: quieted(self))
+        self.last_usage = LastUsage(usage)
+        self._exits = Exits(
+            sandbox,
+            self.execs,
+            self._signals,
+            self.events,
+            ending=self.last_usage.ask,
+            quieted=lambda: quieted(self),
+        )
         self._open = partial(Stdio.open, container_id=container_id, namespace=namespace, undo=undo)
         self._again = partial(Stdio.again, container_id=container_id, namespace=namespace, undo=undo)
         #: Told of what has changed without an event (`shim.recovery`).
@@ -146,6 +157,7 @@ class Container:
         """Give the host's side back, without a word to containerd. Idempotent."""
         await self._exits.close()
         await self._signals.close()
+        await self.last_usage.close()
         for process in self.processes():
             if process.stdio is not None:
                 await process.stdio.close()

@@ -178,6 +178,7 @@ class ContainerManager:
             stdio,
             self._events,
             self._quieted,
+            lambda: self._usage.last(sandbox, container_id),
             namespace=self._namespace,
             undo=self._undo_log,
         )
@@ -267,16 +268,21 @@ class ContainerManager:
         await self._to_its_end(self.get(container_id).update(resources, beyond=beyond))
 
     async def stats(self, container_id: str) -> any_pb2.Any:
-        """What it uses (`shim.tasks.usage`), packed as containerd expects it on this host."""
+        """What it uses (`shim.tasks.usage`), or had used when it ended, packed as containerd expects it on
+        this host."""
         container = self.get(container_id)
         container.init.check(Call.STATS)
+        unified = host_is_unified()
+        if container.init.status is Status.STOPPED:
+            return to_any(await container.last_usage.settled(), unified=unified)
         others = [
             other.id
             for other in self._containers.values()
             if other.sandbox is container.sandbox and other is not container
         ]
         response = await self._usage.stats(container.sandbox, container_id, others)
-        return to_any(response, unified=host_is_unified())
+        container.last_usage.told(response)
+        return to_any(response, unified=unified)
 
     async def processes(self, container_id: str) -> list[str]:
         """Of each process of the container its exec id, "" for the init, which is the first, and for

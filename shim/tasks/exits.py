@@ -43,12 +43,14 @@ class Exits:
         execs: Mapping[str, Process],
         signals: Signals,
         events: TaskEvents,
+        ending: Callable[[], None],
         quieted: Callable[[], Awaitable[None]],
     ) -> None:
         self._sandbox = sandbox
         self._execs = execs
         self._signals = signals
         self._events = events
+        self._ending = ending
         self._quieted = quieted
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,6 +92,8 @@ class Exits:
         if (left := process.seconds_left()) is not None:
             process.hurry(0.0 if process.overdue else left)  # a start that the guest does not answer
         init = process.kind is Kind.INIT
+        if init and word is Word.GUEST:
+            self._ending()
         if init and not self._sandbox.died.done():
             await self._end_execs(ask=word is Word.GUEST)
         await self._drain(process, word)

@@ -72,7 +72,7 @@ TABLE: Mapping[Kind, Mapping[Call, Mapping[Status, Status]]] = {
         Call.KILL: _ALIVE_UNCHANGED,
         Call.EXEC: {_C: _C, _R: _R},
         Call.UPDATE: _ALIVE_UNCHANGED,
-        Call.STATS: _ALIVE_UNCHANGED,
+        Call.STATS: {**_ALIVE_UNCHANGED, _S: _S},
         Call.EXIT: {_C: _S, _R: _S, _P: _S},
         Call.DELETE: {_C: _D, _S: _D},
     },

@@ -49,6 +49,16 @@ class Usage:
             await self._charge(sandbox, response, list(others))
         return response
 
+    async def last(self, sandbox: Sandbox, container_id: str) -> agent_pb2.StatsContainerResponse:
+        """The counters of a container that has ended: its cgroup is in the guest until Delete. A pod's own
+        container keeps the CPU time that it was charged with."""
+        charged = self._charged_cpu if container_id == sandbox.id and sandbox.is_pod else 0
+        response = await sandbox.agent.stats_container(container_id)
+        if container_id != sandbox.id:
+            del response.network_stats[:]
+        _add_cpu(response, charged)
+        return response
+
     async def _charge(
         self, sandbox: Sandbox, own: agent_pb2.StatsContainerResponse, others: list[str]
     ) -> None:
@@ -73,9 +83,8 @@ class Usage:
         host = await sandbox.host_usage()
         rest = host.cpu - sum(self._cpu.values()) - self._cpu_of_deleted
         self._charged_cpu = max(self._charged_cpu, rest)
-        cpu, used = own.cgroup_stats.cpu_stats.cpu_usage, own.cgroup_stats.memory_stats.usage
-        cpu.total_usage = min(_MOST, cpu.total_usage + self._charged_cpu)
-        cpu.usage_in_kernelmode = min(_MOST, cpu.usage_in_kernelmode + self._charged_cpu)
+        _add_cpu(own, self._charged_cpu)
+        used = own.cgroup_stats.memory_stats.usage
         used.usage = min(_MOST, used.usage + max(0, host.memory - memory))
         used.max_usage = max(used.max_usage, used.usage)
 
@@ -87,3 +96,9 @@ class Usage:
         except KataError as error:
             _log.debug("the guest does not list processes", container=container_id, error=str(error))
             return []
+
+
+def _add_cpu(response: agent_pb2.StatsContainerResponse, charged: int) -> None:
+    cpu = response.cgroup_stats.cpu_stats.cpu_usage
+    cpu.total_usage = min(_MOST, cpu.total_usage + charged)
+    cpu.usage_in_kernelmode = min(_MOST, cpu.usage_in_kernelmode + charged)

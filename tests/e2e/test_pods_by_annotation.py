@@ -17,6 +17,7 @@ from testing.api import Api, Task
 from testing.containerd import KATA, Containerd
 
 from .conftest import BUSYBOX
+from .test_task_resources import cpu, metrics
 
 pytestmark = pytest.mark.kata_only
 
@@ -191,3 +192,24 @@ def test_kill_9_of_the_shim_ends_the_pod_and_leaves_nothing(
     assert not os.path.exists(socket)
     with pytest.raises(grpc.RpcError, match=f"the shim of sandbox {pod.container} does not answer"):
         pods.member(pod, *SLEEP)
+
+
+def test_what_a_container_had_used_is_told_until_its_deletion(pods: Pods, api: Api) -> None:
+    """containerd 2.3 asks for the figures of each task that SIGKILL has ended."""
+    pod = pods.sandbox()
+    member = pods.member(pod, "sh", "-c", "while :; do :; done")
+    member.start()
+    used = cpu(metrics(api, member.container))
+    member.kill(signal.SIGKILL)
+    assert member.wait() == 137
+    last = cpu(metrics(api, member.container))
+    assert last > 0
+    assert last >= used
+    assert cpu(metrics(api, member.container)) == last
+    member.delete()
+
+    told = cpu(metrics(api, pod.container))
+    pod.kill(signal.SIGKILL)
+    assert pod.wait() == 137
+    assert cpu(metrics(api, pod.container)) >= told > 0
+    pod.delete()

@@ -80,6 +80,19 @@ def test_limits_are_filled_in_and_can_be_changed(api: Api, create: Create) -> No
     task.delete()
 
 
+def test_figures_are_told_after_the_end(api: Api, create: Create) -> None:
+    """With a single container its VM has gone, so they may be those that were told last."""
+    burn = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; echo ready; cat"
+    task = create("sh", "-c", burn, stdin=False)
+    task.start()
+    task.io.wait_for(b"ready", timeout=60)
+    used = cpu(metrics(api, task.container))
+    task.kill(signal.SIGKILL)
+    assert task.wait() == 137
+    assert cpu(metrics(api, task.container)) >= used > 0
+    task.delete()
+
+
 #: Prints the container's own limits, whatever cgroup namespace it is in.
 SHOW = (
     'cd "/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup)" && for f in $0; do echo "$f $(cat "$f")"; done'

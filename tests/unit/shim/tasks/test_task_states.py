@@ -35,7 +35,7 @@ INIT_TABLE = {
     "ResizePty":  (NOT_FOUND, OK,            OK,            OK,            OK,            NOT_FOUND),
     "CloseIO":    (NOT_FOUND, OK,            OK,            OK,            OK,            NOT_FOUND),
     "Update":     (NOT_FOUND, OK,            OK,            OK,            REFUSED,       NOT_FOUND),
-    "Stats":      (NOT_FOUND, OK,            OK,            OK,            REFUSED,       NOT_FOUND),
+    "Stats":      (NOT_FOUND, OK,            OK,            OK,            OK,            NOT_FOUND),
     "Connect":    (OK,        OK,            OK,            OK,            OK,            OK),
     "Shutdown":   (OK,        OK,            OK,            OK,            OK,            OK),
 }

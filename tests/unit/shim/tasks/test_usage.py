@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,46 @@ async def test_cpu_time_never_goes_back(shim: TaskClient) -> None:
     assert (await stats(shim, "pod")).cpu.usage_usec == first
     shim.agent.stats_of["b"] = used(100, 0)
     assert (await stats(shim, "pod")).cpu.usage_usec == first
+
+
+async def end(shim: TaskClient, name: str) -> None:
+    shim.guest(name).exit(0)
+    await shim.wait(name)
+
+
+async def test_what_had_been_used_is_told_after_the_end(shim: TaskClient) -> None:
+    """As the guest says at the end; it is asked once, and no more when its answer is there."""
+    await stats(shim, "a")
+    shim.agent.stats_of["a"] = used(250, MIB)
+    await end(shim, "a")
+    shim.agent.stats_of["a"] = used(0, 0)
+    found = [await stats(shim, "a") for _ in range(2)]
+    assert [(figures.cpu.usage_usec, figures.memory.usage) for figures in found] == [(250_000, MIB)] * 2
+    assert [link.name for link in found[0].network] == []
+
+
+async def test_a_guest_that_went_with_its_figures(shim: TaskClient) -> None:
+    """What was told last stays, and zeros where nothing was."""
+    first = await stats(shim, "pod")
+    shim.sandbox.die()
+    for name in ("pod", "a"):
+        await shim.wait(name)
+    assert await stats(shim, "pod") == first
+    assert (await stats(shim, "a")).cpu.usage_usec == 0
+
+
+async def test_an_exit_does_not_wait_for_the_last_figures(shim: TaskClient) -> None:
+    answer = asyncio.Event()
+
+    async def until() -> None:
+        await answer.wait()
+
+    shim.agent.before["stats_container"] = until
+    await asyncio.wait_for(end(shim, "a"), 20)
+    asked = asyncio.create_task(stats(shim, "a"))
+    await shim.delete("a")
+    assert (await asked).cpu.usage_usec == 0
+    assert not answer.is_set()
 
 
 async def test_a_container_that_goes_meanwhile_hurts_nobody(shim: TaskClient) -> None:
