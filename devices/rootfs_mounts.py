@@ -14,6 +14,7 @@ working directory of its own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -23,6 +24,7 @@ from typing import Protocol
 
 from devices.beneath import descriptor_path, open_in_root, open_named
 from devices.errors import CallerError
+from devices.loop import attached
 from devices.mounts import (
     MS_BIND,
     MS_NOATIME,
@@ -149,7 +151,7 @@ def bind_rootfs(path: str, target: str, *, read_only: bool = False) -> None:
 
 
 def parse_options(options: Sequence[str]) -> tuple[int, int, str]:
-    """(mount flags, propagation flags, data) of fstab-like options."""
+    """(mount flags, propagation flags, data) of fstab-like options; "loop" is in none of them."""
     flags = propagation = 0
     data: list[str] = []
     for option in options:
@@ -158,15 +160,13 @@ def parse_options(options: Sequence[str]) -> tuple[int, int, str]:
             flags = flags | bits if sets else flags & ~bits
         elif option in PROPAGATION:
             propagation = PROPAGATION[option]
-        else:
+        elif option != "loop":
             data.append(option)
     return flags, propagation, ",".join(data)
 
 
 def _mount_inside(item: MountLike, base: str) -> None:
     """Mount one of the list: where its target leads to now, inside what is mounted at `base`."""
-    if "loop" in item.options:
-        raise MountError(errno.ENOTSUP, "mounts of image files (option loop) are not supported", item.source)
     _check_inside(base, item.target)
     shown = os.path.join(base, item.target.lstrip("/")) if item.target else base
     flags, propagation, data = parse_options(item.options)
@@ -180,7 +180,8 @@ def _mount_inside(item: MountLike, base: str) -> None:
             if flags & MS_BIND:
                 _bind_one(item.source, where, flags, propagation)
             else:
-                _mount_one(item, descriptor_path(where), flags | MS_NODEV | MS_NOSUID, data)
+                with _device(item, read_only=bool(flags & MS_RDONLY)) as source:
+                    _mount_one(item.type, source, descriptor_path(where), flags | MS_NODEV | MS_NOSUID, data)
         finally:
             os.close(where)
         if propagation and not flags & MS_BIND:
@@ -189,6 +190,13 @@ def _mount_inside(item: MountLike, base: str) -> None:
             mount("", base, "", propagation, "")
     except OSError as error:
         raise failed(f"mount {item.type or 'bind'}", item.source, shown, error, item.type) from error
+
+
+def _device(item: MountLike, *, read_only: bool) -> contextlib.AbstractContextManager[str]:
+    """What is mounted: the source, or the image file that it is as a block device (blockfile snapshotter)."""
+    if "loop" in item.options:
+        return attached(item.source, read_only=read_only)
+    return contextlib.nullcontext(item.source)
 
 
 def _check_inside(base: str, relative: str) -> None:
@@ -214,14 +222,14 @@ def _bind_one(source: str, where: int, flags: int, propagation: int) -> None:
         os.close(tree)
 
 
-def _mount_one(item: MountLike, target: str, flags: int, data: str) -> None:
+def _mount_one(fstype: str, source: str, target: str, flags: int, data: str) -> None:
     directory = ""
     if len(os.fsencode(data)) > _MAX_DATA:
         directory, data = _shorten_overlay(data)
     if directory:
-        _in_directory(directory, item.source, target, item.type, flags, data)
+        _in_directory(directory, source, target, fstype, flags, data)
     else:
-        mount(item.source, target, item.type, flags, data)
+        mount(source, target, fstype, flags, data)
 
 
 def _shorten_overlay(data: str) -> tuple[str, str]:

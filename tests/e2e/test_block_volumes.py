@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def _assignment(path: Path) -> Path:
     return ASSIGNED / base64.urlsafe_b64encode(str(path).encode()).decode()
 
 
+def _loop_files(below: Path) -> list[str]:
+    """The files below this directory that are behind loop devices."""
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # it goes just now
+            found.append(path.read_text().strip())
+    return [path for path in found if path.startswith(f"{below}/")]
+
+
 def test_a_container_without_a_shared_file_system(
     containerd: Containerd, tmp_path: Path, no_leaks: Callable[[], None]
 ) -> None:
@@ -149,10 +159,12 @@ def test_a_container_without_a_shared_file_system(
     assert not Path("/var/lib/kata-containers/sandboxes", containerd.key(name)).exists()
 
 
-def test_a_snapshotters_image_file_is_the_disk(tmp_path: Path) -> None:
-    """containerd's blockfile snapshotter; what a container writes is in its snapshot afterwards."""
+@pytest.mark.parametrize("shared_fs", ["none", "virtio-fs"])
+def test_a_snapshotters_image_file_is_the_root(tmp_path: Path, shared_fs: str) -> None:
+    """containerd's blockfile snapshotter; what a container writes is in its snapshot afterwards. The image is
+    a disk of the VM, or, with a shared directory, mounted on the host and shared."""
     busybox_image(tmp_path / "busybox.tar", IMAGE)
-    overrides: dict[str, dict[str, Value | None]] = {"hypervisor.qemu": {"shared_fs": "none"}}
+    overrides: dict[str, dict[str, Value | None]] = {"hypervisor.qemu": {"shared_fs": shared_fs}}
     with Containerd(debug=True, version="1.7", blockfile=True, overrides=overrides) as daemon:
         daemon.ctr("image", "import", "--snapshotter", "blockfile", str(tmp_path / "busybox.tar"))
         name = daemon.new_id("blockfile")
@@ -161,10 +173,17 @@ def test_a_snapshotters_image_file_is_the_disk(tmp_path: Path) -> None:
         done = daemon.ctr(*run, "sh", "-c", script, timeout=120, check=False)
         assert done.code == 5, done.error
         device, *rest = done.text.split()
-        assert device.startswith("/dev/vd")
-        assert rest[:2] == ["/", "ext4"]
+        if shared_fs == "none":
+            assert device.startswith("/dev/vd")
+            assert rest[:2] == ["/", "ext4"]
+        else:
+            assert rest[:2] == ["/", "virtiofs"]
         assert "kept" not in rest
         # What it wrote is in its snapshot: the next task of the same container finds it.
         again = daemon.ctr("task", "start", name, timeout=120, check=False)
         assert (again.code, again.text.splitlines()[-1]) == (5, "kept"), again.error
         daemon.remove(name)
+        until = time.monotonic() + 30  # the kernel takes a loop device back in its own time
+        while _loop_files(daemon.root) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert _loop_files(daemon.root) == []

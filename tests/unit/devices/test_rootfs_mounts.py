@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from devices import mounts, rootfs_mounts
+from devices import loop, mounts, rootfs_mounts
 from devices.errors import CallerError
 from devices.syscalls import mount
 from tests.unit.attacker import attacking
@@ -378,5 +379,70 @@ def test_a_bundles_root_is_a_directory_itself(tmp_path: Path) -> None:
         rootfs_mounts.bind_rootfs(f"{tmp_path}/real/", str(target), read_only=True)
         (entry,) = mounts.mounts_below(str(target))
         assert {"ro", "nodev", "nosuid"} <= set(entry.options.split(","))
+
+    in_mount_namespace(body)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/loop-control"), reason="no loop devices")
+@pytest.mark.parametrize("options", [["loop"], ["ro", "loop"]], ids=["rw", "ro"])
+def test_an_image_file_is_mounted_and_its_device_goes_with_it(tmp_path: Path, options: list[str]) -> None:
+    """containerd's blockfile snapshotter says `loop`."""
+    image, root = tmp_path / "image", tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files/there").write_text("x")
+    command = ["mkfs.ext4", "-q", "-F", "-d", str(tmp_path / "files"), str(image), "4M"]
+    subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL)
+
+    def body() -> None:
+        rootfs_mounts.mount_rootfs([_Mount("ext4", str(image), options)], str(root))
+        assert (root / "there").read_text() == "x"
+        number = os.minor(os.stat(root).st_dev)
+        backing = Path(f"/sys/block/loop{number}/loop/backing_file")
+        assert backing.read_text().rstrip() == str(image)
+        (mounted,) = mounts.mounts_below(str(root))
+        assert {"nodev", "nosuid"} <= set(mounted.options.split(","))
+        if "ro" in options:
+            with pytest.raises(OSError, match="Read-only"):
+                (root / "new").touch()
+        else:
+            (root / "new").touch()
+        mounts.unmount(str(root))
+        assert not _soon_there(backing)
+
+    in_mount_namespace(body)
+
+
+def _soon_there(path: Path) -> bool:
+    """Whether it is still there when the kernel has had time to take the device back."""
+    until = time.monotonic() + 20
+    while path.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return path.exists()
+
+
+def test_what_is_no_image_file_is_no_device(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    mount = _Mount("ext4", str(tmp_path / "fifo"), ["loop"])
+
+    def body() -> None:
+        with pytest.raises(mounts.MountError, match="not a regular file"):
+            rootfs_mounts.mount_rootfs([mount], str(tmp_path / "root"))
+
+    in_mount_namespace(body)
+
+
+def test_a_host_without_loop_devices_is_told_what_to_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_CONTROL", str(tmp_path / "none"))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "image").touch()
+    mount = _Mount("ext4", str(tmp_path / "image"), ["loop"])
+
+    def body() -> None:
+        with pytest.raises(mounts.MountError, match="modprobe loop"):
+            rootfs_mounts.mount_rootfs([mount], str(tmp_path / "root"))
 
     in_mount_namespace(body)
