@@ -190,9 +190,11 @@ class VirtSandbox(RunningVm):
             await self._resolve(self._resolv_confs.get(container_id, ""))
 
     async def container_started(self, container_id: str) -> None:
-        """Run the poststart hooks; with the first one the pod's localhost becomes the guest's, too."""
+        """Run the poststart hooks; with the first one the pod's localhost becomes the guest's, too, and the
+        network is followed."""
         if self.direct_stdio:
             self._share_localhost(self._vmm_pid)
+        self._network.follow(lambda: self._agent if self._loss.lives else None)
         await self._containers.started(container_id)
 
     async def release_container(self, container_id: str) -> None:

@@ -534,6 +534,27 @@ def test_a_pods_link_comes_and_goes(pod: Pod) -> None:
     assert "tap1_kata" not in links
 
 
+def test_a_running_containers_network_comes_and_goes(pod: Pod) -> None:
+    """As by `docker network connect` and `disconnect`: nothing starts afterwards."""
+    (netns,) = [
+        space["path"]
+        for space in json.loads(pod.info()["info"])["runtimeSpec"]["linux"]["namespaces"]
+        if space["type"] == "network"
+    ]
+    container = pod.run("sh", "-c", "echo ready; sleep 100000", image=CRI_BUSYBOX)
+    pod.wait_output(container, "ready")
+    script = (
+        "ip link add eth1 type veth peer name other; ip addr add 192.0.2.2/24 dev eth1;"
+        "ip link set eth1 up; ip link set other up; ip route add 203.0.113.0/24 dev eth1"
+    )
+    subprocess.run(["nsenter", f"--net={netns}", "sh", "-ec", script], check=True, timeout=60)
+    _wait(lambda: "203.0.113.0/24 dev eth1" in pod.sh(container, "ip route"), 60)
+    assert "192.0.2.2/24" in pod.sh(container, "ip addr show eth1")
+    subprocess.run(["nsenter", f"--net={netns}", "ip", "link", "del", "eth1"], check=True, timeout=60)
+    _wait(lambda: pod.sh(container, "ls /sys/class/net").split() == ["eth0", "lo"], 60)
+    assert "default via" in pod.sh(container, "ip route")
+
+
 def _received(containerd: Containerd, container: str) -> int:
     """Bytes that came to eth0, as `ctr task metrics` tells: once, with the pod's own container."""
     metrics = json.loads(containerd.ctr("task", "metrics", "--format", "json", container).text)

@@ -313,6 +313,9 @@ class DanNetwork:
     async def rescan(self, agent: NetworkAgent) -> None:
         """The file is read once."""
 
+    def follow(self, agent: Callable[[], NetworkAgent | None]) -> None:
+        """Likewise."""
+
     async def close(self) -> list[Exception]:
         """Let go of everything; the VM has gone, or never was. Idempotent."""
         await self.join()

@@ -2,8 +2,8 @@
 
 What: `PodNetwork`. `open` gives the namespace that the VMM shall stand in and begins to look at it; `plug`
 gives the VM its cards before it starts, `join` connects them while it boots, `configure` tells the guest;
-`rescan` does all four for links that came later, and takes away the cards of those that went; `close`
-removes everything.
+`rescan` does all four for links that came later, and takes away the cards of those that went; `follow`
+does that whenever something changes (`watch`); `close` removes everything.
 Why at a container's start again: a CNI plugin of CRI sets the network up before the sandbox is made, but
 `ctr run --cni`, Docker and nerdctl do it between Create and Start, by the task's pid or by an OCI hook.
 Invariants: nothing blocks the event loop. Without a namespace of its own a sandbox has no network but lo, and
@@ -65,6 +65,8 @@ class PodNetwork:
         self._untold: list[Endpoint] = []
         self._made = 0
         self._lock = asyncio.Lock()
+        self._following: asyncio.Task[None] | None = None
+        self._followed: list[Endpoint] = []  # those whose links came while containers ran
 
     async def open(self) -> str | None:
         """The path of the VMM's network namespace, None for the shim's own. Raises HostError."""
@@ -104,14 +106,8 @@ class PodNetwork:
 
     async def configure(self, agent: NetworkAgent) -> None:
         """Tell the guest. Raises KataError."""
-        if not self._untold or self._scan is None:
-            return
-        from shim.resources.network.guest import tell
-
-        with self._trace.phase("agent.network"):
-            cards = [(one.link, await self._devices.get_pci_path(one.id)) for one in self._untold]
-            await tell(agent, cards, self._scan)
-        self._untold.clear()
+        if self._untold and self._scan is not None:
+            await self._tell(agent, self._scan)
 
     async def rescan(self, agent: NetworkAgent) -> None:
         """Plug what has come since, unplug what has gone. Raises KataError; what came is not there then."""
@@ -122,24 +118,25 @@ class PodNetwork:
             if self._netns is None or (await self._inside(names) == known and not self._untold):
                 return
             with self._trace.phase("network.rescan"):
-                found = await self._look()
-                for endpoint in [one for one in self._endpoints if one.link.name not in found.names]:
-                    await self._unplug(endpoint)
-                indexes = {one.link.index for one in self._endpoints}
-                new = [link for link in found.links if link.index not in indexes]
-                if new:
-                    await self._plug_late(new)
-                    self._scan = found
+                await self._catch_up(await self._look())
             await self.configure(agent)
+
+    def follow(self, agent: Callable[[], NetworkAgent | None]) -> None:
+        """From now on links that come and go reach the VM by themselves, and, once one has come so, its
+        addresses and all routes. `agent` answers None when the VM is gone. Once."""
+        if self._following is None and self._netns is not None:
+            work = self._follow(self._netns, agent)
+            self._following = asyncio.create_task(work, name="follow the network")
 
     async def close(self) -> list[Exception]:
         """Remove everything; the VM has gone, or never was. The errors met on the way."""
         errors: list[Exception] = []
-        if self._scanning is not None:
-            self._scanning.cancel()
-            await asyncio.wait([self._scanning])
-            if not self._scanning.cancelled():
-                self._scanning.exception()  # nobody may have waited for it
+        for task in (self._scanning, self._following):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()  # nobody may have waited for it
         async with self._lock:
             for endpoint in reversed(self._endpoints + self._parted):
                 try:
@@ -149,6 +146,7 @@ class PodNetwork:
             self._endpoints.clear()
             self._parted.clear()
             self._untold.clear()
+            self._followed.clear()
             if self._netns is not None:
                 self._netns.close()
                 self._netns = None
@@ -171,6 +169,66 @@ class PodNetwork:
             found = await self._inside(_scan)
         _log.info("the pod's network", links=[link.name for link in found.links], of=sorted(found.names))
         return found
+
+    async def _tell(self, agent: NetworkAgent, scan: Scan) -> None:
+        from shim.resources.network.guest import tell
+
+        with self._trace.phase("agent.network"):
+            cards = [(one.link, await self._devices.get_pci_path(one.id)) for one in self._untold]
+            await tell(agent, cards, scan)
+        self._scan = scan
+        self._untold.clear()
+
+    async def _catch_up(self, found: Scan) -> list[Endpoint]:
+        """Have the cards of what was found, no others; the new ones."""
+        for endpoint in [one for one in self._endpoints if one.link.name not in found.names]:
+            await self._unplug(endpoint)
+        indexes = {one.link.index for one in self._endpoints}
+        new = [link for link in found.links if link.index not in indexes]
+        if not new:
+            return []
+        plugged = await self._plug_late(new)
+        self._scan = found
+        return plugged
+
+    async def _follow(self, netns: Netns, agent: Callable[[], NetworkAgent | None]) -> None:
+        from shim.resources.network.watch import LinkWatch  # not on the start path
+
+        try:
+            watch = await LinkWatch.open(netns)
+        except OSError as error:
+            _log.warning("changes of the network will not be seen", error=error.strerror)
+            return
+        try:
+            while (to := agent()) is not None:
+                try:
+                    await self._follow_once(to)
+                except KataError as error:
+                    _log.warning("a change of the network does not reach the guest", error=str(error))
+                await watch.changed()
+        finally:
+            watch.close()
+
+    async def _follow_once(self, agent: NetworkAgent) -> None:
+        async with self._lock:
+            known = {one.link.name for one in self._endpoints}
+            if await self._inside(names) == known and not self._followed and not self._untold:
+                return
+            with self._trace.phase("network.follow"):
+                before = self._scan
+                found = await self._look()
+                self._followed += await self._catch_up(found)
+                self._followed = [one for one in self._followed if one in self._endpoints]
+                links = {link.index: link for link in found.links}
+                for one in self._followed:
+                    now = links.get(one.link.index, one.link)
+                    if (now.addresses, now.mtu) != (one.link.addresses, one.link.mtu):
+                        one.link = now
+                        if one not in self._untold:
+                            self._untold.append(one)
+                if before is not None and (found.routes, found.rules) != (before.routes, before.rules):
+                    await self._tell(agent, found)
+            await self.configure(agent)
 
     async def _plug(self, link: Link) -> Endpoint:
         """Make the host's end, and the card. Nothing is left if it fails."""
@@ -197,7 +255,7 @@ class PodNetwork:
         self._untold.append(endpoint)
         return endpoint
 
-    async def _plug_late(self, new: Sequence[Link]) -> None:
+    async def _plug_late(self, new: Sequence[Link]) -> list[Endpoint]:
         """All of them, or none."""
         try:
             _require(await self._hypervisor.capabilities(), Op.HOT)
@@ -217,6 +275,7 @@ class PodNetwork:
             for endpoint in reversed(plugged):
                 await self._unplug(endpoint)
             raise
+        return plugged
 
     async def _unplug(self, endpoint: Endpoint) -> None:
         """Its link has gone, or is not wanted. What cannot be unplugged stays in the VM, cut off."""

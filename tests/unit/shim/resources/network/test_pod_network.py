@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -154,6 +154,43 @@ async def test_a_link_that_comes_and_goes(bench: Bench, lab: NetLab) -> None:
     assert list(bench.hypervisor.cards) == ["net0"]
     assert len(bench.undo.entries) == 1
     assert "tap1_kata" not in lab.traces()
+
+
+async def _until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not done():  # noqa: ASYNC110  (of the kernel's and the network's doing)
+            await asyncio.sleep(0.02)
+
+
+async def test_what_changes_while_containers_run_is_followed(bench: Bench, lab: NetLab) -> None:
+    """As `docker network connect` and `disconnect` do it, in whatever order and at whatever pace."""
+    await bench.boot()
+    bench.network.follow(lambda: bench.agent)
+    bench.network.follow(lambda: bench.agent)
+    lab.sh("pod", "ip link add eth1 type veth peer name peer1 netns $$; ip addr add 192.0.2.2/24 dev eth1")
+    await _until(lambda: len(bench.told) == 2)
+    assert bench.told == [("eth0", "02/01"), ("eth1", "02/02")]
+    lab.sh("pod", "ip link set eth1 up; ip link set peer1 up; ip route add 203.0.113.0/24 dev eth1")
+    await _until(lambda: len(bench.agent.routes) == 4)
+    lab.sh("pod", "ip addr add 192.0.2.3/24 dev eth1")
+    await _until(lambda: len(bench.told) == 3)
+    assert [one.address for one in bench.agent.interfaces[-1].IPAddresses] == ["192.0.2.2", "192.0.2.3"]
+    lab.sh("pod", "ip link del eth1")
+    await _until(lambda: list(bench.hypervisor.cards) == ["net0"])
+    await _until(lambda: len(bench.agent.routes) == 3)
+
+
+async def test_a_change_that_cannot_be_followed_is_the_next_ones_matter(bench: Bench, lab: NetLab) -> None:
+    await bench.boot()
+    bench.agent.fails = True
+    bench.network.follow(lambda: bench.agent)
+    lab.sh("pod", "ip link add eth1 type veth peer name peer1; ip addr add 192.0.2.2/24 dev eth1")
+    await _until(lambda: "net1" in bench.hypervisor.cards)
+    bench.agent.fails = False
+    lab.sh("pod", "ip link set peer1 up; ip link set eth1 up")
+    await _until(lambda: ("eth1", "02/02") in bench.told)
+    lab.sh("pod", "ip link del eth1")
+    await _until(lambda: list(bench.hypervisor.cards) == ["net0"])
 
 
 async def test_a_card_that_cannot_be_unplugged_stays_cut_off(bench: Bench, lab: NetLab) -> None:
