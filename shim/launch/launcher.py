@@ -277,6 +277,7 @@ def _fork_daemon(
         import gc
 
         gc.disable()  # importing makes objects that stay; the daemon turns it on again. Saves 10 ms
+        _leave_out_openssl()
         from shim.launch.daemon import run
 
         run(
@@ -317,6 +318,12 @@ def _close_leaked(keep: int) -> None:
     os.closerange(keep + 1, 65536)
 
 
+def _leave_out_openssl() -> None:
+    """asyncio and hashlib do without it where a Python has none, as this one has none from now on. The daemon
+    speaks no TLS; loading it takes milliseconds and megabytes in each shim."""
+    sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
+
+
 def _adjust_daemon(pid: int, shim_cgroup: str) -> None:
     """oom_score_adj one above containerd's, so that the kernel takes a pod first; then the cgroup."""
     try:
@@ -342,6 +349,7 @@ def _foreground(flags: Flags) -> int:
         raise StartError(f"daemon: another shim listens on {path}")
     bundle.write_atomically(here, "address", bundle.address_of(path))
     sys.stderr.write(f"{bundle.address_of(path)}\n")
+    _leave_out_openssl()
     from shim.launch.daemon import run
 
     run(

@@ -286,6 +286,18 @@ exit_now(0)
 """
 
 
+async def test_the_daemon_loads_no_openssl(shims: Shims) -> None:
+    """It speaks no TLS, and Python's own digests will do."""
+    bundle = shims.bundle("c1")
+    shims.start(bundle)
+    pid = await bundle.serving()
+    libraries = Path(f"/proc/{pid}/maps").read_text()
+    assert "libc.so" in libraries
+    assert "libssl" not in libraries
+    assert "libcrypto" not in libraries
+    assert shims.delete(bundle).returncode == 0
+
+
 @pytest.mark.parametrize("pod", [False, True])
 def test_start_loads_little(shims: Shims, pod: bool) -> None:
     """`start` loads none of the modules that cost milliseconds (for pods: the JSON parser, no more)."""
