@@ -243,7 +243,7 @@ class Pod:
 def test_a_pod_goes_on(containerd: Containerd, api: Api) -> None:
     """Who ends while no shim is there, who reads, who is paused, who has not begun, and a terminal."""
     pod = Pod(containerd, api)
-    ends = pod.member("sh", "-c", "echo first; read x; echo last words; exit 7")
+    ends = pod.member("sh", "-c", "echo first; read x; sleep 2; echo last words; exit 7")
     reads = pod.member("sh", "-c", "echo ready; while read x; do echo got $x; done; echo end; exit 4")
     shown = pod.member("sh", "-c", "echo ready; read x; echo got $x; exit 6", terminal=True)
     for task in (ends, reads, shown):
