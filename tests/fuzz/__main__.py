@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -107,7 +108,9 @@ def main() -> int:
     each = max(1, round(options.seconds * options.jobs / len(names)))
     limits = [f"-runs={options.runs}"] if options.runs is not None else [f"-max_total_time={each}"]
     total, findings = 0, 0
-    with ThreadPoolExecutor(options.jobs) as pool:
+    # libFuzzer ends its process in the middle: what the targets lay there is for us to remove.
+    with tempfile.TemporaryDirectory(prefix="kata-fuzz-") as scratch, ThreadPoolExecutor(options.jobs) as pool:
+        os.environ["TMPDIR"] = scratch
         for name, (count, seconds, found) in zip(
             names, pool.map(lambda name: fuzz(name, folder, limits), names), strict=True
         ):

@@ -9,6 +9,7 @@ import importlib.util
 import platform
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_what_the_issue_names_has_its_target() -> None:
 )
 @pytest.mark.timeout(900)
 def test_a_minute_of_fuzzing_finds_nothing() -> None:
+    """Nor does it leave anything."""
+    before = set(Path(tempfile.gettempdir()).glob("kata-fuzz-*"))
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz", "--seconds", "60"],
         cwd=ROOT,
@@ -71,3 +74,4 @@ def test_a_minute_of_fuzzing_finds_nothing() -> None:
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no findings" in done.stdout
+    assert set(Path(tempfile.gettempdir()).glob("kata-fuzz-*")) <= before
