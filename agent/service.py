@@ -10,6 +10,7 @@ cannot do answers UNIMPLEMENTED and says what.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,13 +23,12 @@ from ttrpc import CallContext, Code, RpcError, Server
 
 if TYPE_CHECKING:
     from agent.container import Container
-    from agent.network.loopback import Dialler
     from agent.oom import OomWatcher
     from agent.process import Process
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
     from agent.stdio.streams import StreamListener
-    from proto import csi_pb2, loopback_pb2, recovery_pb2, types_pb2
+    from proto import csi_pb2, types_pb2
 
 __all__ = ["VERSION", "AgentService", "HealthService", "serve"]
 
@@ -85,63 +85,7 @@ class AgentService:
         self._sandbox: Sandbox | None = None
         self._reaper: Reaper | None = None
         self._oom: OomWatcher | None = None
-        self._dialler: Dialler | None = None
-        self._own_ports: set[int] = set()
         self.stopped = asyncio.Event()
-
-    # --- a shim that takes over (proto/recovery.proto) -------------------------------------------
-
-    async def reattach(
-        self, _: CallContext, request: recovery_pb2.ReattachRequest
-    ) -> recovery_pb2.ReattachResponse:
-        """New stdio connections for a process."""
-        from proto import recovery_pb2
-
-        process = self._process(request)
-        await process.stdio.reattach((request.stdin_port, request.stdout_port, request.stderr_port))
-        return recovery_pb2.ReattachResponse(alive=process.alive)
-
-    # --- who dials the pod's localhost (proto/loopback.proto) ------------------------------------
-
-    async def listening(
-        self, _: CallContext, request: loopback_pb2.ListeningRequest
-    ) -> loopback_pb2.ListeningResponse:
-        """The ports of the guest's loopback, once they are others than those known."""
-        from agent.network.loopback import wait
-        from proto import loopback_pb2
-
-        known = frozenset(request.known.v4), frozenset(request.known.v6)
-        v4, v6 = await wait(known, request.wait_ms / 1000, self._own_ports)
-        ports = loopback_pb2.LoopbackPorts(v4=sorted(v4), v6=sorted(v6))
-        return loopback_pb2.ListeningResponse(ports=ports)
-
-    async def dial(self, _: CallContext, request: loopback_pb2.DialRequest) -> loopback_pb2.DialResponse:
-        """A connection of the loopback for one of the host's streams."""
-        from proto import loopback_pb2
-
-        await self.dialler.dial(request.port, request.v6, request.stream)
-        return loopback_pb2.DialResponse()
-
-    async def resolve(
-        self, _: CallContext, request: loopback_pb2.ResolveRequest
-    ) -> loopback_pb2.ResolveResponse:
-        """What the guest asks these addresses goes to the host."""
-        from agent.network.resolver import Resolver
-        from proto import loopback_pb2
-
-        if self.sandbox.streams is None:
-            raise _unimplemented("Resolve without a port for streams")
-        stream = await self.sandbox.streams.take(request.stream)
-        resolver = Resolver()
-        try:
-            await resolver.start(request.addresses, stream)
-        except BaseException:
-            resolver.close()
-            await resolver.ended()
-            stream.close()
-            raise
-        self._own_ports.update(resolver.ports)
-        return loopback_pb2.ResolveResponse()
 
     # --- the parts, made on first use ---------------------------------------------------------
 
@@ -167,17 +111,6 @@ class AgentService:
                 listener = StreamListener(self._loop, Listener(fileno=self._stream_fd))
             self._sandbox = Sandbox(self.reaper, listener)
         return self._sandbox
-
-    @property
-    def dialler(self) -> Dialler:
-        """For connections to the loopback. Raises RpcError where the host can open no streams."""
-        if self._dialler is None:
-            from agent.network.loopback import Dialler
-
-            if self.sandbox.streams is None:
-                raise _unimplemented("Dial without a port for streams")
-            self._dialler = Dialler(self.sandbox.streams)
-        return self._dialler
 
     @property
     def oom(self) -> OomWatcher:
@@ -522,8 +455,8 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
     server.register(descriptor, service, run_to_end=to_end)
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
-    server.register_later("kata_shim.Recovery", lambda: _register_recovery(server, service))
-    server.register_later("kata_shim.Loopback", lambda: _register_loopback(server, service))
+    for name in ("kata_shim.Recovery", "kata_shim.Loopback"):
+        server.register_later(name, partial(_register_ours, server, service, name))
     listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
@@ -534,18 +467,10 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     await serving
 
 
-def _register_recovery(server: Server, service: AgentService) -> None:
-    from proto import recovery_pb2  # hardly any guest is ever asked
+def _register_ours(server: Server, service: AgentService, name: str) -> None:
+    from agent.shim_service import register  # asked for when containers run, if ever
 
-    server.register(recovery_pb2.DESCRIPTOR.services_by_name["Recovery"], service, run_to_end=True)
-
-
-def _register_loopback(server: Server, service: AgentService) -> None:
-    from proto import loopback_pb2  # the host asks when its containers run
-
-    server.register(
-        loopback_pb2.DESCRIPTOR.services_by_name["Loopback"], service, run_to_end=["Dial", "Resolve"]
-    )
+    register(server, service.sandbox, name)
 
 
 def serve(agent_fd: int, stream_fd: int) -> None:

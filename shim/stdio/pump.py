@@ -1,9 +1,8 @@
 """Copy loops between a process's streams in the guest and their ends on the host.
 
 What: four coroutines, guest to host and host to guest, over a connection or by the agent's calls.
-A connection carries frames: a big-endian u32 length and as many bytes, 1 to `FRAME_MAX`; length 0
-ends the stream. vhost-device-vsock has no half-close, and what a guest sends before it closes may be
-lost, so an end must be said, and the guest waits for the host to close.
+A connection carries frames (`devices.frames`); length 0 ends the stream, and the guest waits for the host to
+close.
 Why not os.splice: it saves one copy of two, but each message then takes a whole slot of the pipe,
 so a FIFO that nobody reads would be full after 16 short lines instead of 64 KiB, and a detached
 container would stop there. A copy of 64 KiB takes some 10 us; the way through vsock takes longer.
@@ -21,19 +20,17 @@ import asyncio
 import functools
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import islice
 from typing import Protocol
 
 from devices.errors import KataError
+from devices.frames import END, FRAME_MAX, HEADER, FrameReader
 from devices.threads import submit
 from shim.stdio.ends import InputEnd, OutputEnd
 
 __all__ = [
-    "END",
     "FRAMES",
-    "FRAME_MAX",
-    "FrameReader",
     "Progress",
     "calls_to_output",
     "input_to_calls",
@@ -43,12 +40,8 @@ __all__ = [
     "write_all",
 ]
 
-#: Bytes of payload in a frame, and the most that is held of a stream: the size of a pipe.
-FRAME_MAX = 64 << 10
 #: Frames of one stream that one turn of the loop takes apart: half a millisecond.
 FRAMES = 256
-END = bytes(4)
-_HEADER = 4
 #: Bytes asked for or sent by one call of the agent, as Kata's own shim does.
 CALL_CHUNK = 32 << 10
 
@@ -142,32 +135,6 @@ class _Sink:
             self._out.end()
 
 
-class FrameReader:
-    """Takes frames apart without copying. `ended` after the end frame, or after one that cannot be."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._header = b""
-        self._left = 0
-
-    def payloads(self, data: memoryview) -> Iterator[memoryview]:
-        """The payload bytes in `data`, which may begin and end anywhere in a frame."""
-        while data and not self.ended:
-            if self._left:
-                part = data[: self._left]
-                self._left -= len(part)
-                data = data[len(part) :]
-                yield part
-                continue
-            missing = _HEADER - len(self._header)
-            self._header += data[:missing]
-            data = data[missing:]
-            if len(self._header) == _HEADER:
-                self._left = int.from_bytes(self._header, "big")
-                self._header = b""
-                self.ended = not 0 < self._left <= FRAME_MAX
-
-
 async def socket_to_output(sock: socket.socket, out: OutputEnd | None, progress: Progress) -> None:
     """Copy until the guest ends the stream (or is gone), then end `out` and close the connection."""
     sink = _Sink(out, progress)
@@ -229,11 +196,11 @@ async def _send_all(sock: socket.socket, data: memoryview) -> None:
 
 async def input_to_socket(source: InputEnd, sock: socket.socket, *, say_end: bool) -> None:
     """Copy until the end of `source`, then say so if `say_end`; or until the guest closes the stream."""
-    frame = memoryview(bytearray(_HEADER + FRAME_MAX))
+    frame = memoryview(bytearray(HEADER + FRAME_MAX))
     try:
-        while count := await _read(source, frame[_HEADER:]):
-            frame[:_HEADER] = count.to_bytes(_HEADER, "big")
-            await _send_all(sock, frame[: _HEADER + count])
+        while count := await _read(source, frame[HEADER:]):
+            frame[:HEADER] = count.to_bytes(HEADER, "big")
+            await _send_all(sock, frame[: HEADER + count])
             await asyncio.sleep(0)
         if say_end:
             await _send_all(sock, memoryview(END))

@@ -109,7 +109,10 @@ def main() -> int:
     limits = [f"-runs={options.runs}"] if options.runs is not None else [f"-max_total_time={each}"]
     total, findings = 0, 0
     # libFuzzer ends its process in the middle: what the targets lay there is for us to remove.
-    with tempfile.TemporaryDirectory(prefix="kata-fuzz-") as scratch, ThreadPoolExecutor(options.jobs) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="kata-fuzz-") as scratch,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
         os.environ["TMPDIR"] = scratch
         for name, (count, seconds, found) in zip(
             names, pool.map(lambda name: fuzz(name, folder, limits), names), strict=True

@@ -22,6 +22,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from devices.errors import KataError
+from devices.frames import FrameReader
 from devices.plain import plain, plain_lines
 from devices.tail import TailBuffer
 from proto import agent_pb2, oci_pb2
@@ -31,7 +32,6 @@ from shim.resources.network import resolver
 from shim.resources.network.relay import Frames
 from shim.sandbox.agent_client import GuestAgent
 from shim.state.trace import Trace
-from shim.stdio import pump
 from shim.tasks.stats import to_any
 from ttrpc import Code, RemoteProtocolError, RpcError
 from ttrpc._connection import ClientConnection, ServerConnection
@@ -170,7 +170,7 @@ def stdio_frames(data: bytes) -> None:
     """A process's output as the guest frames it: however it is cut, the same bytes come out."""
 
     def read(parts: Iterator[bytes]) -> bytes:
-        reader = pump.FrameReader()
+        reader = FrameReader()
         return b"".join(bytes(part) for piece in parts for part in reader.payloads(memoryview(piece)))
 
     whole = read(iter([data]))

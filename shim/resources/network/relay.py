@@ -14,53 +14,39 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Iterator
 from itertools import islice
 
-__all__ = ["CHUNK", "END", "FRAME_MAX", "RESET", "TURN", "Frames", "relay", "reset"]
+from devices.frames import END, FRAME_MAX, HEADER, FrameReader
 
-#: Bytes of payload in a frame of the guest's.
-FRAME_MAX = 64 << 10
+__all__ = ["CHUNK", "RESET", "TURN", "Frames", "relay", "reset"]
+
 #: Bytes held of each direction.
 CHUNK = 28 << 10
 #: Frames that one turn of the loop takes apart: half a millisecond.
 TURN = 256
-END = bytes(4)
 RESET = b"\xff\xff\xff\xff"
-_HEADER = 4
 _NO_LINGER = struct.pack("ii", 1, 0)
 
 
-class Frames:
-    """What the guest sends, taken apart without copying. `ends`: how often it has said an end; `broken`: its
-    connection was reset, or it has sent what is no frame. Nothing is read after either."""
+class Frames(FrameReader):
+    """What the guest sends. `ends`: how often it has said an end, which is an empty payload; `broken`: its
+    connection was reset, or it has sent what is no frame."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.ends = 0
-        self.broken = False
-        self._header = b""
-        self._left = 0
 
-    def payloads(self, data: memoryview) -> Iterator[memoryview]:
-        """The payload bytes in `data`, which begins and ends anywhere in a frame; an end is an empty one."""
-        while data and not self.broken:
-            if self._left:
-                part = data[: self._left]
-                self._left -= len(part)
-                data = data[len(part) :]
-                yield part
-                continue
-            missing = _HEADER - len(self._header)
-            self._header += data[:missing]
-            data = data[missing:]
-            if len(self._header) < _HEADER:
-                return
-            self._left = int.from_bytes(self._header, "big")
-            self._header = b""
-            self.broken = self._left > FRAME_MAX or self.ends > 1 or bool(self._left and self.ends)
-            if not self._left:
-                self.ends += 1
-                yield data[:0]
+    @property
+    def broken(self) -> bool:
+        """Nothing is read after it."""
+        return self.ended
+
+    def begins(self, size: int) -> bool:
+        """Data, or one of two ends, after which there is no data."""
+        if size:
+            return size <= FRAME_MAX and not self.ends
+        self.ends += 1
+        return self.ends <= 2
 
 
 def reset(sock: socket.socket) -> None:
@@ -90,7 +76,7 @@ async def relay(client: socket.socket, guest: socket.socket) -> None:
 async def _to_guest(client: socket.socket, guest: socket.socket) -> None:
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(client, CHUNK):
-        await loop.sock_sendall(guest, len(data).to_bytes(_HEADER, "big") + data)
+        await loop.sock_sendall(guest, len(data).to_bytes(HEADER, "big") + data)
         await asyncio.sleep(0)
     await loop.sock_sendall(guest, END)
 

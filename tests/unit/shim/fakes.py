@@ -21,6 +21,7 @@ from typing import Any
 from google.protobuf import any_pb2
 
 from devices.errors import CallerError, GuestError
+from devices.frames import END, FRAME_MAX, FrameReader
 from devices.undo import MemoryUndo
 from proto import agent_pb2, oci_pb2, task_v2_pb2
 from shim.api.task_service import TaskService
@@ -28,7 +29,6 @@ from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.protocols import GuestProcess as InGuest
 from shim.spec.documents import load_spec
 from shim.spec.limits import Size, wanted
-from shim.stdio.pump import END, FRAME_MAX, FrameReader
 from shim.tasks.container_manager import ContainerManager
 from ttrpc import snake_case
 

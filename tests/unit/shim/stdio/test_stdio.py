@@ -19,10 +19,10 @@ import pytest_asyncio
 
 from devices.child import process_start_time
 from devices.errors import GuestError, HostError, KataError
+from devices.frames import FRAME_MAX, FrameReader
 from devices.undo import MemoryUndo
 from shim.stdio import stdin as stdin_module
 from shim.stdio import stdio as stdio_module
-from shim.stdio.pump import FRAME_MAX, FrameReader
 from tests.unit.shim.fakes import TaskClient, open_descriptors
 from tests.unit.turns import LIMIT, turns
 

@@ -14,9 +14,10 @@ import pytest
 
 from agent.network import relay as guest_relay
 from devices.errors import GuestError
+from devices.frames import END, FRAME_MAX
 from shim.resources.network import loopback
 from shim.resources.network.loopback import CONNECTIONS, PORTS, Ports, mirror
-from shim.resources.network.relay import FRAME_MAX, Frames
+from shim.resources.network.relay import Frames
 from tests.netlab import NetLab
 
 NONE: Ports = (frozenset(), frozenset())
@@ -332,11 +333,11 @@ def test_frames_may_be_cut_anywhere(cut: int) -> None:
 def test_both_ends_speak_of_the_same() -> None:
     from shim.resources.network import relay
 
-    assert (relay.END, relay.RESET, relay.FRAME_MAX) == (
+    assert (END, relay.RESET, FRAME_MAX) == (
         guest_relay.END,
         guest_relay.RESET,
         guest_relay.FRAME_MAX,
     )
-    assert guest_relay.CHUNK <= relay.FRAME_MAX
+    assert guest_relay.CHUNK <= FRAME_MAX
     assert relay.CHUNK <= guest_relay.FRAME_MAX
     assert CONNECTIONS <= 256
