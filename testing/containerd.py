@@ -60,6 +60,9 @@ PAUSE = "docker.io/local/pause:1"
 VERSIONS = ("1.6", "1.7", "2")
 """The containerds that there are: the host's own, and those that scripts/setup.sh unpacks beside it."""
 
+BUILT = ("2.3",)
+"""Those that no Debian package has yet: `make containerd-2.3` builds them where there is a Go."""
+
 _OWN_NETWORK = ("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$0" "$@"')
 # What `ctr --cni` reads is fixed, /etc/cni/net.d and /opt/cni/bin: in mounts of its own it finds ours there.
 _OWN_CNI = (
@@ -140,13 +143,14 @@ def chosen_version() -> str:
 
 def programs(version: str) -> Path:
     """The directory of this version's containerd, ctr and runc shim. Raises LookupError if it is not here."""
-    if version not in VERSIONS:
-        raise LookupError(f"no containerd {version!r}: there are {', '.join(VERSIONS)}")
+    if version not in VERSIONS + BUILT:
+        raise LookupError(f"no containerd {version!r}: there are {', '.join(VERSIONS + BUILT)}")
     directory = PROJECT / "build/containerd" / version / "usr/bin"
     if not directory.exists() and version == own_version():
         return Path("/usr/bin")
     if not (directory / "containerd").exists():
-        raise LookupError(f"{directory}/containerd is not there; run `make setup`")
+        target = f"containerd-{version}" if version in BUILT else "setup"
+        raise LookupError(f"{directory}/containerd is not there; run `make {target}`")
     return directory
 
 
@@ -224,8 +228,8 @@ class Containerd:
 
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
-    containerd, and so the shims, log at debug level; `version` is one of VERSIONS, "" the host's own; `cri`
-    enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what
+    containerd, and so the shims, log at debug level; `version` is one of VERSIONS or BUILT, "" the host's
+    own; `cri` enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what
     it likes. Its handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API,
     `kata-streaming` with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge, in a network
     that the daemon then has of its own too (`in_network`). `blockfile` (not with 1.6) enables the
@@ -296,6 +300,7 @@ class Containerd:
             **self._env,
             TAG_VARIABLE: self.tag,
             "KATA_CONF_FILE": str(self.configuration),
+            "CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS": "1",  # of cgroup v1, before all that 2.3's ctr says
             "PATH": f"{self.root / 'bin'}:{self.programs}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
             ":/sbin:/bin",
         }
@@ -313,7 +318,7 @@ class Containerd:
         disabled = ", ".join(f'"{name}"' for name in names)
         config.write_text(
             # 2.x itself moves what 1.x calls the CRI plugin's sections to where it has them.
-            f"version = {3 if self.version == '2' and not self._cri else 2}\n"
+            f"version = {3 if self.version[0] == '2' and not self._cri else 2}\n"
             f'root = "{self.root}/root"\nstate = "{self.state}"\n'
             f"disabled_plugins = [{disabled}]\n"
             f'[grpc]\n  address = "{self.address}"\n'

@@ -128,7 +128,7 @@ def test_the_shims_address_is_where_this_containerd_looks_for_it(
     bundle = _bundle(containerd, living.container)
     address = (bundle / "address").read_text()
     assert Path(address.removeprefix("unix://")).is_socket()
-    if containerd.version == "2":
+    if containerd.version[0] == "2":
         found = json.loads((bundle / "bootstrap.json").read_text())
         assert (found["address"], found["protocol"]) == (address, "ttrpc")
         assert found["version"] in {2, 3}
@@ -136,7 +136,7 @@ def test_the_shims_address_is_where_this_containerd_looks_for_it(
 
 @pytest.mark.kata_only
 def test_containerd_2_is_told_what_runtime_this_is(containerd: Containerd, runtime: str) -> None:
-    if containerd.version != "2":
+    if containerd.version[0] != "2":
         pytest.skip(f"containerd {containerd.version} does not ask")
     info = json.loads(containerd.ctr("plugins", "inspect-runtime", "--runtime", runtime).text)
     assert info["Name"] == runtime
@@ -279,7 +279,7 @@ def _away(containerd: Containerd) -> Callable[[], None]:
 
     def listen() -> None:
         known = Path(containerd.address + ".ttrpc")
-        known.unlink()
+        known.unlink(missing_ok=True)  # 2.3 takes its sockets away when it ends
         known.symlink_to("late.sock")
 
     return listen
@@ -380,7 +380,9 @@ def test_a_silent_shim_blocks_nobody_else(containerd: Containerd, living: Task) 
     os.kill(shim, signal.SIGSTOP)
     try:
         listed = containerd.ctr("task", "ls", timeout=30)
-        assert "UNKNOWN" in next(line for line in listed.text.splitlines() if living.container in line)
+        silent = [line for line in listed.text.splitlines() if living.container in line]
+        # Up to 2.2 it is listed without its state, since 2.3 not at all.
+        assert not silent if containerd.version == "2.3" else "UNKNOWN" in silent[0]
         other = containerd.run(BUSYBOX, "echo", "others go on", runtime=RUNC)  # the quickest there is
         assert other.text == "others go on"
     finally:
