@@ -26,9 +26,10 @@ __all__ = ["SandboxInfo", "read_sandboxes", "run"]
 class SandboxInfo:
     """One sandbox. `namespace`, `containerd` (the address of its socket): whose it is, "" where that is not
     written (by older shims). `state`: running, unresponsive (its guest does not answer: `why`, since
-    `since`), orphaned (its VM lives, its shim does not: `kata-ctl recover`), starting (no process yet), dead
-    (its processes are gone), damaged (its journal cannot be read to the end). `age` in seconds, `since` in
-    seconds of the epoch, `memory` resident KiB of its processes.
+    `since`), orphaned (its VM lives, its shim does not: `kata-ctl recover`), starting (no VMM yet), stopped
+    (its VM has ended and its shim is asked for what was: a task that has ended and is not deleted), dead
+    (its processes are gone), damaged (its journal cannot be read to the end). `pid`: the VMM's, 0 without
+    one. `age` in seconds, `since` in seconds of the epoch, `memory` resident KiB of its processes.
     """
 
     id: str
@@ -53,11 +54,11 @@ def read_sandboxes(run: str = RUN_DIR, kata: str = KATA_RUN, shared: str = SHARE
 
 def _read(found: Found) -> SandboxInfo | None:
     records: list[journalfile.Record] = []
-    damaged = False
+    damaged = given_up = False
     try:
         age = max(0.0, time.time() - os.stat(found.directory).st_ctime)
         history = journalfile.load(found.directory)
-        records, damaged = history.records, bool(history.damage)
+        records, damaged, given_up = history.records, bool(history.damage), history.has_released
     except journalfile.JournalError:
         damaged = True
     except OSError:
@@ -71,15 +72,21 @@ def _read(found: Found) -> SandboxInfo | None:
             had_shim = had_shim or record.facts.get("name") == _SHIM
             if procfs.is_running(pid, start):
                 alive.append((str(record.facts.get("name", "process")), pid))
-    # The VMM is started last, after the daemons that it connects to; while there is none, the shim counts.
+    # The VMM is started last, after the daemons that it connects to.
     others = [(process, pid) for process, pid in alive if process not in _DAEMONS]
-    shim = next((pid for process, pid in others if process == _SHIM), 0)
-    vmm = next((pid for process, pid in reversed(others) if process != _SHIM), shim)
+    shim = any(process == _SHIM for process, _ in others)
+    vmm = next((pid for process, pid in reversed(others) if process != _SHIM), 0)
     silence = healthfile.read(found.directory) if vmm else None
-    lives = "unresponsive" if silence else "running" if vmm else "dead" if recorded else "starting"
-    if vmm and not shim and had_shim:
-        lives = "orphaned"
-    state = "damaged" if damaged else lives
+    if damaged:
+        state = "damaged"
+    elif vmm:
+        state = "orphaned" if had_shim and not shim else "unresponsive" if silence else "running"
+    elif shim:
+        # A sandbox has a directory that it shares for as long as it has, or is to have, a VM.
+        ended = given_up and not any(record.kind in _OF_A_VM for record in records)
+        state = "stopped" if ended else "starting"
+    else:
+        state = "dead" if recorded else "starting"
     owner = found.identity
     return SandboxInfo(
         found.name,
@@ -98,6 +105,7 @@ def _read(found: Found) -> SandboxInfo | None:
 
 
 _SHIM = "shim"
+_OF_A_VM = frozenset({"dir", "mount", "cgroups"})
 _DAEMONS = frozenset({"virtiofsd", "vhost-device-vsock", "vsock", "mounts"})
 
 

@@ -229,11 +229,11 @@ class Containerd:
     Shims use `configuration` (KATA_CONF_FILE), written for this checkout's guest with `overrides`
     ({section: {key: value}}); `env` is added to the environment that they inherit; `debug` makes
     containerd, and so the shims, log at debug level; `version` is one of VERSIONS or BUILT, "" the host's
-    own; `cri` enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which CNI may do what
-    it likes. Its handlers: `kata` and `runc` with pause containers, `kata-shim` with the Sandbox API,
-    `kata-streaming` with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge, in a network
-    that the daemon then has of its own too (`in_network`). `blockfile` (not with 1.6) enables the
-    snapshotter that gives each container an image file of 64 MiB with ext4 in it.
+    own; `cri` enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which
+    CNI may do what it likes. Its handlers: `kata` and `runc` with pause containers, `kata-shim` with the
+    Sandbox API, `kata-streaming` with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge,
+    in a network that the daemon then has of its own too (`in_network`). `blockfile` (not with 1.6)
+    enables the snapshotter that gives each container an image file of 64 MiB with ext4 in it.
     """
 
     def __init__(

@@ -71,10 +71,11 @@ class History:
     `records`: what is still acquired, in the order of acquisition. `identity`: whose it is; None for version
     1 and if the first line is lost. `bundle`: that of the container whose `start` made the sandbox. `damage`:
     where it cannot be read any further, "" if all of it could. `socket`: the first one that was recorded,
-    even if it is released by now. `header`: the first line, for who writes the file anew; {} if it is lost.
+    even if it is released by now. `has_released`: something that was acquired is not any more (a journal that
+    was written anew does not tell). `header`: the first line, for who writes the file anew; {} if it is lost.
     """
 
-    __slots__ = ("bundle", "damage", "header", "identity", "records", "socket", "version")
+    __slots__ = ("bundle", "damage", "has_released", "header", "identity", "records", "socket", "version")
 
     def __init__(self) -> None:
         self.version = 0
@@ -84,6 +85,7 @@ class History:
         self.records: list[Record] = []
         self.damage = ""
         self.socket = ""
+        self.has_released = False
 
 
 def journal_path(directory: str) -> str:
@@ -278,6 +280,7 @@ def _apply(change: dict[str, object] | None, records: dict[int, Record], last: i
         records[number].facts.update(facts)
     elif op == "drop" and number in records:
         del records[number]
+        history.has_released = True
     else:
         return -1
     return last

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +92,9 @@ def test_figures_are_told_after_the_end(api: Api, create: Create) -> None:
     task.kill(signal.SIGKILL)
     assert task.wait() == 137
     assert cpu(metrics(api, task.container)) >= used > 0
+    listing = subprocess.run([sys.executable, "-m", "ctl", "list", "--json"], capture_output=True, check=True)
+    states = {each["id"]: (each["state"], each["pid"]) for each in json.loads(listing.stdout)}
+    assert states[task.container] == ("stopped", 0)
     task.delete()
 
 

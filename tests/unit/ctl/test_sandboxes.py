@@ -171,3 +171,27 @@ def test_a_vm_without_its_shim_is_orphaned(tmp_path: Path) -> None:
 
     states = {each.id: each.state for each in found}
     assert states == {"orphan": "orphaned", "again": "orphaned", "fine": "running", "dead": "dead"}
+
+
+def test_an_ended_task_is_not_taken_for_a_running_one(tmp_path: Path) -> None:
+    """Its shim lives until it is deleted, and is no VMM."""
+    shim = ("shim", os.getpid(), procfs.start_time(os.getpid()))
+    vm: dict[str, object] = {"op": "record", "n": 2, "kind": "process", "facts": {"name": "qemu"}}
+    share: dict[str, object] = {"op": "record", "n": 3, "kind": "dir", "facts": {"path": "/share"}}
+    drops: list[dict[str, object]] = [{"op": "drop", "n": 2}, {"op": "drop", "n": 3}]
+    for name, changes in {
+        "before create": [],
+        "asks QEMU for its version": [vm, share, drops[0]],
+        "ended": [vm, share, *drops],
+    }.items():
+        path = journal(tmp_path / "run", owner(name), [shim])
+        with (path / "journal").open("ab") as file:
+            file.writelines(encode(change) for change in changes)
+
+    found = read_sandboxes(str(tmp_path / "run"), str(tmp_path / "kata"), str(tmp_path / "shared"))
+
+    assert {each.id: (each.state, each.pid) for each in found} == {
+        "before create": ("starting", 0),
+        "asks QEMU for its version": ("starting", 0),
+        "ended": ("stopped", 0),
+    }
