@@ -16,11 +16,11 @@ from devices.threads import acquire
 from devices.undo import Entry
 from devices.vsock import HybridVsock
 from hypervisors.firecracker import boot
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import Drives
 from hypervisors.firecracker.jail import Den
 from hypervisors.firecracker.report import Report
+from hypervisors.http_api import HttpApi
 
 __all__ = ["CALL", "SNAPSHOT", "Parts", "configure", "load"]
 
@@ -41,7 +41,7 @@ class Parts:
     channel: HybridVsock | None = None
     report: Report = field(default_factory=Report)
     process: Child | None = None
-    api: FirecrackerApi | None = None
+    api: HttpApi | None = None
     cgroups: list[Entry] = field(default_factory=list)
 
 

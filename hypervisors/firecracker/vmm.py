@@ -38,7 +38,6 @@ from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.firecracker import boot
 from hypervisors.firecracker.abilities import abilities
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.confinement import jailer_confinement, plain_confinement
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
@@ -46,6 +45,7 @@ from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threa
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
 from hypervisors.firecracker.parts import CALL, SNAPSHOT, Parts, configure, load
 from hypervisors.firecracker.report import LOG, METRICS
+from hypervisors.http_api import HttpApi
 
 __all__ = ["Firecracker"]
 
@@ -399,7 +399,7 @@ class Firecracker:
         self._watcher = asyncio.create_task(self._watch(parts.process), name=f"watch {self._sandbox_id}")
         self._check_stopping()  # who stopped us saw no process
         sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
-        parts.api = FirecrackerApi(sock)
+        parts.api = HttpApi("Firecracker", sock)
         level = "Debug" if section.enable_debug else "Warn"
         logger = {"log_path": LOG, "level": level, "show_level": True}
         await parts.api.put("/logger", logger, timeout=CALL)
@@ -466,7 +466,7 @@ class Firecracker:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
 
-    def _api(self) -> FirecrackerApi:
+    def _api(self) -> HttpApi:
         if self._parts.api is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._parts.api

@@ -21,8 +21,8 @@ from devices.config import BlockConfig
 from devices.errors import KataError
 from devices.vsock import HybridVsock
 from hypervisors.config import HypervisorConfig
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.report import Report
+from hypervisors.http_api import HttpApi
 from hypervisors.qemu import events
 from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.kvm import Accelerator
@@ -69,7 +69,7 @@ def firecracker(data: bytes) -> None:
 
 async def _firecracker(data: bytes) -> None:
     ours, theirs = socket.socketpair()
-    api = FirecrackerApi(ours)
+    api = HttpApi("Firecracker", ours)
     with theirs:
         theirs.setblocking(False)
         with contextlib.suppress(BlockingIOError):

@@ -1,13 +1,16 @@
-"""Firecracker's API: JSON over HTTP/1.1 on a unix socket.
+"""A VMM's API that is JSON over HTTP/1.1 on a unix socket: Firecracker's, Cloud Hypervisor's.
 
-What: `FirecrackerApi.request` sends one request and returns the answer's JSON. h11 does the protocol; this
-module does the socket, the order, the deadlines and the errors.
-Why one connection: Firecracker serves its API from one thread, one request after the other; a second
-connection would only wait behind the first.
+What: `HttpApi.request` sends one request and returns the answer's JSON; `fault` takes the words of a refusal
+out of either VMM's way of saying it. h11 does the protocol; this module does the socket, the order, the
+deadlines and the errors.
+Why one connection: both serve their API from one thread, one request after the other; a second connection
+would only wait behind the first.
 Invariants: one request is under way at a time; an answer has at most `ANSWER_LIMIT` bytes, its headers,
 chunks and whatever comes before it included, and one turn of the loop takes `TURN` pieces of it; after a
 timeout or a broken answer the connection is dropped, never reused; every error says which request it was.
-Source: Firecracker's OpenAPI description, v1.12 (`fault_message` is its one error field).
+Descriptors go with the first byte of their request, so that they are nobody else's.
+Source: Firecracker's OpenAPI description, v1.12 (`fault_message` is its one error field); Cloud Hypervisor's
+API of 53.0, whose refusals are an array of texts, the outermost first, and now and then no JSON at all.
 """
 
 from __future__ import annotations
@@ -15,25 +18,28 @@ from __future__ import annotations
 import asyncio
 import json  # to write; what is read goes through foreign_json
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import h11
 
 from devices import foreign_json
 from devices.errors import HypervisorError
+from devices.plain import plain
 
-__all__ = ["ANSWER_LIMIT", "TURN", "FirecrackerApi"]
+__all__ = ["ANSWER_LIMIT", "TURN", "HttpApi", "fault"]
 
 ANSWER_LIMIT = 1 << 20  # bytes; a VM's whole configuration is a few KiB
 TURN = 256  # events of h11: a few milliseconds, where each chunk has one byte
 _READ_SIZE = 64 << 10
 
 
-class FirecrackerApi:
-    """One Firecracker's API. `sock`: connected to its API socket, non-blocking; owned from here on."""
+class HttpApi:
+    """One VMM's API. `vmm`: its name in errors. `sock`: connected to its API socket; owned from here on."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, vmm: str, sock: socket.socket) -> None:
         sock.setblocking(False)
+        self._vmm = vmm
         self._sock: socket.socket | None = sock
         self._http = h11.Connection(our_role=h11.CLIENT, max_incomplete_event_size=ANSWER_LIMIT)
         self._lock = asyncio.Lock()
@@ -42,39 +48,42 @@ class FirecrackerApi:
         """The JSON at `path`. Raises as `request`."""
         return await self.request("GET", path, None, timeout=timeout)
 
-    async def put(self, path: str, body: Any, *, timeout: float) -> Any:
+    async def put(self, path: str, body: Any = None, *, timeout: float, fds: Sequence[int] = ()) -> Any:
         """Create or do something. Raises as `request`."""
-        return await self.request("PUT", path, body, timeout=timeout)
+        return await self.request("PUT", path, body, timeout=timeout, fds=fds)
 
     async def patch(self, path: str, body: Any, *, timeout: float) -> Any:
         """Change something. Raises as `request`."""
         return await self.request("PATCH", path, body, timeout=timeout)
 
-    async def request(self, method: str, path: str, body: Any, *, timeout: float) -> Any:
-        """Send one request; the parsed answer, None where it has no content.
+    async def request(
+        self, method: str, path: str, body: Any, *, timeout: float, fds: Sequence[int] = ()
+    ) -> Any:
+        """Send one request, with copies of the descriptors `fds`; the parsed answer, None where it has no
+        content.
 
-        Raises HypervisorError: with Firecracker's own words (code FAILED_PRECONDITION) when it refuses,
+        Raises HypervisorError: with the VMM's own words (code FAILED_PRECONDITION) when it refuses,
         UNAVAILABLE when it is gone, DEADLINE_EXCEEDED after `timeout` seconds.
         """
         what = f"{method} {path}"
         async with self._lock:
             if self._sock is None:
-                raise HypervisorError(f"Firecracker's API is closed; {what} was not sent")
+                raise HypervisorError(f"{self._vmm}'s API is closed; {what} was not sent")
             try:
                 async with asyncio.timeout(timeout):
-                    status, answer = await self._exchange(method, path, body)
+                    status, answer = await self._exchange(method, path, body, fds)
             except TimeoutError:
                 self._drop()
                 raise HypervisorError(
-                    f"Firecracker did not answer {what} within {timeout:g} s", code="DEADLINE_EXCEEDED"
+                    f"{self._vmm} did not answer {what} within {timeout:g} s", code="DEADLINE_EXCEEDED"
                 ) from None
             except (OSError, EOFError, h11.ProtocolError) as error:
                 self._drop()
-                raise HypervisorError(f"Firecracker broke off during {what}: {error}") from error
+                raise HypervisorError(f"{self._vmm} broke off during {what}: {error}") from error
             except BaseException:
                 self._drop()  # half a request is on the wire
                 raise
-        return _parsed(what, status, answer)
+        return self._parsed(what, status, answer)
 
     async def close(self) -> None:
         """Close the connection. Idempotent."""
@@ -85,7 +94,7 @@ class FirecrackerApi:
             self._sock.close()
             self._sock = None
 
-    async def _exchange(self, method: str, path: str, body: Any) -> tuple[int, bytes]:
+    async def _exchange(self, method: str, path: str, body: Any, fds: Sequence[int]) -> tuple[int, bytes]:
         loop = asyncio.get_running_loop()
         assert self._sock is not None
         data = b"" if body is None else json.dumps(body).encode()
@@ -96,6 +105,9 @@ class FirecrackerApi:
         if data:
             out += self._http.send(h11.Data(data=data)) or b""
         out += self._http.send(h11.EndOfMessage()) or b""
+        if fds:
+            # Nothing of ours is under way, so there is room for at least a byte: it never blocks.
+            out = out[socket.send_fds(self._sock, [out], list(fds)) :]
         await loop.sock_sendall(self._sock, out)
         status, answer = 0, bytearray()
         total = turn = 0
@@ -126,17 +138,27 @@ class FirecrackerApi:
             self._drop()  # it announced that it closes
         return status, bytes(answer)
 
-
-def _parsed(what: str, status: int, answer: bytes) -> Any:
-    try:
-        content = foreign_json.loads(answer) if answer else None
-    except ValueError as error:
+    def _parsed(self, what: str, status: int, answer: bytes) -> Any:
+        good = 200 <= status < 300
+        try:
+            content = foreign_json.loads(answer) if answer else None
+        except ValueError as error:
+            if good:
+                raise HypervisorError(
+                    f"{self._vmm}'s answer to {what} is no JSON ({str(error)[:100]}): {answer[:80]!r}"
+                ) from error
+            content = [answer[:200].decode(errors="replace")]
+        if good:
+            return content
         raise HypervisorError(
-            f"Firecracker's answer to {what} is no JSON ({str(error)[:100]}): {answer[:80]!r}"
-        ) from error
-    if 200 <= status < 300:
-        return content
-    fault = content.get("fault_message") if isinstance(content, dict) else None
-    raise HypervisorError(
-        f"Firecracker refused {what}: {str(fault or f'status {status}')[:1000]}", code="FAILED_PRECONDITION"
-    )
+            f"{self._vmm} refused {what}: {fault(content) or f'status {status}'}", code="FAILED_PRECONDITION"
+        )
+
+
+def fault(content: Any) -> str:
+    """What a refusal's content says: one field's text, or a chain of causes; "" if it says nothing."""
+    if isinstance(content, dict):
+        content = content.get("fault_message")
+    if isinstance(content, list):
+        content = ": ".join(text for text in content[:20] if isinstance(text, str))
+    return plain(content)[:1000] if isinstance(content, str) else ""
