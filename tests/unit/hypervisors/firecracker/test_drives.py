@@ -27,7 +27,8 @@ class Api(HttpApi):
     async def request(
         self, method: str, path: str, body: Any, *, timeout: float, fds: Sequence[int] = ()
     ) -> Any:
-        assert timeout > 0 and not fds
+        assert timeout > 0
+        assert not fds
         if self.refuse:
             raise HypervisorError("refused")
         self.calls.append((f"{method} {path}", body["path_on_host"]))
