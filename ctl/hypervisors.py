@@ -22,7 +22,8 @@ MEANING = {
     "tap_by_name": "tap opened by its name, not handed over",
     "hybrid_vsock": "vsock without the host's kernel",
     "pause": "pause and resume",
-    "snapshot": "save and restore a VM",
+    "snapshot": "save a VM",
+    "restore": "start a saved VM",
     "adopt": "outlive a shim, and be taken over",
 }
 """What each of the other capabilities means to a user, by its field."""

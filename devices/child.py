@@ -300,10 +300,10 @@ class Child:
         """Start `argv` (argv[0] an absolute path) in this confinement; it runs when this returns.
 
         stdout and stderr go to the same ring, unless `stdout` is a descriptor of the caller's (a `Console`'s
-        guest end, for a VMM whose output is the guest's serial port); `on_output` sees each piece too, and
-        nothing (b"") at the end; what it does with them must be bounded (`devices.lines`). `env`: what it has in its environment beside
-        `devices.confine.environment`. `cwd`: for one without a view, whose directory is its root. Raises
-        HostError when the program cannot be started or cannot be confined.
+        guest end, for a VMM whose output is the guest's serial port). `on_output` sees each piece too, and
+        nothing (b"") at the end; what it does with them must be bounded (`devices.lines`). `env`: what it has
+        in its environment beside `devices.confine.environment`. `cwd`: for one without a view, whose
+        directory is its root. Raises HostError when the program cannot be started or cannot be confined.
         """
         if not os.access(argv[0], os.X_OK):
             what = "is not executable" if os.path.exists(argv[0]) else "does not exist"

@@ -50,6 +50,7 @@ from hypervisors.http_api import HttpApi
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
+_STATE, _MEMORY = "device_state", "memory"  # files of a saved VM
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
@@ -98,6 +99,18 @@ class Firecracker:
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
+        section = self._section
+        if section.boot_from_template:
+            await self._start(timeout, section.device_state_path, section.memory_path)
+        else:
+            await self._start(timeout)
+
+    async def restore_vm(self, path: str, timeout: float) -> None:
+        """See `Restoring.restore_vm`."""
+        await self._start(timeout, f"{path}/{_STATE}", f"{path}/{_MEMORY}")
+
+    async def _start(self, timeout: float, *saved: str) -> None:
+        """`saved`: the two files of a snapshot, where it begins with that."""
         if self._parts.den is None or self._ended is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
         self._ended = asyncio.get_running_loop().create_future()
@@ -105,8 +118,10 @@ class Firecracker:
         try:
             async with asyncio.timeout(timeout):
                 await self._spawn(timeout)
-                begin = load if self._section.boot_from_template else configure
-                await begin(self._parts, self._section)
+                if saved:
+                    await load(self._parts, self._section, *saved)
+                else:
+                    await configure(self._parts, self._section)
         except TimeoutError:
             await self._end()
             raise self._with_evidence(
@@ -175,8 +190,8 @@ class Firecracker:
             inside = await acquire(den.lend, path, "snapshot", read_only=False)
             body = {
                 "snapshot_type": "Full",
-                "snapshot_path": f"{inside}/device_state",
-                "mem_file_path": f"{inside}/memory",
+                "snapshot_path": f"{inside}/{_STATE}",
+                "mem_file_path": f"{inside}/{_MEMORY}",
             }
             await api.put("/snapshot/create", body, timeout=SNAPSHOT)
         except OSError as error:
@@ -340,6 +355,7 @@ class Firecracker:
             hybrid_vsock=True,
             pause=True,
             snapshot=True,
+            restore=True,
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
