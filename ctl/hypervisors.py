@@ -21,6 +21,7 @@ _WORDS = {Op.COLD: "start", Op.HOT: "plug", Op.UNPLUG: "unplug", Op.RESIZE: "res
 MEANING = {
     "tap_by_name": "tap opened by its name, not handed over",
     "hybrid_vsock": "vsock without the host's kernel",
+    "own_vsock": "and without a daemon",
     "pause": "pause and resume",
     "snapshot": "save a VM",
     "restore": "start a saved VM",

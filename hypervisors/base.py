@@ -45,6 +45,7 @@ class Capabilities:
     `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors, as
     `tap_owner`, a user and a group.
     `snapshot`: `save_vm`; `restore`: a VM of it can begin with what was saved (`Restoring`).
+    `hybrid_vsock`: vsock is a unix socket; `own_vsock`: which the VMM serves itself, without a daemon.
     `adopt`: its VMs can outlive the process that started them, and another one can take them over.
     """
 
@@ -52,6 +53,7 @@ class Capabilities:
     tap_by_name: bool = False
     tap_owner: tuple[int, int] = (0, 0)
     hybrid_vsock: bool = False
+    own_vsock: bool = False
     pause: bool = False
     snapshot: bool = False
     restore: bool = False
@@ -251,7 +253,7 @@ class Restoring(Hypervisor, Protocol):
     async def restore_vm(self, path: str, timeout: float) -> None:
         """Instead of `start_vm`: the VM that `save_vm` wrote to the directory `path`, running on. Before it
         the devices are added that the saved VM had, by the same ids and in the same order; what is behind
-        them may be at another place now, and a VsockConfig has no `home_call`: the agent called home long ago.
+        them may be at another place now. A VsockConfig has no `home_call`: the agent called home long ago.
         What is in the directory stays as it is. Raises as `start_vm`."""
         ...
 

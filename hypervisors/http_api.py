@@ -26,6 +26,7 @@ import h11
 from devices import foreign_json
 from devices.errors import HypervisorError
 from devices.plain import plain
+from devices.rendezvous import connect_now
 
 __all__ = ["ANSWER_LIMIT", "TURN", "HttpApi", "fault"]
 
@@ -35,13 +36,16 @@ _READ_SIZE = 64 << 10
 
 
 class HttpApi:
-    """One VMM's API. `vmm`: its name in errors. `sock`: connected to its API socket; owned from here on."""
+    """One VMM's API. `vmm`: its name in errors. `sock`: connected to its API socket; owned from here on.
+    `path`: where that socket is, for a VMM that accepts again: the next request after a dropped connection
+    makes a new one."""
 
-    def __init__(self, vmm: str, sock: socket.socket) -> None:
+    def __init__(self, vmm: str, sock: socket.socket, path: str = "") -> None:
         sock.setblocking(False)
         self._vmm = vmm
+        self._path = path
         self._sock: socket.socket | None = sock
-        self._http = h11.Connection(our_role=h11.CLIENT, max_incomplete_event_size=ANSWER_LIMIT)
+        self._http = _protocol()
         self._lock = asyncio.Lock()
 
     async def get(self, path: str, *, timeout: float) -> Any:
@@ -67,6 +71,7 @@ class HttpApi:
         """
         what = f"{method} {path}"
         async with self._lock:
+            self._redial(what)
             if self._sock is None:
                 raise HypervisorError(f"{self._vmm}'s API is closed; {what} was not sent")
             try:
@@ -86,13 +91,23 @@ class HttpApi:
         return self._parsed(what, status, answer)
 
     async def close(self) -> None:
-        """Close the connection. Idempotent."""
+        """Close the connection for good. Idempotent."""
+        self._path = ""
         self._drop()
 
     def _drop(self) -> None:
         if self._sock is not None:
             self._sock.close()
             self._sock = None
+
+    def _redial(self, what: str) -> None:
+        if self._sock is None and self._path:
+            try:
+                self._sock = connect_now(self._path)
+            except OSError as error:
+                raise HypervisorError(f"{self._vmm} is not there for {what}: {error.strerror}") from error
+            self._sock.setblocking(False)
+            self._http = _protocol()
 
     async def _exchange(self, method: str, path: str, body: Any, fds: Sequence[int]) -> tuple[int, bytes]:
         loop = asyncio.get_running_loop()
@@ -153,6 +168,10 @@ class HttpApi:
         raise HypervisorError(
             f"{self._vmm} refused {what}: {fault(content) or f'status {status}'}", code="FAILED_PRECONDITION"
         )
+
+
+def _protocol() -> h11.Connection:
+    return h11.Connection(our_role=h11.CLIENT, max_incomplete_event_size=ANSWER_LIMIT)
 
 
 def fault(content: Any) -> str:

@@ -353,6 +353,7 @@ class Firecracker:
             tap_by_name=True,
             tap_owner=self._owner,
             hybrid_vsock=True,
+            own_vsock=True,
             pause=True,
             snapshot=True,
             restore=True,

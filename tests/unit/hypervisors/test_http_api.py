@@ -6,10 +6,12 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
 from devices.errors import HypervisorError
+from devices.rendezvous import connect_now, listen
 from hypervisors.http_api import ANSWER_LIMIT, HttpApi, fault
 from tests.unit.turns import LIMIT, turns
 
@@ -174,3 +176,26 @@ async def test_an_answer_of_one_byte_pieces_holds_nobody_up() -> None:
         assert longest.seconds < LIMIT
 
     await _with_server(lambda _: body, use)
+
+
+async def test_after_a_timeout_a_new_connection_is_made_where_there_is_a_path(tmp_path: Path) -> None:
+    listener = listen(str(tmp_path / "api"))
+    api = HttpApi("a VMM", connect_now(str(tmp_path / "api")), str(tmp_path / "api"))
+    first, _ = listener.accept()
+    with pytest.raises(HypervisorError, match="did not answer GET /x"):
+        await api.get("/x", timeout=0.05)
+
+    def serve() -> None:
+        second, _ = listener.accept()
+        second.recv(1 << 16)
+        second.sendall(_reply("204 No Content"))
+        second.close()
+
+    serving = asyncio.create_task(asyncio.to_thread(serve))
+    assert await api.put("/y", timeout=5) is None
+    await serving
+    listener.close()
+    await api.close()
+    with pytest.raises(HypervisorError, match="closed; GET /z was not sent"):
+        await api.get("/z", timeout=5)
+    first.close()
