@@ -81,8 +81,7 @@ class Death:
             await asyncio.wait({parts.process.exited}, timeout=GATHER)
         hung = parts.process.alive
         await _past_errors(parts.process.kill())
-        if parts.console is not None:
-            parts.console.drain()
+        parts.drain()
         await _past_errors(parts.end_daemons())
         reason = self._reason(parts.process, first, lost, hung)
         ended = VmExit(

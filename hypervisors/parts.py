@@ -35,6 +35,11 @@ class VmParts:
         """Stop what serves the VM. Idempotent. Raises HostError for what the kernel does not end."""
         await self.helpers.end_all()
 
+    def drain(self) -> None:
+        """Read what was said last, without waiting: for the moment after the VMM's death."""
+        if self.console is not None:
+            self.console.drain()
+
     def words(self) -> dict[str, str]:
         """What was said last by whom there is besides, by a name of it."""
         return {}

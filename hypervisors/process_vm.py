@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import re
 import signal
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Coroutine
+from typing import Any, ClassVar, Generic, TypeVar
 
 import structlog
 
@@ -22,7 +23,7 @@ from devices.undo import UndoLog
 from devices.vsock import AgentChannel
 from hypervisors.base import VmExit
 from hypervisors.config import SandboxSection
-from hypervisors.death import Death
+from hypervisors.death import GATHER, Death
 from hypervisors.parts import VmParts
 
 __all__ = ["ProcessVm"]
@@ -188,8 +189,29 @@ class ProcessVm(Generic[SectionT, PartsT]):
 
     # --- how it is done
 
+    async def _or_death(self, work: Coroutine[Any, Any, PartT]) -> PartT:
+        """What `work`, a talk with the VMM, comes to; the reason of the VM's end if that comes first, or a
+        moment later: a connection usually breaks before the death is noticed."""
+        assert self._death is not None
+        talking, ended = asyncio.create_task(work), self._death.ended
+        waits: set[asyncio.Future[Any]] = {talking, ended}
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            talking.cancel()
+            await asyncio.wait({talking})
+        error = None if talking.cancelled() else talking.exception()
+        if isinstance(error, KataError) and error.code == "UNAVAILABLE":
+            await asyncio.wait({ended}, timeout=GATHER)
+        if ended.done():
+            raise self._death.error(ended.result()) from error
+        return talking.result()
+
     def _with_evidence(self, error: KataError) -> KataError:
-        return error.with_context(phase="boot", details=self.diagnostics())
+        files = ((key, getattr(self._section, key)) for key in ("kernel", "initrd", "image"))
+        guest = ", ".join(f"{key} = {path}" for key, path in files if path)
+        hint = f"see {self.vmm}'s words; check [hypervisor.{self.name}]: {guest}"
+        return error.with_context(phase="boot", hint=hint, details=self.diagnostics())
 
     def _process(self) -> Child:
         process = self._parts.process

@@ -41,17 +41,19 @@ from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.confinement import jailer_confinement, plain_confinement
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
-from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threads
+from hypervisors.firecracker.host import cgroup_paths, remove_cgroup
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
 from hypervisors.firecracker.parts import CALL, SNAPSHOT, Parts, configure, load
 from hypervisors.firecracker.report import LOG, METRICS
 from hypervisors.http_api import HttpApi
+from hypervisors.vcpu_threads import vcpu_threads
 
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
 _STATE, _MEMORY = "device_state", "memory"  # files of a saved VM
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
+_VCPU = re.compile(r"fc_vcpu (\d+)")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _log = structlog.get_logger(_NAME)
@@ -282,7 +284,7 @@ class Firecracker:
 
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`: Firecracker names its threads `fc_vcpu N`."""
-        return VcpuThreadIds(await look(vcpu_threads, self._process().pid))
+        return VcpuThreadIds(await look(vcpu_threads, self._process().pid, _VCPU))
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
