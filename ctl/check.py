@@ -10,6 +10,7 @@ Exit code 1 if something fails; a warning is for what works, but worse than it c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,9 @@ from ctl.environment import first_line
 from ctl.known_bad import why_bad
 from ctl.vcpu import Measured, judge, measure
 from devices.errors import KataError
+from devices.kinds import Kind, Op
 from devices.plain import plain
+from hypervisors.base import Capabilities
 from hypervisors.registry import broken_plugins
 from shim.config import Config, load_config
 
@@ -155,7 +158,9 @@ def _network(host: Host) -> Iterator[Finding]:
         yield _ok("tun", f"{tun} opens")
 
 
-def _vsock(host: Host, config: Config | None) -> Finding:
+def _vsock(host: Host, config: Config | None, able: Capabilities) -> Finding:
+    if able.own_vsock:
+        return _ok("vsock", "not needed: the VMM has its own")
     device = host.at("/dev/vhost-vsock")
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
@@ -172,8 +177,10 @@ def _vsock(host: Host, config: Config | None) -> Finding:
     return _program("vsock", daemon, f"{why}; ", " serves instead")
 
 
-def _virtiofsd(config: Config | None) -> Finding:
+def _virtiofsd(config: Config | None, able: Capabilities) -> Finding:
     section = config.hypervisor if config else None
+    if not able.can(Kind.SHARE_FS, Op.COLD):
+        return _ok("virtiofsd", "not needed: the VMM shares no directories")
     if getattr(section, "shared_fs", "") == "none":
         return _ok("virtiofsd", 'not needed: shared_fs = "none"')
     from devices.share_fs import find_virtiofsd
@@ -334,6 +341,16 @@ def _shim(host: Host) -> Finding:
     return _ok("shim", path)
 
 
+def _capabilities(config: Config | None, get_plugin: Callable[[str], Any]) -> Capabilities:
+    """What the chosen VMM needs of the host follows from what it can; QEMU's where it cannot be asked."""
+    for name in (config.hypervisor_name if config else "qemu", "qemu"):
+        with contextlib.suppress(Exception):  # somebody else's code; `_hypervisor` tells
+            able = get_plugin(name).capabilities
+            if isinstance(able, Capabilities):
+                return able
+    return Capabilities()
+
+
 def _hypervisor(config: Config | None, get_plugin: Callable[[str], Any]) -> Iterator[Finding]:
     name = config.hypervisor_name if config else "qemu"
     try:
@@ -414,7 +431,8 @@ def findings(
             found.append(_program(config.hypervisor_name, config.hypervisor.path))
         if getattr(config.hypervisor, "jailer_path", ""):
             found.append(_program("jailer", config.hypervisor.jailer_path))
-    own = [_cpu(host), _kvm(host, config), _vsock(host, config), _virtiofsd(config)]
+    able = _capabilities(config, get_plugin)
+    own = [_cpu(host), _kvm(host, config), _vsock(host, config, able), _virtiofsd(config, able)]
     own += [
         _memory(host, config),
         _cgroup(host),

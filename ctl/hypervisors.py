@@ -21,8 +21,10 @@ _WORDS = {Op.COLD: "start", Op.HOT: "plug", Op.UNPLUG: "unplug", Op.RESIZE: "res
 MEANING = {
     "tap_by_name": "tap opened by its name, not handed over",
     "hybrid_vsock": "vsock without the host's kernel",
+    "own_vsock": "and without a daemon",
     "pause": "pause and resume",
-    "snapshot": "save and restore a VM",
+    "snapshot": "save a VM",
+    "restore": "start a saved VM",
     "adopt": "outlive a shim, and be taken over",
 }
 """What each of the other capabilities means to a user, by its field."""

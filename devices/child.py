@@ -140,6 +140,7 @@ class _Order:
     cgroups: Sequence[str]
     output: int
     stdin: int
+    stdout: int
     cwd: str | None
     env: Mapping[str, str]
     pass_fds: Sequence[int]
@@ -185,7 +186,7 @@ def _start(order: _Order) -> subprocess.Popen[bytes]:
                 process = subprocess.Popen(
                     [confine.HELPER, str(report), *words, "--", program, *order.argv],
                     stdin=order.stdin,
-                    stdout=order.output,
+                    stdout=order.output if order.stdout < 0 else order.stdout,
                     stderr=order.output,
                     cwd=order.cwd,
                     env=order.env,
@@ -293,14 +294,16 @@ class Child:
         env: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         stdin: int = subprocess.DEVNULL,
+        stdout: int = -1,
         on_output: Callable[[bytes], None] | None = None,
     ) -> Child:
         """Start `argv` (argv[0] an absolute path) in this confinement; it runs when this returns.
 
-        stdout and stderr go to the same ring; `on_output` sees each piece too, and nothing (b"") at the end;
-        what it does with them must be bounded (`devices.lines`). `env`: what it has in its environment beside
-        `devices.confine.environment`. `cwd`: for one without a view, whose directory is its root. Raises
-        HostError when the program cannot be started or cannot be confined.
+        stdout and stderr go to the same ring, unless `stdout` is a descriptor of the caller's (a `Console`'s
+        guest end, for a VMM whose output is the guest's serial port). `on_output` sees each piece too, and
+        nothing (b"") at the end; what it does with them must be bounded (`devices.lines`). `env`: what it has
+        in its environment beside `devices.confine.environment`. `cwd`: for one without a view, whose
+        directory is its root. Raises HostError when the program cannot be started or cannot be confined.
         """
         if not os.access(argv[0], os.X_OK):
             what = "is not executable" if os.path.exists(argv[0]) else "does not exist"
@@ -330,6 +333,7 @@ class Child:
                 cgroups=_cgroups,
                 output=writer,
                 stdin=stdin,
+                stdout=stdout,
                 cwd=cwd,
                 env=marked(confine.environment(env)),
                 pass_fds=tuple(pass_fds),

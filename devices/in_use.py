@@ -9,7 +9,8 @@ them the loop devices are looked through, and locks tell the VMMs of this host f
 Invariants: looking changes nothing. Who writes is alone: while a VM may write to a disk, no other VM has it
 and the host cannot mount it. The mark goes with the process that holds it, whatever ends it.
 Source: open(2) O_EXCL on block devices, fcntl(2) open file description locks, QEMU's block/file-posix.c (the
-bytes that it locks), loop(4), Documentation/ABI/stable/sysfs-block.
+bytes that it locks), Cloud Hypervisor's docs/disk_locking.md (all bytes of the disk), loop(4),
+Documentation/ABI/stable/sysfs-block.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ __all__ = ["claim", "device_node", "hold", "probe", "users"]
 CLASS = "/sys/class/block"
 _PHASE = "devices"
 _LOOP_GET_STATUS64 = 0x4C05
-_MARK = 1000  # the byte that we lock, shared by those who read
+_MARK = 1 << 62  # the byte that we lock, shared by those who read; behind every disk's end
+_INSIDE = 1000  # a byte that VMMs have locked which lock the whole disk; earlier versions of us had it too
 _QEMU_WRITES, _QEMU_ALONE = 101, 201  # the bytes that QEMU locks: it writes; nobody else may write
 _FLOCK = "hhlliL"  # struct flock: type, whence, start, length, pid
 
@@ -207,18 +209,29 @@ def _open(path: str, flags: int) -> int:
 
 
 def _mark(fd: int, path: str, *, read_only: bool) -> None:
-    """Lock our byte, after a look at QEMU's: not every VM of this host is one of ours."""
+    """Lock our byte, after a look at those of others: not every VM of this host is one of ours, and a VMM's
+    own lock must not meet ours."""
+    mode = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
+    taken = _locked(fd, _INSIDE, mode) >= 0
     for byte in (_QEMU_WRITES,) if read_only else (_QEMU_WRITES, _QEMU_ALONE):
-        probe = struct.pack(_FLOCK, fcntl.F_WRLCK, 0, byte, 1, 0, 0)
-        if struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, probe))[0] != fcntl.F_UNLCK:
-            raise _taken(path, ["another VM's"])
-    lock = struct.pack(_FLOCK, fcntl.F_RDLCK if read_only else fcntl.F_WRLCK, 0, _MARK, 1, 0, 0)
+        # One that begins with the disk is another reader's, of a VMM that locks all of it; QEMU's never does.
+        taken |= _locked(fd, byte, fcntl.F_WRLCK) > 0
+    if taken:
+        raise _taken(path, ["another VM's"])
+    lock = struct.pack(_FLOCK, mode, 0, _MARK, 1, 0, 0)
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, lock)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise _taken(path, ["another VM's"]) from None
         raise _unusable(path, error) from error
+
+
+def _locked(fd: int, byte: int, mode: int) -> int:
+    """Where a lock begins that keeps this one away; -1 if there is none."""
+    found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, mode, 0, byte, 1, 0, 0))
+    kind, _, start, *_ = struct.unpack(_FLOCK, found)
+    return -1 if kind == fcntl.F_UNLCK else int(start)
 
 
 def _taken(path: str, by: list[str]) -> CallerError:

@@ -177,18 +177,23 @@ def is_noise(line: str) -> bool:
 
 
 class Virtiofsd:
-    """One running virtiofsd and its connection for the VMM."""
+    """One running virtiofsd, and for its VMM a connection, or the `path` at which it listens."""
 
-    def __init__(self, child: Child, connection: socket.socket) -> None:
+    def __init__(self, child: Child, connection: socket.socket | None = None, path: str = "") -> None:
         self.child = child
-        self.connection = connection
+        self.path = path
+        self._connection = connection
 
     @classmethod
     def adopt(cls, child: Child) -> Virtiofsd:
         """One that runs already, and has its VMM."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.close()
-        return cls(child, connection)
+        return cls(child)
+
+    @property
+    def connection(self) -> socket.socket:
+        """For the VMM, of one that was not started `at_path`."""
+        assert self._connection is not None
+        return self._connection
 
     @classmethod
     async def start(
@@ -197,8 +202,13 @@ class Virtiofsd:
         state_dir: str,
         undo: UndoLog,
         on_output: Callable[[bytes], None] | None = None,
+        *,
+        at_path: bool = False,
     ) -> Virtiofsd:
-        """Start it on `<state_dir>/<id>.sock`; it need not be waited for. Raises HostError."""
+        """Start it on `<state_dir>/<id>.sock`; it need not be waited for. Raises HostError.
+
+        `at_path`: for a VMM that connects by itself, once: the socket stays there until `stop`.
+        """
         program = find_virtiofsd(config.daemon)
         if not os.path.isdir(config.source):
             raise BugError(f"the directory to share, {config.source}, does not exist")
@@ -208,7 +218,7 @@ class Virtiofsd:
         try:
             # In the listener's backlog before the daemon exists: nothing has to be waited for, and
             # when the daemon dies unaccepted the VMM sees the end of the connection.
-            connection = connect_now(path)
+            connection = None if at_path else connect_now(path)
             try:
                 child = await Child.spawn(
                     [program, *virtiofsd_arguments(config, flavour, listener.fileno(), version)],
@@ -219,13 +229,15 @@ class Virtiofsd:
                     on_output=on_output,
                 )
             except BaseException:
-                connection.close()
+                if connection is not None:
+                    connection.close()
+                _unlink(path)
                 raise
         finally:
             listener.close()
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        return cls(child, connection)
+            if not at_path:
+                _unlink(path)
+        return cls(child, connection, path if at_path else "")
 
     @property
     def lost(self) -> asyncio.Future[int]:
@@ -252,7 +264,8 @@ class Virtiofsd:
 
     def handed_over(self) -> None:
         """The VMM has the connection; virtiofsd is to see its end with the VMM's."""
-        self.connection.close()
+        if self._connection is not None:
+            self._connection.close()
 
     def abort(self) -> None:
         """End whatever the VMM waits for from it."""
@@ -265,5 +278,12 @@ class Virtiofsd:
 
     async def stop(self) -> None:
         """Kill it. Idempotent."""
-        self.connection.close()
+        self.handed_over()
+        if self.path:
+            _unlink(self.path)
         await self.child.kill()
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)

@@ -8,7 +8,8 @@ Invariants:
   `cleanup` are idempotent and work at any point, after a failed `prepare_vm` or `start_vm` too.
 - What a VMM cannot do its `capabilities` refuse, with a reason, and it raises UnsupportedByHypervisor.
 - Every call ends: each has a deadline, and ends early when the VMM dies.
-- A VM that outlived its process begins with `Adopting.adopt` instead, and ends as every other.
+- A VM that outlived its process begins with `Adopting.adopt` instead, one that was saved with
+  `Restoring.restore_vm` in the place of `start_vm`; both end as every other.
 - As in the mission's trait all methods are coroutines, except `diagnostics`, which error paths use.
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "Hypervisor",
     "HypervisorPlugin",
     "HypervisorState",
+    "Restoring",
     "VcpuThreadIds",
     "VmExit",
 ]
@@ -42,6 +44,8 @@ class Capabilities:
 
     `tap_by_name`: it opens the tap of a network card itself, by its name, instead of taking descriptors, as
     `tap_owner`, a user and a group.
+    `snapshot`: `save_vm`; `restore`: a VM of it can begin with what was saved (`Restoring`).
+    `hybrid_vsock`: vsock is a unix socket; `own_vsock`: which the VMM serves itself, without a daemon.
     `adopt`: its VMs can outlive the process that started them, and another one can take them over.
     """
 
@@ -49,8 +53,10 @@ class Capabilities:
     tap_by_name: bool = False
     tap_owner: tuple[int, int] = (0, 0)
     hybrid_vsock: bool = False
+    own_vsock: bool = False
     pause: bool = False
     snapshot: bool = False
+    restore: bool = False
     adopt: bool = False
 
     def why_not(self, kind: Kind, op: Op) -> str:
@@ -151,7 +157,8 @@ class Hypervisor(Protocol):
     async def pause_vm(self) -> None: ...
 
     async def save_vm(self, path: str) -> None:
-        """Write device state and memory to the directory `path` (VM templates)."""
+        """Write device state and memory to the directory `path`, which exists and is empty. A VM that runs is
+        paused meanwhile."""
         ...
 
     async def resume_vm(self) -> None: ...
@@ -237,6 +244,17 @@ class Adopting(Hypervisor, Protocol):
         which is dead now described. `processes`: its processes in the undo log, by pid. It can be looked at,
         paused, stopped and cleaned up afterwards; devices and sizes stay as they are. Raises HypervisorError,
         HostError, with the VM as it was."""
+        ...
+
+
+class Restoring(Hypervisor, Protocol):
+    """What a hypervisor whose capability `restore` says so can do besides."""
+
+    async def restore_vm(self, path: str, timeout: float) -> None:
+        """Instead of `start_vm`: the VM that `save_vm` wrote to the directory `path`, running on. Before it
+        the devices are added that the saved VM had, by the same ids and in the same order; what is behind
+        them may be at another place now. A VsockConfig has no `home_call`: the agent called home long ago.
+        What is in the directory stays as it is. Raises as `start_vm`."""
         ...
 
 

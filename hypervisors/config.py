@@ -1,7 +1,8 @@
 """The [hypervisor.NAME] section: Kata's keys, Kata's defaults, and the few keys of our own.
 
 What: `SandboxSection`, the keys that the sandbox reads itself, whatever VMM runs it: a plugin's schema
-extends it, or `VhostUserSection`, where the VMM has these devices. `HypervisorConfig` is QEMU's.
+extends it, or `VhostUserSection`, where the VMM has these devices, and mixes in `GrowingSection` and
+`DiskSection` where it can do what they are about. `HypervisorConfig` is QEMU's.
 Why: an existing configuration.toml must mean the same here (design D5).
 `enable_annotations` and the valid_* lists are the loader's (`shim.config.schema.AnnotationPolicy`): they hold
 for every plugin, whatever its schema.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["HypervisorConfig", "SandboxSection", "VhostUserSection"]
+__all__ = ["DiskSection", "GrowingSection", "HypervisorConfig", "SandboxSection", "VhostUserSection"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +64,37 @@ class VhostUserSection(SandboxSection):
     tx_rate_limiter_max_rate: int = 0  # bits/s from the guest
 
 
+@dataclass(frozen=True, kw_only=True)
+class GrowingSection:
+    """Mixed into the section of a VMM whose VMs can grow: what the sandbox plans with. No slots: there is
+    another base that has them."""
+
+    default_maxvcpus: int = 0  # that the VM may grow to; 0 is the host's
+    overhead_vcpus: float = 0.0  # what the VM needs besides its containers, when its size is static
+    default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
+    overhead_memory: int = 0  # as overhead_vcpus; 0 is default_memory
+    hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskSection:
+    """Mixed into the section of a VMM that plugs containers' disks as it is told to."""
+
+    block_device_driver: str = ""  # virtio-blk-pci | virtio-blk-mmio | virtio-scsi | virtio-pmem
+    block_device_cache_set: bool = False  # whether the next counts
+    block_device_cache_direct: bool = False
+    num_queues: int = 1
+    queue_size: int = 128
+    disk_rate_limiter_bw_max_rate: int = 0  # bits/s of each disk, both ways together; 0: no limit
+    disk_rate_limiter_bw_one_time_burst: int = 0  # bits
+    disk_rate_limiter_ops_max_rate: int = 0
+    disk_rate_limiter_ops_one_time_burst: int = 0
+    enable_vhost_user_store: bool = False  # block devices 241:N of containers are vhost-user disks
+    vhost_user_store_path: str = "/var/run/kata-containers/vhost-user"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HypervisorConfig(VhostUserSection):
+class HypervisorConfig(VhostUserSection, GrowingSection, DiskSection):
     """QEMU's section."""
 
     # --- programs
@@ -81,31 +111,17 @@ class HypervisorConfig(VhostUserSection):
     machine_accelerators: str = ""
     accelerator: str = "auto"  # ours: "auto" | "kvm" | "tcg"
     cpu_features: str = ""
-    default_maxvcpus: int = 0  # that the VM may grow to; 0 is the host's
-    overhead_vcpus: float = 0.0  # what the VM needs besides its containers, when its size is static
 
     # --- memory
-    default_maxmemory: int = 0  # MiB that the VM may grow to; 0 is the host's
-    overhead_memory: int = 0  # as overhead_vcpus; 0 is default_memory
     memory_slots: int = 10  # DIMMs that can be plugged; 0 is none
     enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
-    hotplug_timeout: float = 30.0  # ours: seconds in which the guest must take or give back what is plugged
 
     # --- disks of containers
-    block_device_driver: str = ""  # virtio-blk-pci | virtio-blk-mmio | virtio-scsi | virtio-pmem
     block_device_aio: str = "threads"  # threads | native | io_uring
-    block_device_cache_set: bool = False  # whether the next two count
-    block_device_cache_direct: bool = False
-    block_device_cache_noflush: bool = False
+    block_device_cache_noflush: bool = False  # with block_device_cache_set
     block_device_logical_sector_size: int = 0  # bytes; 0 is 512
     block_device_physical_sector_size: int = 0
-    num_queues: int = 1
-    queue_size: int = 128
     enable_iothreads: bool = False
-    disk_rate_limiter_bw_max_rate: int = 0  # bits/s of each disk, both ways together; 0: no limit
-    disk_rate_limiter_bw_one_time_burst: int = 0  # bits
-    disk_rate_limiter_ops_max_rate: int = 0
-    disk_rate_limiter_ops_one_time_burst: int = 0
     enable_guest_swap: bool = False
     guest_swap_path: str = "/run/kata-containers/swap"  # a directory
     guest_swap_size_percent: int = 100  # of the memory that the VM starts with
@@ -119,9 +135,6 @@ class HypervisorConfig(VhostUserSection):
     cold_plug_vfio: str = "no-port"  # what VFIO devices sit behind: no-port (none) | root-port | switch-port
     hot_plug_vfio: str = "no-port"  # the same while it runs, or bridge-port; one of the two only
     enable_iommu: bool = False  # an IOMMU in the VM: what vfio_mode = "vfio" needs
-
-    enable_vhost_user_store: bool = False  # block devices 241:N of containers are vhost-user disks
-    vhost_user_store_path: str = "/var/run/kata-containers/vhost-user"
 
     # --- security
     rootless: bool = True  # Kata: false. QEMU and its vsock daemon run as a user of the sandbox's own

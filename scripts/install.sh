@@ -22,7 +22,7 @@ ETC=/etc/kata-containers/configuration.toml
 TARGET=$DESTDIR$PREFIX
 GUEST=$TARGET/share/kata-containers
 SHIPPED=$TARGET/share/defaults/kata-containers/configuration.toml
-SHIPPED_FC=${SHIPPED%.toml}-fc.toml
+SHIPPED_OTHERS=(fc clh)  # runtime classes with a file of their own
 GUEST_FILES=(vmlinux initrd.img rootfs.img manifest.json)
 
 say() { printf '[install] %s\n' "$*"; }
@@ -90,8 +90,11 @@ install_configuration() {
         sed -i "s|^#vsock_daemon = .*|vsock_daemon = \"$PREFIX/libexec/vhost-device-vsock\"|" "$SHIPPED"
     fi
     chmod 0644 "$SHIPPED"
-    sed -e "s|/opt/kata-shim/share|$PREFIX/share|g" config/configuration-fc.toml >"$SHIPPED_FC"
-    chmod 0644 "$SHIPPED_FC"
+    local class
+    for class in "${SHIPPED_OTHERS[@]}"; do
+        sed -e "s|/opt/kata-shim/share|$PREFIX/share|g" "config/configuration-$class.toml" >"${SHIPPED%.toml}-$class.toml"
+        chmod 0644 "${SHIPPED%.toml}-$class.toml"
+    done
     if [[ $replace == yes ]]; then
         install -m 0644 "$SHIPPED" "$DESTDIR$ETC"
     else
@@ -114,7 +117,7 @@ do_install() {
 do_uninstall() {
     local file
     if etc_is_ours; then rm -f "$DESTDIR$ETC"; elif [[ -e $DESTDIR$ETC ]]; then say "kept: $ETC, which was changed"; fi
-    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "$SHIPPED_FC" "$TARGET/libexec/vhost-device-vsock"
+    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "${SHIPPED_OTHERS[@]/#/${SHIPPED%.toml}-}" "$TARGET/libexec/vhost-device-vsock"
     for file in "${GUEST_FILES[@]}"; do rm -f "$GUEST/$file"; done
     rm -rf "$TARGET/venv"
     for file in "$TARGET/share/defaults/kata-containers" "$TARGET/share/defaults" "$GUEST" "$TARGET/share" \

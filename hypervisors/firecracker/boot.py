@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hypervisors.firecracker.config import FirecrackerConfig, rate_limiter
+from hypervisors.firecracker.config import FirecrackerConfig
+from hypervisors.rate_limits import rate_limiter
 
 __all__ = [
     "API_SOCKET",
@@ -103,8 +104,8 @@ def drive(section: FirecrackerConfig, name: str, path: str, *, read_only: bool) 
         "is_read_only": read_only,
     }
     limits = rate_limiter(
-        bits=section.disk_rate_limiter_bw_max_rate,
-        bits_burst=section.disk_rate_limiter_bw_one_time_burst,
+        bytes_=-(-section.disk_rate_limiter_bw_max_rate // 8),
+        bytes_burst=section.disk_rate_limiter_bw_one_time_burst // 8,
         ops=section.disk_rate_limiter_ops_max_rate,
         ops_burst=section.disk_rate_limiter_ops_one_time_burst,
     )
@@ -120,7 +121,7 @@ def network(section: FirecrackerConfig, name: str, tap: str, mac: str) -> Call:
         ("rx_rate_limiter", section.rx_rate_limiter_max_rate),
         ("tx_rate_limiter", section.tx_rate_limiter_max_rate),
     ):
-        limits = rate_limiter(bits=bits)
+        limits = rate_limiter(bytes_=-(-bits // 8))
         if limits:
             body[key] = limits
     return Call(f"/network-interfaces/{name}", body)

@@ -1,20 +1,16 @@
 """The [hypervisor.firecracker] section: Kata's keys that Firecracker can act on, and a few of our own.
 
-What: `FirecrackerConfig` and `rate_limiter`, which puts Kata's numbers into Firecracker's token buckets.
 Invariants: as in `hypervisors.config`: 0 and "" mean "choose for me", sizes are MiB. Rates of Kata's are
-bits (operations) a second, Firecracker's buckets are bytes (operations) for each `refill_time`.
+bits (operations) a second.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hypervisors.config import SandboxSection
 
-__all__ = ["FirecrackerConfig", "rate_limiter"]
-
-_REFILL = 1000  # milliseconds: so that a bucket's size is its rate
+__all__ = ["FirecrackerConfig"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,20 +45,3 @@ class FirecrackerConfig(SandboxSection):
     rootless: bool = True  # Kata: false. With the jailer and without a jailer_uid
     rootless_users: str = "2000000000-2000065535"  # ours: the numbers that such users are taken from
     disable_seccomp: bool = False
-
-
-def rate_limiter(
-    *, bits: int = 0, bits_burst: int = 0, ops: int = 0, ops_burst: int = 0
-) -> dict[str, Any] | None:
-    """Firecracker's RateLimiter; None without a limit. A burst counts only beside its rate."""
-    limits: dict[str, Any] = {}
-    if bits:
-        limits["bandwidth"] = _bucket(max(1, bits // 8), bits_burst // 8)
-    if ops:
-        limits["ops"] = _bucket(ops, ops_burst)
-    return limits or None
-
-
-def _bucket(size: int, burst: int) -> dict[str, int]:
-    bucket = {"size": size, "refill_time": _REFILL}
-    return {**bucket, "one_time_burst": burst} if burst else bucket

@@ -18,9 +18,9 @@ from devices.config import BlockConfig
 from devices.errors import HostError, HypervisorError
 from devices.threads import acquire
 from hypervisors.firecracker import boot
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.jail import Den
+from hypervisors.http_api import HttpApi
 
 __all__ = ["EMPTY", "Drives", "disk_path"]
 
@@ -64,7 +64,7 @@ class Drives:
             calls.append(boot.drive(self._section, slot.drive, EMPTY, read_only=slot.read_only))
         return calls
 
-    async def fill(self, device: BlockConfig, api: FirecrackerApi) -> str:
+    async def fill(self, device: BlockConfig, api: HttpApi) -> str:
         """Put the disk into a free slot; its name in the guest. Raises HypervisorError, HostError."""
         async with self._lock:
             slot = next(
@@ -91,7 +91,7 @@ class Drives:
             slot.user = device.id
             return disk_path(slot.index)
 
-    async def empty(self, device_id: str, api: FirecrackerApi) -> bool:
+    async def empty(self, device_id: str, api: HttpApi) -> bool:
         """Take the disk out of its slot; False if it is in none. Raises HypervisorError: it stays then."""
         async with self._lock:
             slot = self._of(device_id)
@@ -102,7 +102,7 @@ class Drives:
             slot.user = ""
             return True
 
-    async def announce(self, device: BlockConfig, api: FirecrackerApi) -> bool:
+    async def announce(self, device: BlockConfig, api: HttpApi) -> bool:
         """Have the guest look at the disk's size again; False if it is in no slot. Raises HypervisorError."""
         async with self._lock:
             slot = self._of(device.id)
@@ -124,6 +124,6 @@ class Drives:
         return slot
 
 
-async def _patch(api: FirecrackerApi, slot: _Slot, path: str) -> None:
+async def _patch(api: HttpApi, slot: _Slot, path: str) -> None:
     body = {"drive_id": slot.drive, "path_on_host": path}
     await api.patch(f"/drives/{slot.drive}", body, timeout=_CALL)

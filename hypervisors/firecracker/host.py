@@ -1,4 +1,4 @@
-"""What of one Firecracker the host sees: its vCPUs' threads, and the cgroups that its jailer made.
+"""The cgroups that Firecracker's jailer made.
 
 Why apart: the jailer makes cgroups and never removes them; that is left to who started it.
 Invariants: everything here blocks for at most two seconds; call it in a thread.
@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import time
 
 from hypervisors.firecracker.config import FirecrackerConfig
 
-__all__ = ["cgroup_paths", "remove_cgroup", "vcpu_threads"]
+__all__ = ["cgroup_paths", "remove_cgroup"]
 
 _CGROUP_DEADLINE = 2.0  # seconds
-
-
-def vcpu_threads(pid: int) -> dict[int, int]:
-    """Thread ids by vCPU number, as Firecracker names its threads. Raises OSError when it is gone."""
-    found = {}
-    for tid in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/task/{tid}/comm", encoding="utf-8") as file:
-                match = re.fullmatch(r"fc_vcpu (\d+)\n?", file.read())
-            if match:
-                found[int(match[1])] = int(tid)
-    return found
 
 
 def cgroup_paths(section: FirecrackerConfig, jail: str, version: int) -> list[str]:

@@ -16,11 +16,11 @@ from devices.threads import acquire
 from devices.undo import Entry
 from devices.vsock import HybridVsock
 from hypervisors.firecracker import boot
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import Drives
 from hypervisors.firecracker.jail import Den
 from hypervisors.firecracker.report import Report
+from hypervisors.http_api import HttpApi
 
 __all__ = ["CALL", "SNAPSHOT", "Parts", "configure", "load"]
 
@@ -41,7 +41,7 @@ class Parts:
     channel: HybridVsock | None = None
     report: Report = field(default_factory=Report)
     process: Child | None = None
-    api: FirecrackerApi | None = None
+    api: HttpApi | None = None
     cgroups: list[Entry] = field(default_factory=list)
 
 
@@ -77,14 +77,14 @@ async def configure(parts: Parts, section: FirecrackerConfig) -> None:
     await api.put("/actions", {"action_type": "InstanceStart"}, timeout=_START)
 
 
-async def load(parts: Parts, section: FirecrackerConfig) -> None:
+async def load(parts: Parts, section: FirecrackerConfig, state_file: str, memory_file: str) -> None:
     """The VM of a snapshot instead. Its disks are those it was saved with, by the same names."""
     den, api = parts.den, parts.api
     assert den is not None
     assert api is not None
     await _drives(parts, section)  # the saved state knows them by these names
-    state = await acquire(den.lend, section.device_state_path, "device-state")
-    memory = await acquire(den.lend, section.memory_path, "memory")
+    state = await acquire(den.lend, state_file, "device-state")
+    memory = await acquire(den.lend, memory_file, "memory")
     body = {
         "snapshot_path": state,
         "mem_backend": {"backend_type": "File", "backend_path": memory},

@@ -33,7 +33,12 @@ class FirecrackerPlugin:
     name = "firecracker"
     section = FirecrackerConfig
     capabilities = Capabilities(
-        devices=abilities(_MAX_SLOTS), tap_by_name=True, hybrid_vsock=True, pause=True, snapshot=True
+        devices=abilities(_MAX_SLOTS),
+        tap_by_name=True,
+        hybrid_vsock=True,
+        pause=True,
+        snapshot=True,
+        restore=True,
     )
 
     def adjust_config(self, section: FirecrackerConfig) -> FirecrackerConfig:

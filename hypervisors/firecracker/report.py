@@ -17,9 +17,9 @@ import structlog
 from devices import foreign_json
 from devices.child import Child, process_stat
 from devices.lines import LineLog
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.fifo import Fifo, LineFifo
 from hypervisors.firecracker.jail import Den
+from hypervisors.http_api import HttpApi
 
 __all__ = ["LOG", "METRICS", "Report"]
 
@@ -70,7 +70,7 @@ class Report:
         evidence = {"firecracker log": self.log_tail, "guest console": self.console_tail}
         return {name: text for name, text in evidence.items() if text}
 
-    async def metrics(self, api: FirecrackerApi, pid: int) -> dict[str, float]:
+    async def metrics(self, api: HttpApi, pid: int) -> dict[str, float]:
         """CPU seconds and resident bytes from /proc, and Firecracker's own counters, `group_name` each."""
         found: dict[str, float] = {"processes": 0.0}
         with contextlib.suppress(ProcessLookupError):

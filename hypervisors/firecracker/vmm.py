@@ -38,19 +38,22 @@ from devices.vsock import AgentChannel, HybridVsock
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.firecracker import boot
 from hypervisors.firecracker.abilities import abilities
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.confinement import jailer_confinement, plain_confinement
 from hypervisors.firecracker.drives import EMPTY, Drives, disk_path
-from hypervisors.firecracker.host import cgroup_paths, remove_cgroup, vcpu_threads
+from hypervisors.firecracker.host import cgroup_paths, remove_cgroup
 from hypervisors.firecracker.jail import JAIL_BASE, Den, jail_id
 from hypervisors.firecracker.parts import CALL, SNAPSHOT, Parts, configure, load
 from hypervisors.firecracker.report import LOG, METRICS
+from hypervisors.http_api import HttpApi
+from hypervisors.vcpu_threads import vcpu_threads
 
 __all__ = ["Firecracker"]
 
 _NAME = "firecracker"
+_STATE, _MEMORY = "device_state", "memory"  # files of a saved VM
 _EMPTY_SIZE = 4096  # bytes: the least that a page-sized read finds
+_VCPU = re.compile(r"fc_vcpu (\d+)")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 _log = structlog.get_logger(_NAME)
@@ -98,6 +101,18 @@ class Firecracker:
 
     async def start_vm(self, timeout: float) -> None:
         """See `Hypervisor.start_vm`."""
+        section = self._section
+        if section.boot_from_template:
+            await self._start(timeout, section.device_state_path, section.memory_path)
+        else:
+            await self._start(timeout)
+
+    async def restore_vm(self, path: str, timeout: float) -> None:
+        """See `Restoring.restore_vm`."""
+        await self._start(timeout, f"{path}/{_STATE}", f"{path}/{_MEMORY}")
+
+    async def _start(self, timeout: float, *saved: str) -> None:
+        """`saved`: the two files of a snapshot, where it begins with that."""
         if self._parts.den is None or self._ended is not None:
             raise BugError("start_vm needs prepare_vm before it, and once")
         self._ended = asyncio.get_running_loop().create_future()
@@ -105,8 +120,10 @@ class Firecracker:
         try:
             async with asyncio.timeout(timeout):
                 await self._spawn(timeout)
-                begin = load if self._section.boot_from_template else configure
-                await begin(self._parts, self._section)
+                if saved:
+                    await load(self._parts, self._section, *saved)
+                else:
+                    await configure(self._parts, self._section)
         except TimeoutError:
             await self._end()
             raise self._with_evidence(
@@ -175,8 +192,8 @@ class Firecracker:
             inside = await acquire(den.lend, path, "snapshot", read_only=False)
             body = {
                 "snapshot_type": "Full",
-                "snapshot_path": f"{inside}/device_state",
-                "mem_file_path": f"{inside}/memory",
+                "snapshot_path": f"{inside}/{_STATE}",
+                "mem_file_path": f"{inside}/{_MEMORY}",
             }
             await api.put("/snapshot/create", body, timeout=SNAPSHOT)
         except OSError as error:
@@ -267,7 +284,7 @@ class Firecracker:
 
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`: Firecracker names its threads `fc_vcpu N`."""
-        return VcpuThreadIds(await look(vcpu_threads, self._process().pid))
+        return VcpuThreadIds(await look(vcpu_threads, self._process().pid, _VCPU))
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -338,8 +355,10 @@ class Firecracker:
             tap_by_name=True,
             tap_owner=self._owner,
             hybrid_vsock=True,
+            own_vsock=True,
             pause=True,
             snapshot=True,
+            restore=True,
         )
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
@@ -399,7 +418,7 @@ class Firecracker:
         self._watcher = asyncio.create_task(self._watch(parts.process), name=f"watch {self._sandbox_id}")
         self._check_stopping()  # who stopped us saw no process
         sock = await connect_when_listening(den.path(boot.API_SOCKET), parts.process, timeout)
-        parts.api = FirecrackerApi(sock)
+        parts.api = HttpApi("Firecracker", sock)
         level = "Debug" if section.enable_debug else "Warn"
         logger = {"log_path": LOG, "level": level, "show_level": True}
         await parts.api.put("/logger", logger, timeout=CALL)
@@ -466,7 +485,7 @@ class Firecracker:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
 
-    def _api(self) -> FirecrackerApi:
+    def _api(self) -> HttpApi:
         if self._parts.api is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._parts.api

@@ -89,6 +89,7 @@ async def take_over(
     if _CONSOLE in state.sockets:
         parts.console = Console.reading(state.sockets[_CONSOLE], log_console() if debug else None)
     parts.qmp = await QmpClient.connect(_dial(state.sockets[_QMP]), timeout=_CONNECT, on_event=on_event)
+    parts.answers = True
 
 
 def _dial(path: str) -> socket.socket:

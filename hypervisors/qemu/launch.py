@@ -21,9 +21,9 @@ from devices.config import NetworkConfig, VsockConfig
 from devices.errors import HypervisorError
 from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
+from hypervisors.death import GATHER, Death
 from hypervisors.qemu.cmdline import Plan, arguments
 from hypervisors.qemu.confinement import confinement
-from hypervisors.qemu.death import GATHER, Death
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
 
@@ -119,3 +119,4 @@ async def _open_control(
             await connecting.result().close()
         raise death.error(death.ended.result())
     parts.qmp = connecting.result()
+    parts.answers = True

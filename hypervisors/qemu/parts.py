@@ -1,24 +1,19 @@
 """What one VM under QEMU is made of: its processes, connections and devices, as far as it got.
 
-Why a value of its own: starting, hot-plug and death are modules apart, and all three work on the same
-parts.
+What: `Parts`, QEMU's own beside those of every VM (`hypervisors.parts`).
 Invariants: a part is here from the moment it exists; `Qemu.cleanup` releases every part that is here.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from devices.child import Child, process_memory, process_stat
-from devices.console import Console
-from devices.vsock import HybridVsock, KernelVsock
 from devices.vsock_daemon import VsockDaemon
-from hypervisors.qemu.helpers import Helpers
+from hypervisors.parts import VmParts
 from hypervisors.qemu.qmp import QmpClient
 from hypervisors.qemu.recipes import Placed
 
@@ -26,19 +21,13 @@ __all__ = ["Parts"]
 
 
 @dataclass(slots=True)
-class Parts:
-    """See the module's docstring. `daemons`: those that every VM needs; `helpers` serve single devices.
-    `vhost_fd` is kernel vsock's descriptor, -1 without. `files`: of disks, by device, until QEMU has them.
-    `locked`: bytes that QEMU must be able to lock."""
+class Parts(VmParts):
+    """See the module's docstring. `vhost_fd` is kernel vsock's descriptor, -1 without. `files`: of disks, by
+    device, until QEMU has them. `locked`: bytes that QEMU must be able to lock."""
 
     placed: list[Placed] = field(default_factory=list)
-    daemons: list[Child] = field(default_factory=list)
     vsock: VsockDaemon | None = None
-    helpers: Helpers = field(default_factory=Helpers)
     vhost_fd: int = -1
-    console: Console | None = None
-    channel: HybridVsock | KernelVsock | None = None
-    process: Child | None = None
     qmp: QmpClient | None = None
     files: dict[str, int] = field(default_factory=dict)
     locked: int = 0
@@ -87,29 +76,6 @@ class Parts:
             if isinstance(ended, BaseException):
                 raise ended
 
-    def diagnostics(self) -> dict[str, str]:
-        """See `Hypervisor.diagnostics`."""
-        evidence = {"vmm stderr": self.process.stderr_tail() if self.process else ""}
-        evidence |= self.helpers.evidence()
-        evidence["vhost-device-vsock stderr"] = self.vsock.child.stderr_tail() if self.vsock else ""
-        evidence["guest console"] = self.console.tail() if self.console else ""
-        return {name: text for name, text in evidence.items() if text}
-
-    def pids(self) -> list[int]:
-        """See `Hypervisor.get_pids`."""
-        children = [self.process, *self.daemons]
-        ours = [child.pid for child in children if child is not None and child.alive]
-        return ours + self.helpers.pids()
-
-    def metrics(self) -> dict[str, float]:
-        """See `Hypervisor.get_hypervisor_metrics`."""
-        tick = os.sysconf("SC_CLK_TCK")
-        metrics = {"cpu_seconds_total": 0.0, "resident_bytes": 0.0, "processes": 0.0}
-        for index, pid in enumerate(self.pids()):
-            with contextlib.suppress(ProcessLookupError):
-                fields = process_stat(pid)
-                own, shared = process_memory(pid)
-                metrics["cpu_seconds_total"] += (int(fields[11]) + int(fields[12])) / tick
-                metrics["resident_bytes"] += own + (0 if index else shared)
-                metrics["processes"] += 1
-        return metrics
+    def words(self) -> dict[str, str]:
+        """The vsock daemon's."""
+        return {"vhost-device-vsock stderr": self.vsock.child.stderr_tail() if self.vsock else ""}

@@ -1,7 +1,7 @@
 """One VM under QEMU: `Qemu` implements `hypervisors.base.Hypervisor`.
 
 What: its start, its daemons (vsock, virtiofsd), its control connection; its death is `death`'s matter.
-Why one class: the mission's trait is one, and the parts are started and released in one order.
+What it does as every other driver is `hypervisors.process_vm`'s.
 Invariants:
 - Daemons are started by `add_device`, so they get ready while the rest is prepared; their sockets are
   connected before QEMU starts and are inherited by it: QEMU finds nothing to wait for.
@@ -10,18 +10,14 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import os
-import re
-import signal
 from collections.abc import Mapping
-from typing import TypeVar
 
 import structlog
 
-from devices.child import Child, process_start_time, thread_ids
+from devices.child import process_start_time, thread_ids
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -34,7 +30,6 @@ from devices.errors import (
     CallerError,
     HostError,
     HypervisorError,
-    KataError,
     UnsupportedByHypervisor,
 )
 from devices.kinds import Op
@@ -43,14 +38,13 @@ from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from devices.users import User, parse_range, take
 from devices.versions import Version, version_of
-from devices.vsock import AgentChannel
-from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
+from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds
 from hypervisors.config import HypervisorConfig
+from hypervisors.process_vm import ProcessVm
 from hypervisors.qemu.abilities import abilities
 from hypervisors.qemu.adopt import saved, take_over
 from hypervisors.qemu.cmdline import Plan
 from hypervisors.qemu.confinement import check_readable, meeting_place, take_back_nodes
-from hypervisors.qemu.death import Death
 from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.hotplug import Plugger
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
@@ -66,44 +60,30 @@ from hypervisors.qemu.sizing import Sizer
 __all__ = ["VHOST_VSOCK", "Qemu"]
 
 _NAME = "qemu"
-# Seconds that a running QEMU gets to flush its images: to take `quit`, to end by it, and to end by SIGTERM.
-_QUIT_TIMEOUT, _TERM_TIMEOUT = 0.3, 0.3
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-
-_Part = TypeVar("_Part")
-
 _log = structlog.get_logger("qemu")
 
 
-class Qemu:
+class Qemu(ProcessVm[HypervisorConfig, Parts]):
     """See the module's docstring and `hypervisors.base.Hypervisor`."""
 
+    name = _NAME
+    vmm = "QEMU"
+
     def __init__(self, section: HypervisorConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> None:
-        if not _ID.fullmatch(sandbox_id):
-            raise BugError(f"{sandbox_id!r} is no sandbox id")
-        self._section = section
-        self._sandbox_id = sandbox_id
-        self._state_dir = state_dir
-        self._undo = undo
-        self._netns: str | None = None
+        super().__init__(section, Parts(), sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
         self._user: User | None = None  # from `prepare_vm` on, unless QEMU runs as root
         self._plan: Plan | None = None  # from `prepare_vm` on
-        self._parts = Parts()
         self._events = Budget(_NAME, "QMP events")
         self._places = Places(section)
         self._passed: set[str] = set()  # ids of the devices of VFIO, once they were here
         self._sizer: Sizer | None = None  # from `start_vm` on
         self._plugger: Plugger | None = None  # likewise
-        self._death: Death | None = None  # from `start_vm` on
-        self._starting: asyncio.Future[None] | None = None  # likewise; done when `start_vm` is
 
     # --- the VM's life
 
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
         """See `Hypervisor.prepare_vm`. Chooses accelerator and user, and knows QEMU's version then."""
-        if id != self._sandbox_id:
-            raise BugError(f"this VM was created for {self._sandbox_id}, not for {id}")
-        self._netns = netns
+        self._prepare(id, netns)
         section = self._section
         choice = choose_accelerator(section.accelerator)
         version = Version()
@@ -117,76 +97,8 @@ class Qemu:
         os.makedirs(meeting_place(self._state_dir), exist_ok=True)
         os.chmod(meeting_place(self._state_dir), 0o711)  # noqa: S103  (QEMU's user passes through)
         self._plan = plan
+        self._prepared = True
         _log.info("accelerator", name=choice.accelerator.value, reason=choice.reason, qemu=str(version))
-
-    async def start_vm(self, timeout: float) -> None:
-        """See `Hypervisor.start_vm`."""
-        if self._plan is None or self._death is not None:
-            raise BugError("start_vm needs prepare_vm before it, and once")
-        parts = self._parts
-        self._death = Death(self._section, parts)
-        parts.helpers.on_loss = self._death.lose
-        self._starting = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._launch(timeout)
-        except TimeoutError:
-            await self._end()
-            raise self._with_evidence(
-                HypervisorError(f"QEMU did not start within {timeout:g} s", code="DEADLINE_EXCEEDED")
-            ) from None
-        except KataError as error:
-            stopped = self._death.stopping
-            await self._end()
-            if stopped:  # what it met is only how the stop looked from here
-                raise HypervisorError("the VM was stopped while it started", code="ABORTED") from error
-            raise self._with_evidence(error) from None
-        except BaseException:
-            await self._end()
-            raise
-        finally:
-            self._starting.set_result(None)
-        assert parts.process is not None
-        _log.info("QEMU runs", pid=parts.process.pid, daemons=[child.pid for child in parts.daemons])
-
-    async def wait_vm(self) -> VmExit:
-        """See `Hypervisor.wait_vm`."""
-        if self._death is None:
-            raise BugError("wait_vm needs start_vm before it")
-        return await asyncio.shield(self._death.ended)
-
-    async def stop_vm(self) -> None:
-        """See `Hypervisor.stop_vm`: `quit`, SIGTERM, SIGKILL, each with a deadline: a QEMU that waits for a
-        daemon which stands still takes no more than the last. A start under way fails first."""
-        process = self._parts.process
-        if self._death is not None:
-            self._death.stopping = True
-        if self._parts.qmp is not None and process is not None and process.alive:
-            with contextlib.suppress(KataError):
-                await self._parts.qmp.execute("quit", timeout=_QUIT_TIMEOUT)
-            with contextlib.suppress(TimeoutError):
-                await process.wait(_QUIT_TIMEOUT)
-            process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(TimeoutError):
-                await process.wait(_TERM_TIMEOUT)
-        await self._end()
-        if self._starting is not None:
-            await asyncio.wait({self._starting})
-
-    async def _end(self) -> None:
-        """Without a word: SIGKILL."""
-        if self._death is not None:
-            self._death.stopping = True
-        try:
-            if self._parts.process is not None:
-                await self._parts.process.kill()
-        except KataError as error:  # the kernel holds it: its end will not be seen, and is told all the same
-            if self._death is not None:
-                self._death.lose(error.cause)
-            raise
-        finally:
-            if self._death is not None:
-                await self._death.told()
 
     async def pause_vm(self) -> None:
         """See `Hypervisor.pause_vm`."""
@@ -221,11 +133,11 @@ class Qemu:
         if hot:
             return await self._add_hot(device)
         if isinstance(device, ConsoleConfig | ProtectionConfig):  # on no bus
-            self._parts.placed.append(await self._prepare(device))
+            self._parts.placed.append(await self._ready(device))
             return ""
         at, guest_path = self._places.allocate(device, self._parts.placed)
         try:
-            self._parts.placed.append(dataclasses.replace(await self._prepare(device), at=at))
+            self._parts.placed.append(dataclasses.replace(await self._ready(device), at=at))
         except BaseException:
             self._places.release(device.id)
             raise
@@ -236,7 +148,7 @@ class Qemu:
         if plugger.has(device.id):
             raise BugError(f"there is a device {device.id} already")
         with helpers.unsettled(device.id):
-            placed = await self._prepare(device)
+            placed = await self._ready(device)
             helper = helpers.of(device.id)
             try:
                 path = await plugger.add(placed)
@@ -249,7 +161,7 @@ class Qemu:
             helper.handed_over()
         return path
 
-    async def _prepare(self, device: DeviceConfig) -> Placed:
+    async def _ready(self, device: DeviceConfig) -> Placed:
         assert self._plan is not None
         if isinstance(device, VfioConfig):
             from hypervisors.qemu.vfio import let_in  # few VMs have such a device
@@ -313,21 +225,11 @@ class Qemu:
 
     # --- knowledge
 
-    async def get_agent_socket(self) -> AgentChannel:
-        """See `Hypervisor.get_agent_socket`."""
-        if self._parts.channel is None:
-            raise BugError("this VM has no vsock device")
-        return self._parts.channel
-
     async def disconnect(self) -> None:
         """See `Hypervisor.disconnect`."""
         if self._parts.qmp is not None:
             await self._parts.qmp.close()
             self._parts.qmp = None
-
-    async def hypervisor_config(self) -> HypervisorConfig:
-        """See `Hypervisor.hypervisor_config`."""
-        return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
         """See `Hypervisor.get_thread_ids`. QEMU tells the numbers that they have in its pid namespace,
@@ -343,18 +245,6 @@ class Qemu:
             return VcpuThreadIds(
                 {index: known[thread] for index, thread in numbers.items() if sizer.is_granted(index)}
             )
-
-    async def get_pids(self) -> list[int]:
-        """See `Hypervisor.get_pids`."""
-        return self._parts.pids()
-
-    async def get_vmm_master_tid(self) -> int:
-        """See `Hypervisor.get_vmm_master_tid`."""
-        return self._process().pid
-
-    async def get_ns_path(self) -> str:
-        """See `Hypervisor.get_ns_path`."""
-        return f"/proc/{self._process().pid}/ns/net"
 
     async def cleanup(self) -> None:
         """See `Hypervisor.cleanup`."""
@@ -374,10 +264,6 @@ class Qemu:
         status = await self._qmp().execute("query-status")
         if not isinstance(status, dict) or status.get("status") not in ("running", "paused"):
             raise HypervisorError(f"the VM does not run: {status!r:.100}")
-
-    async def get_jailer_root(self) -> str:
-        """QEMU sees the host's root."""
-        return ""
 
     async def save_state(self) -> HypervisorState:
         """See `Hypervisor.save_state`."""
@@ -409,9 +295,7 @@ class Qemu:
             debug=self._section.enable_debug,
             on_event=self._on_event,
         )
-        self._death = Death(self._section, parts)
-        parts.helpers.on_loss = self._death.lose
-        self._death.begin(f"watch {self._sandbox_id}")
+        self._begin_death().begin(f"watch {self._sandbox_id}")
         _log.info("QEMU is taken over", pid=state.pid, daemons=dict(state.processes))
 
     async def capabilities(self) -> Capabilities:
@@ -425,18 +309,10 @@ class Qemu:
             adopt=True,
         )
 
-    async def get_hypervisor_metrics(self) -> dict[str, float]:
-        """CPU seconds and resident bytes of QEMU and its daemons, from /proc.
-
-        The guest's memory, which the daemons map too, counts once, with QEMU.
-        """
-        return self._parts.metrics()
-
-    def diagnostics(self) -> dict[str, str]:
-        """See `Hypervisor.diagnostics`."""
-        return self._parts.diagnostics()
-
     # --- how it is done
+
+    async def _say_quit(self, timeout: float) -> None:
+        await self._qmp().execute("quit", timeout=timeout)
 
     async def _launch(self, timeout: float) -> None:
         assert self._plan is not None
@@ -470,11 +346,14 @@ class Qemu:
     def _on_event(self, event: QmpEvent) -> None:
         if self._events.take():
             _log.debug("QMP event", event_name=str(event["event"])[:50], data=repr(event.get("data"))[:200])
-        if self._death is not None:
-            self._death.see(event)
-
-    def _with_evidence(self, error: KataError) -> KataError:
-        return error.with_context(phase="boot", details=self.diagnostics())
+        data = event.get("data")
+        if (
+            self._death is not None
+            and event["event"] == "SHUTDOWN"
+            and isinstance(data, dict)
+            and data.get("guest")
+        ):
+            self._death.guest_ends(str(data.get("reason")))
 
     @property
     def _uid(self) -> int:
@@ -483,17 +362,6 @@ class Qemu:
     def _have_user(self, user: User) -> None:
         """Nobody waits for it any more; `cleanup` gives it back."""
         self._user = user
-
-    def _process(self) -> Child:
-        process = self._parts.process
-        if process is None or not process.alive:  # its pid may be somebody else's by now
-            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
-        return process
-
-    def _running(self, part: _Part | None) -> _Part:
-        if part is None:
-            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
-        return part
 
     def _qmp(self) -> QmpClient:
         return self._running(self._parts.qmp)

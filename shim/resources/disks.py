@@ -17,6 +17,7 @@ from typing import Any
 from devices.config import BlockConfig, BlockOptions, IoLimits, VhostUserBlkConfig
 from devices.kinds import Kind
 from devices.threads import look
+from hypervisors.config import DiskSection, HypervisorConfig
 from proto import agent_pb2
 
 __all__ = ["PMEM_MODULES", "DiskStyle", "disk_style"]
@@ -66,10 +67,9 @@ def _can_be_memory(path: str) -> bool:
 
 
 def disk_style(section: Any) -> DiskStyle:
-    """From [hypervisor.NAME]. A VMM whose section has no such keys serves disks in its own way."""
-    if not hasattr(section, "block_device_driver"):
+    """From [hypervisor.NAME]. A VMM whose section mixes in no DiskSection serves disks in its own way."""
+    if not isinstance(section, DiskSection):
         return DiskStyle()
-    cached = section.block_device_cache_set
     limits = IoLimits(
         bytes=-(-section.disk_rate_limiter_bw_max_rate // 8),
         bytes_burst=section.disk_rate_limiter_bw_one_time_burst // 8,
@@ -77,15 +77,19 @@ def disk_style(section: Any) -> DiskStyle:
         ops_burst=section.disk_rate_limiter_ops_one_time_burst,
     )
     options = BlockOptions(
-        direct=cached and section.block_device_cache_direct,
-        no_flush=cached and section.block_device_cache_noflush,
-        aio=section.block_device_aio,
+        direct=section.block_device_cache_set and section.block_device_cache_direct,
         queues=section.num_queues,
         queue_size=section.queue_size,
-        logical_sector=section.block_device_logical_sector_size,
-        physical_sector=section.block_device_physical_sector_size,
-        io_thread=section.enable_iothreads,
         limits=limits,
     )
+    if isinstance(section, HypervisorConfig):
+        options = dataclasses.replace(
+            options,
+            no_flush=section.block_device_cache_set and section.block_device_cache_noflush,
+            aio=section.block_device_aio,
+            logical_sector=section.block_device_logical_sector_size,
+            physical_sector=section.block_device_physical_sector_size,
+            io_thread=section.enable_iothreads,
+        )
     store = section.vhost_user_store_path if section.enable_vhost_user_store else ""
     return DiskStyle(_KINDS.get(section.block_device_driver, Kind.BLK), options, store)

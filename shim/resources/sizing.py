@@ -31,6 +31,7 @@ import structlog
 from devices.errors import CallerError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from hypervisors.base import Capabilities, Hypervisor
+from hypervisors.config import GrowingSection
 from proto import oci_pb2
 from shim.spec.limits import Size, fold_unified, wanted
 from shim.spec.oci import resources_from_json
@@ -108,22 +109,22 @@ def boot_size(base: Size, overhead: Size, spec: Mapping[str, Any], *, static: bo
 def sized(section: Any, spec: Mapping[str, Any], *, static: bool, pod: bool) -> tuple[Any, Bounds]:
     """A hypervisor's section with the size that the VM boots with, and the sizes that it can have.
 
-    `static`: it never gets another; `pod`: `spec` is a pod's sandbox container's. A section without
-    default_maxvcpus is of a VMM whose VMs do not grow.
+    `static`: it never gets another; `pod`: `spec` is a pod's sandbox container's. A section that mixes in no
+    GrowingSection is of a VMM whose VMs do not grow.
     """
-    grows = hasattr(section, "default_maxvcpus") and not static
+    growing = section if isinstance(section, GrowingSection) else None
     base = Size(section.default_vcpus, section.default_memory << 20)
-    overhead = Size(getattr(section, "overhead_vcpus", 0.0), getattr(section, "overhead_memory", 0) << 20)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-    most = Size(
-        max(base.vcpus, getattr(section, "default_maxvcpus", len(os.sched_getaffinity(0)))),
-        max(base.memory, getattr(section, "default_maxmemory", host) << 20),
-    )
+    overhead, ceiling = Size(0.0, 0), Size(float(len(os.sched_getaffinity(0))), host << 20)
+    if growing is not None:
+        overhead = Size(growing.overhead_vcpus, growing.overhead_memory << 20)
+        ceiling = Size(growing.default_maxvcpus, growing.default_maxmemory << 20)
+    most = Size(max(base.vcpus, ceiling.vcpus), max(base.memory, ceiling.memory))
     boot = boot_size(base, overhead, spec, static=static, pod=pod)
     boot = Size(min(boot.vcpus, most.vcpus), min(boot.memory, most.memory))
-    largest = most if grows else boot
+    largest = boot if growing is None or static else most
     changes: dict[str, float] = {"default_vcpus": boot.vcpus, "default_memory": boot.memory >> 20}
-    if hasattr(section, "default_maxvcpus"):
+    if growing is not None:
         changes["default_maxvcpus"] = math.ceil(largest.vcpus)
         changes["default_maxmemory"] = largest.memory >> 20
     return dataclasses.replace(section, **changes), Bounds(base, boot, largest)

@@ -25,6 +25,7 @@ from .machine import Event, Result, Settings
 __all__ = ["BenchHostPlugin", "Inside"]
 
 _INSIDE = "KATA_BENCH_HOST"
+_TOLD = ("KATA_CLH",)  # environment that tests in there need: paths of what no registry has
 _LIMIT = float(os.environ.get("KATA_BENCH_HOST_LIMIT", "3000"))  # seconds for all tests of one machine
 _QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "timeout=900")
 
@@ -142,7 +143,8 @@ class BenchHostPlugin:
     def _job(self) -> str:
         """pytest for all that have no complete reports yet."""
         words = [sys.executable, "-m", "pytest", *_QUIET, *self._waiting]
-        return f"CI=true exec {shlex.join(words)}"
+        told = [f"{name}={os.environ[name]}" for name in _TOLD if name in os.environ]
+        return f"exec {shlex.join(['env', 'CI=true', *told, *words])}"
 
     def _ended(self, result: Result) -> None:
         self._result = result

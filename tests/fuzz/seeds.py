@@ -251,6 +251,10 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
     ),
     "vsock-answer": _text("OK 1073741824\nrest", "NO\n", "OK\n"),
     "qmp-answers": _answers_of_qemu,
+    "clh-events": _text(
+        '{\n  "source": "vm",\n  "event": "device-removed",\n  "properties": {\n    "id": "disk"\n  }\n}\n\n',
+        '{\n  "source": "vm",\n  "event": "booted",\n  "properties": null\n}\n\n',
+    ),
     "firecracker-metrics": _text('{"utc_timestamp_ms": 5, "vsock": {"rx_bytes_count": 7, "x": 1.5}}'),
     "config-json": _specs,
     "spec-values": lambda: (

@@ -46,6 +46,7 @@ def test_what_the_issue_names_has_its_target() -> None:
         "agent replies": {"agent"},
         "QMP": {"qmp", "qmp-answers"},
         "Firecracker replies": {"firecracker", "firecracker-metrics"},
+        "Cloud Hypervisor's events": {"clh-events"},
         "config.json": {"config-json", "spec-values", "exec-process", "update-resources"},
         "configuration": {"configuration"},
         "annotations": {"pod-annotations"},

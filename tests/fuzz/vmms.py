@@ -20,9 +20,10 @@ from devices.addresses import PciTopology
 from devices.config import BlockConfig
 from devices.errors import KataError
 from devices.vsock import HybridVsock
+from hypervisors.cloud_hypervisor.events import LIMIT, Events
 from hypervisors.config import HypervisorConfig
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.report import Report
+from hypervisors.http_api import HttpApi
 from hypervisors.qemu import events
 from hypervisors.qemu.disks import update_disk
 from hypervisors.qemu.kvm import Accelerator
@@ -69,7 +70,7 @@ def firecracker(data: bytes) -> None:
 
 async def _firecracker(data: bytes) -> None:
     ours, theirs = socket.socketpair()
-    api = FirecrackerApi(ours)
+    api = HttpApi("Firecracker", ours)
     with theirs:
         theirs.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -183,6 +184,28 @@ def firecracker_metrics(data: bytes) -> None:
     report = Report()
     found = run(report.metrics(_Api(report, data), os.getpid()))  # type: ignore[arg-type]
     assert all(isinstance(value, float) for value in found.values())
+
+
+@target
+def clh_events(data: bytes) -> None:
+    """What Cloud Hypervisor says by itself, in two pieces."""
+    run(_clh_events(data))
+
+
+async def _clh_events(data: bytes) -> None:
+    reader, writer = os.pipe2(os.O_NONBLOCK)
+    seen: list[tuple[str, str]] = []
+    stream = Events(reader, lambda name, device: seen.append((name, device)))
+    gone = stream.removal("disk")
+    try:
+        for piece in (data[:7], data[7 : 60 << 10], b"\n}\n"):
+            os.write(writer, piece)
+            stream.read()
+        assert len(stream._partial) <= LIMIT
+        assert gone.done() <= (("vm/device-removed", "disk") in seen)
+    finally:
+        stream.close()
+        os.close(writer)
 
 
 _vsock: socket.socket | None = None

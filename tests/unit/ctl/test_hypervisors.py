@@ -16,7 +16,7 @@ from hypervisors.base import Capabilities
 from hypervisors.registry import get_plugin
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "hypervisors.md"
-BUILT_IN = ("firecracker", "qemu")
+BUILT_IN = ("clh", "firecracker", "qemu")
 
 
 def test_every_capability_has_a_meaning() -> None:
@@ -41,8 +41,8 @@ async def test_the_table_of_a_microvm_too(tmp_path: Path) -> None:
 def test_one_table_shows_all() -> None:
     rows = {row[0]: row[1:] for row in table({name: get_plugin(name) for name in BUILT_IN})}
     assert rows[""] == list(BUILT_IN)
-    assert rows["virtio-net"] == ["start", "start plug unplug"]
-    assert rows["save and restore a VM"] == ["yes", "-"]
+    assert rows["virtio-net"] == ["start plug unplug", "start", "start plug unplug"]
+    assert rows["save a VM"] == rows["start a saved VM"] == ["yes", "yes", "-"]
 
 
 def test_the_command_lists_all_and_tells_what_is_broken(

@@ -100,6 +100,27 @@ def test_a_disk_of_a_vm_that_is_not_ours_is_known_by_qemus_locks(image: Path) ->
     probe(str(image), read_only=False)
 
 
+@pytest.mark.parametrize(("read_only", "mode"), [(True, fcntl.F_RDLCK), (False, fcntl.F_WRLCK)])
+def test_a_vmm_can_lock_all_of_a_disk_that_we_hold(image: Path, read_only: bool, mode: int) -> None:
+    """As Cloud Hypervisor does, from the disk's first byte to its last; and then it is in use."""
+    held = claim(str(image), read_only=read_only)
+    vmm = os.open(image, os.O_RDWR)
+    whole = struct.pack("hhlliL", mode, 0, 0, image.stat().st_size, 0, 0)
+    fcntl.fcntl(vmm, fcntl.F_OFD_SETLK, whole)
+    os.close(held)  # it is not ours: somebody started it by hand
+    with pytest.raises(CallerError, match="another VM's"):
+        probe(str(image), read_only=False)
+    if read_only:
+        readers = [claim(str(image), read_only=True) for _ in range(2)]
+        for fd in readers:
+            os.close(fd)
+    else:
+        with pytest.raises(CallerError, match="another VM's"):
+            probe(str(image), read_only=True)
+    os.close(vmm)
+    probe(str(image), read_only=False)
+
+
 def test_what_is_no_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="No such file"):
         claim(str(tmp_path / "gone"), read_only=True)

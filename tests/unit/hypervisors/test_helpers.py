@@ -9,7 +9,7 @@ import pytest
 
 from devices.config import DeviceConfig, ShareFsConfig, VhostUserBlkConfig, VhostUserNetConfig
 from devices.errors import HypervisorError
-from hypervisors.qemu.helpers import Helpers
+from hypervisors.helpers import Helpers
 
 DISK = VhostUserBlkConfig(id="disk", path="/nope")
 SHARE = ShareFsConfig(id="share", source="/nope")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hypervisors.firecracker import boot
-from hypervisors.firecracker.config import FirecrackerConfig, rate_limiter
+from hypervisors.firecracker.config import FirecrackerConfig
+from hypervisors.rate_limits import rate_limiter
 
 _SECTION = FirecrackerConfig(
     path="/usr/bin/firecracker",
@@ -72,5 +73,7 @@ def test_disks_and_cards_have_the_configurations_limits() -> None:
 
 @pytest.mark.parametrize("bits", [1, 7, 8])
 def test_a_limit_is_never_rounded_to_none(bits: int) -> None:
-    assert rate_limiter(bits=bits) == {"bandwidth": {"size": 1, "refill_time": 1000}}
+    section = FirecrackerConfig(disk_rate_limiter_bw_max_rate=bits)
+    body = boot.drive(section, "drive0", "x", read_only=True).body
+    assert body["rate_limiter"] == {"bandwidth": {"size": 1, "refill_time": 1000}}
     assert rate_limiter() is None

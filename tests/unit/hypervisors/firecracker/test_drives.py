@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,24 @@ import pytest
 from devices.config import BlockConfig
 from devices.errors import HypervisorError
 from devices.undo import MemoryUndo
-from hypervisors.firecracker.api import FirecrackerApi
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import EMPTY, Drives
 from hypervisors.firecracker.jail import Den
+from hypervisors.http_api import HttpApi
 
 
-class Api(FirecrackerApi):
+class Api(HttpApi):
     """Takes the calls down, or refuses them."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
         self.refuse = False
 
-    async def request(self, method: str, path: str, body: Any, *, timeout: float) -> Any:
+    async def request(
+        self, method: str, path: str, body: Any, *, timeout: float, fds: Sequence[int] = ()
+    ) -> Any:
         assert timeout > 0
+        assert not fds
         if self.refuse:
             raise HypervisorError("refused")
         self.calls.append((f"{method} {path}", body["path_on_host"]))

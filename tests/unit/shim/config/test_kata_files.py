@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from devices.errors import ConfigError
+from hypervisors.cloud_hypervisor.config import ClhConfig
+from hypervisors.cloud_hypervisor.plugin import ClhPlugin
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.plugin import QemuPlugin
 from shim.config import ConfigFileError, load_config
@@ -163,6 +165,34 @@ def test_katas_file_for_qemu_loads_with_our_plugin(place: Callable[[str], str]) 
     for table in _tables(tomllib.loads((FILES / "configuration-qemu.toml").read_text())):
         for key in table:
             assert (key in active) or (key in inactive), key
+
+
+def test_katas_file_for_cloud_hypervisor_loads_with_our_plugin(place: Callable[[str], str]) -> None:
+    """Its hypervisor_name is "cloud-hypervisor", its section [hypervisor.clh]: both are one VMM's."""
+    config = load_config(place("configuration-clh.toml"), get_plugin=lambda _: ClhPlugin())
+    section = config.hypervisor
+    assert (config.hypervisor_name, type(section)) == ("clh", ClhConfig)
+    assert (section.block_device_driver, section.vm_rootfs_driver) == ("virtio-blk-pci", "virtio-blk-pci")
+    assert (section.rootless, section.shared_fs, section.overhead_memory) == (False, "virtio-fs", 32)
+    active = names(RuntimeConfig) | names(AgentConfig) | names(ClhConfig) | names(AnnotationPolicy)
+    inactive = {each.key for each in config.inactive}
+    for table in _tables(tomllib.loads((FILES / "configuration-clh.toml").read_text())):
+        for key in table:
+            assert (key in active) or (key in inactive), key
+
+
+@pytest.mark.parametrize("name", ["clh", "cloud-hypervisor"])
+def test_a_section_of_either_age_loads(place: Callable[[str], str], name: str) -> None:
+    """Kata 3.20's [hypervisor.cloud-hypervisor] with the keys that are gone since, and 4.1's."""
+    path = Path(place("configuration-clh.toml"))
+    text = path.read_text().replace("[hypervisor.clh", f"[hypervisor.{name}")
+    text = text.replace(
+        "enable_hugepages = false", 'enable_hugepages = false\nfile_mem_backend = ""\nmsize_9p = 8192'
+    )
+    path.write_text(text)
+    config = load_config(str(path), get_plugin=lambda _: ClhPlugin())
+    assert config.hypervisor.default_memory <= 2048
+    assert {"file_mem_backend", "msize_9p"} <= {each.key for each in config.inactive}
 
 
 def _tables(table: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from devices.errors import BugError
+from hypervisors.cloud_hypervisor.config import ClhConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.firecracker.config import FirecrackerConfig
 from shim.config import Config
@@ -123,16 +124,24 @@ def test_the_one_for_firecracker_does_too(monkeypatch: pytest.MonkeyPatch) -> No
     assert config.hypervisor.default_memory == 256
 
 
-BOTH = pytest.mark.parametrize(
+def test_the_one_for_cloud_hypervisor_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_shipped(monkeypatch, "configuration-clh.toml", ClhConfig)
+    assert config.inactive == ()
+    assert config.hypervisor_name == "clh"
+    assert config.hypervisor.default_memory == 256
+
+
+SHIPPED = pytest.mark.parametrize(
     ("file", "section", "schema"),
     [
         ("configuration-qemu.toml", "qemu", HypervisorConfig),
         ("configuration-fc.toml", "firecracker", FirecrackerConfig),
+        ("configuration-clh.toml", "clh", ClhConfig),
     ],
 )
 
 
-@BOTH
+@SHIPPED
 def test_what_a_shipped_file_shows_commented_out_is_the_default(
     file: str, section: str, schema: type[Any]
 ) -> None:
@@ -160,7 +169,7 @@ def test_what_a_shipped_file_shows_commented_out_is_the_default(
     assert told == everything
 
 
-@BOTH
+@SHIPPED
 def test_every_key_that_has_an_effect_is_explained_in_the_shipped_file(
     file: str, section: str, schema: type[Any]
 ) -> None:

@@ -1,11 +1,12 @@
-"""Who serves a device of a VM under QEMU from outside of it: its vhost-user back end, watched.
+"""Who serves a device of a VM from outside of its VMM: a vhost-user back end, watched.
 
 What: `Helper`, one of them, our own daemon or somebody else's; `Helpers`, those of one VM by device id: they
 are added when a device is prepared, their loss is told, and they end with their device.
-Why: QEMU 7.2 says nothing when a back end goes, and the guest then waits for its answers for ever.
+Why: QEMU 7.2 and Cloud Hypervisor 53 say nothing when a back end goes, and the guest then waits for its
+answers for ever.
 Invariants:
 - A disk or a shared directory that nobody serves any more is the end of the VM: `on_loss` is told why. A
-  network card is not: QEMU takes its carrier away, and that is logged.
+  network card is not: the VMM takes its carrier away, and that is logged.
 - A loss while the device comes or goes is none, unless it is there afterwards.
 """
 
@@ -23,7 +24,7 @@ from devices.kinds import Kind
 
 __all__ = ["Helper", "Helpers"]
 
-_log = structlog.get_logger("qemu")
+_log = structlog.get_logger("helpers")
 
 
 class Helper(Protocol):
@@ -53,11 +54,11 @@ class Helper(Protocol):
         ...
 
     def handed_over(self) -> None:
-        """QEMU has its connection: our copy may go, unless it is needed."""
+        """The VMM has its connection: our copy may go, unless it is needed."""
         ...
 
     def abort(self) -> None:
-        """End whatever QEMU waits for from it. Idempotent."""
+        """End whatever the VMM waits for from it. Idempotent."""
         ...
 
     async def stop(self) -> None:
@@ -110,7 +111,7 @@ class Helpers:
                 raise ended
 
     def handed_over(self) -> None:
-        """QEMU has started, and inherited all connections."""
+        """The VMM has started, and has all connections."""
         for _, helper in self._all.values():
             helper.handed_over()
 
