@@ -4,6 +4,7 @@ What: pure functions, message in, JSON-ready dict out, field by field after the 
 specification 1.0.2.
 Why by hand: the protobuf's names are CamelCase of another kind than OCI's lowerCamelCase, and
 proto3 cannot say "unset" for numbers, so each field needs its own rule of what a zero means.
+`agent.dialect` knows what shims of Kata's write otherwise.
 Invariants: nothing is invented: a field that the message leaves at its default is absent from the
 result wherever OCI distinguishes absence from zero.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+
+from agent.dialect import capability, device_numbers, namespace_type, takes_errno
 
 if TYPE_CHECKING:
     from proto import oci_pb2
@@ -59,11 +62,11 @@ def process_json(process: oci_pb2.Process) -> Json:
     if process.HasField("Capabilities"):
         caps = process.Capabilities
         result["capabilities"] = {
-            "bounding": list(caps.Bounding),
-            "effective": list(caps.Effective),
-            "inheritable": list(caps.Inheritable),
-            "permitted": list(caps.Permitted),
-            "ambient": list(caps.Ambient),
+            "bounding": [capability(name) for name in caps.Bounding],
+            "effective": [capability(name) for name in caps.Effective],
+            "inheritable": [capability(name) for name in caps.Inheritable],
+            "permitted": [capability(name) for name in caps.Permitted],
+            "ambient": [capability(name) for name in caps.Ambient],
         }
     if process.Rlimits:
         result["rlimits"] = [{"type": r.Type, "hard": r.Hard, "soft": r.Soft} for r in process.Rlimits]
@@ -93,7 +96,7 @@ def _seccomp_json(seccomp: oci_pb2.LinuxSeccomp) -> Json:
     rules = []
     for call in seccomp.Syscalls:
         rule: Json = {"names": list(call.Names), "action": call.Action}
-        if call.HasField("errnoret"):
+        if call.HasField("errnoret") and takes_errno(call.Action, call.errnoret):
             rule["errnoRet"] = call.errnoret
         if call.Args:
             rule["args"] = [
@@ -130,7 +133,8 @@ def _device_rule_json(rule: oci_pb2.LinuxDeviceCgroup) -> Json:
     result: Json = {"allow": rule.Allow}
     _put(result, type=rule.Type, access=rule.Access)
     if rule.Type not in ("", "a"):
-        result.update(major=rule.Major, minor=rule.Minor)
+        major, minor = device_numbers(rule.Major, rule.Minor)
+        result.update(major=major, minor=minor)
     return result
 
 
@@ -191,7 +195,9 @@ def _linux_json(linux: oci_pb2.Linux) -> Json:
         readonlyPaths=list(linux.ReadonlyPaths),
         mountLabel=linux.MountLabel,
     )
-    result["namespaces"] = [_put({"type": n.Type}, path=n.Path) for n in linux.Namespaces]
+    result["namespaces"] = [
+        _put({"type": namespace_type(each.Type)}, path=each.Path) for each in linux.Namespaces
+    ]
     if linux.HasField("Seccomp") and linux.Seccomp.DefaultAction:
         result["seccomp"] = _seccomp_json(linux.Seccomp)
     return result

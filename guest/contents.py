@@ -92,7 +92,7 @@ _NO_STDLIB = re.compile(
 
 _AGENT_PACKAGES = ("agent", "ttrpc")
 _AGENT_PROTO = (
-    *("__init__", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "health_pb2"),
+    *("__init__", "capabilities", "agent_pb2", "oci_pb2", "types_pb2", "csi_pb2", "health_pb2"),
     *("recovery_pb2", "loopback_pb2"),
 )
 

@@ -179,11 +179,29 @@ static void wait_for_device(const char *device)
     close(watcher);
 }
 
+/* `options` without the mode of a journal: our image has none, and ext4 refuses the word then. Kata's shims
+   say data=ordered for every image. */
+static const char *without_journal(const char *options)
+{
+    static char kept[256];
+    char words[sizeof kept];
+
+    snprintf(words, sizeof words, "%s", options);
+    for (char *word = strtok(words, ","); word != NULL; word = strtok(NULL, ",")) {
+        if (strncmp(word, "data=", 5) == 0)
+            continue;
+        if (kept[0] != '\0')
+            strcat(kept, ",");
+        strcat(kept, word);
+    }
+    return kept;
+}
+
 static void mount_root(void)
 {
     const char *device = argument("root", "");
     const char *type = argument("rootfstype", "ext4");
-    const char *options = argument("rootflags", "");
+    const char *options = without_journal(argument("rootflags", ""));
     unsigned long flags = argument("rw", NULL) != NULL ? 0 : MS_RDONLY;
 
     if (strncmp(device, "/dev/", 5) != 0)

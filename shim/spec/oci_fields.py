@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from devices.errors import CallerError
+from proto.capabilities import CAPABILITIES
 
 __all__ = ["BEYOND", "DROPPED", "REFUSED", "check", "drop", "take_beyond"]
 
@@ -82,16 +83,6 @@ _SELINUX = ("process.selinuxLabel", "linux.mountLabel")
 _PROPAGATIONS = frozenset(
     prefix + name for prefix in ("", "r") for name in ("shared", "slave", "private", "unbindable")
 )
-
-#: capabilities(7) of Linux 6.1, the guest's. Later kernels have added none so far.
-_CAPABILITY_NAMES = """
-    AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE
-    DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE
-    MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYS_ADMIN
-    SYS_BOOT SYS_CHROOT SYSLOG SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME
-    SYS_TTY_CONFIG WAKE_ALARM
-"""
-_CAPABILITIES = frozenset("CAP_" + name for name in _CAPABILITY_NAMES.split())
 
 _Visit = Callable[[dict[str, Any], str, str], None]
 
@@ -159,9 +150,9 @@ def drop(document: dict[str, Any]) -> list[str]:
 def _drop_unknown(lines: list[str], parent: dict[str, Any], key: str, where: str) -> None:
     """Capabilities that are none: runc leaves them out too, with a warning."""
     names = parent[key]
-    parent[key] = [name for name in names if name.upper() in _CAPABILITIES]
+    parent[key] = [name for name in names if name.upper() in CAPABILITIES]
     lines += [
-        f"{where} {name[:40]} (no such capability)" for name in names if name.upper() not in _CAPABILITIES
+        f"{where} {name[:40]} (no such capability)" for name in names if name.upper() not in CAPABILITIES
     ]
 
 

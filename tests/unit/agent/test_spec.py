@@ -6,6 +6,7 @@ import pytest
 
 from agent.spec import cgroup_path, process_json, resources_json, spec_json
 from proto import oci_pb2
+from ttrpc import Code, RpcError
 
 
 def _full() -> oci_pb2.Spec:
@@ -190,3 +191,45 @@ def test_resources() -> None:
 )
 def test_a_cgroup_path_stays_below_the_root(wanted: str, path: str) -> None:
     assert cgroup_path(wanted, "c1") == path
+
+
+def test_words_of_katas_shims() -> None:
+    """Kata 4.1.0's, as it sent them to our guest. crun left the capabilities out, without a word."""
+    spec = oci_pb2.Spec()
+    process, linux = spec.Process, spec.Linux
+    process.Args.append("true")
+    process.Capabilities.Bounding.extend(("AUDIT_WRITE", '"CAP_KILL"', "CAP_CHOWN"))
+    for name in ("mnt", "net", "pid", "network", "mount"):
+        linux.Namespaces.add(Type=name)
+    linux.Seccomp.DefaultAction = "SCMP_ACT_ERRNO"
+    linux.Seccomp.Syscalls.add(Names=["read"], Action="SCMP_ACT_ALLOW", errnoret=0)
+    linux.Seccomp.Syscalls.add(Names=["bpf"], Action="SCMP_ACT_ERRNO", errnoret=1)
+    linux.Resources.Devices.add(Allow=True, Type="c", Access="m")
+    linux.Resources.Devices.add(Allow=True, Type="c", Access="rwm", Major=5, Minor=0)
+
+    config = spec_json(spec)
+
+    assert config["process"]["capabilities"]["bounding"] == ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_CHOWN"]
+    types = [each["type"] for each in config["linux"]["namespaces"]]
+    assert types == ["mount", "network", "pid", "network", "mount"]
+    assert config["linux"]["seccomp"]["syscalls"] == [
+        {"names": ["read"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["bpf"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
+    ]
+    assert config["linux"]["resources"]["devices"] == [
+        {"allow": True, "type": "c", "access": "m", "major": -1, "minor": -1},
+        {"allow": True, "type": "c", "access": "rwm", "major": 5, "minor": 0},
+    ]
+
+
+def test_words_that_are_none_are_refused_by_name() -> None:
+    """crun would leave out the capability, and name no field of either."""
+    spec = oci_pb2.Spec()
+    spec.Process.Capabilities.Effective.append("CAP_FLY")
+    with pytest.raises(RpcError, match=r"process\.capabilities: 'CAP_FLY' is no capability") as unknown:
+        spec_json(spec)
+    assert unknown.value.code == Code.INVALID_ARGUMENT
+    spec = oci_pb2.Spec()
+    spec.Linux.Namespaces.add(Type="space")
+    with pytest.raises(RpcError, match=r"linux\.namespaces: 'space' is no type of namespace"):
+        spec_json(spec)
