@@ -36,6 +36,7 @@ from devices.config import (
     VsockConfig,
 )
 from devices.console import Console
+from devices.disk_size import disk_size
 from devices.errors import BugError, CallerError, HostError, HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.lines import Budget, LineLog
@@ -164,7 +165,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
             raise BugError(f"there is a device {device.id} already")
         recipes.plug(device, self._section)  # refused before anything is started
         if isinstance(device, BlockConfig):
-            device = replace(device, size=await look(_size, device.path))
+            device = replace(device, size=await look(disk_size, device.path))
         async with self._plugging:
             with parts.helpers.unsettled(device.id):
                 try:
@@ -292,7 +293,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         self._able.require(self.name, device.kind, Op.RESIZE)
         if device.options.limits != old.options.limits:
             raise UnsupportedByHypervisor(self.name, f"other limits of the plugged disk {device.id}")
-        size = device.size or await look(_size, device.path)
+        size = device.size or await look(disk_size, device.path)
         if size % 512 or size < old.size:
             why = f"disk {device.id} has {old.size} bytes and cannot have {size}"
             raise CallerError(why, phase="devices")
@@ -474,18 +475,6 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
 def _fds(device: DeviceConfig) -> tuple[int, ...]:
     return device.tap_fds if isinstance(device, NetworkConfig) else ()
-
-
-def _size(path: str) -> int:
-    """Bytes of an image file or a block device. Raises HostError."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise HostError(f"{path} cannot be used: {error.strerror}", phase="devices") from error
 
 
 def _unlink(path: str) -> None:

@@ -1,5 +1,5 @@
-"""The real Cloud Hypervisor, by containerd, with a shared directory and without: a container's whole life, one
-that grows, the ends of guest and VMM, and nothing left."""
+"""The real Cloud Hypervisor, by containerd, with a shared directory and without: a container's life, one that
+grows, the end of its VMM, and nothing left."""
 
 from __future__ import annotations
 
