@@ -22,7 +22,7 @@ __all__ = ["VmParts"]
 @dataclass(slots=True)
 class VmParts:
     """See the module's docstring. `daemons`: those that every VM needs; `helpers` serve single devices.
-    `answers`: the VMM has answered on its control connection."""
+    `answers`: the VMM has answered on its control connection. `orderly`: what its end with code 0 means."""
 
     process: Child | None = None
     daemons: list[Child] = field(default_factory=list)
@@ -30,6 +30,7 @@ class VmParts:
     console: Console | None = None
     channel: HybridVsock | KernelVsock | None = None
     answers: bool = False
+    orderly: str = ""
 
     async def end_daemons(self) -> None:
         """Stop what serves the VM. Idempotent. Raises HostError for what the kernel does not end."""
@@ -39,6 +40,10 @@ class VmParts:
         """Read what was said last, without waiting: for the moment after the VMM's death."""
         if self.console is not None:
             self.console.drain()
+
+    def last_words(self) -> str:
+        """The VMM's own."""
+        return self.process.stderr_tail() if self.process else ""
 
     def words(self) -> dict[str, str]:
         """What was said last by whom there is besides, by a name of it."""

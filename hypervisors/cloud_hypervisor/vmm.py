@@ -24,7 +24,7 @@ from typing import Any
 
 import structlog
 
-from devices.child import Child, process_start_time
+from devices.child import Child
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -37,7 +37,7 @@ from devices.config import (
 )
 from devices.console import Console
 from devices.disk_size import disk_size
-from devices.errors import BugError, CallerError, HostError, HypervisorError, UnsupportedByHypervisor
+from devices.errors import BugError, CallerError, HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.lines import Budget, LineLog
 from devices.rendezvous import connect_now, listen
@@ -45,7 +45,7 @@ from devices.share_fs import Virtiofsd
 from devices.threads import look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock
-from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds
+from hypervisors.base import Capabilities
 from hypervisors.cloud_hypervisor import recipes, saved
 from hypervisors.cloud_hypervisor.abilities import abilities
 from hypervisors.cloud_hypervisor.config import ClhConfig
@@ -54,15 +54,13 @@ from hypervisors.cloud_hypervisor.events import Events
 from hypervisors.cloud_hypervisor.sizing import Sizer
 from hypervisors.http_api import HttpApi
 from hypervisors.parts import VmParts
-from hypervisors.process_vm import ProcessVm
-from hypervisors.vcpu_threads import vcpu_threads
+from hypervisors.process_vm import ProcessVm, need_kvm
 
 __all__ = ["CloudHypervisor"]
 
 _CALL = 20.0  # seconds for one call of the API, whose one thread may wait for a guest or a daemon
 _SAVE = 120.0  # for one that takes as long as the VM's memory takes to be written or read
 _API, _VSOCK = "clh.sock", "vsock.sock"  # in the state directory
-_VCPU = re.compile(r"vcpu(\d+)")
 _BDF = re.compile(r"0000:00:([01][0-9a-f])\.0")
 _UNSET = (1 << 64) - 1  # a counter that has not counted
 _SLOTS = 32
@@ -95,6 +93,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     name = "clh"
     vmm = "Cloud Hypervisor"
+    vcpu = re.compile(r"vcpu(\d+)")
 
     def __init__(self, section: ClhConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> None:
         super().__init__(section, Parts(), sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
@@ -109,12 +108,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
         """See `Hypervisor.prepare_vm`."""
         self._prepare(id, netns)
-        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            raise HostError(
-                "/dev/kvm cannot be opened, and Cloud Hypervisor has no other accelerator",
-                phase="vmm",
-                hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
-            )
+        need_kvm(self.vmm)
         self._prepared = True
 
     async def restore_vm(self, path: str, timeout: float) -> None:
@@ -308,33 +302,14 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
             await self._parts.api.close()
             self._parts.api = None
 
-    async def get_thread_ids(self) -> VcpuThreadIds:
-        """See `Hypervisor.get_thread_ids`."""
-        return VcpuThreadIds(await look(vcpu_threads, self._process().pid, _VCPU))
-
     async def check(self) -> None:
         """See `Hypervisor.check`."""
         state = (await self._info()).get("state")
         if state not in ("Running", "Paused"):
             raise HypervisorError(f"the VM does not run: {state!r:.100}")
 
-    async def save_state(self) -> HypervisorState:
-        """See `Hypervisor.save_state`."""
-        pid = self._process().pid
-        sockets = {"api": f"{self._state_dir}/{_API}", "vsock": f"{self._state_dir}/{_VSOCK}"}
-        with contextlib.suppress(ProcessLookupError):
-            return HypervisorState(
-                hypervisor=self.name,
-                sandbox_id=self._sandbox_id,
-                pid=pid,
-                start=process_start_time(pid),
-                accelerator="kvm",
-                netns=self._netns or "",
-                sockets=sockets,
-                processes=self._parts.helpers.processes(),
-                unfit="Cloud Hypervisor's VMs are not taken over",
-            )
-        raise HypervisorError("the VM does not run")
+    def _sockets(self) -> dict[str, str]:
+        return {"api": f"{self._state_dir}/{_API}", "vsock": f"{self._state_dir}/{_VSOCK}"}
 
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
