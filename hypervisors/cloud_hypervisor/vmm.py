@@ -379,6 +379,8 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if self._saved:
             sources = (self._saved, self._state_dir, parts.devices, parts.sockets)
             body, fds = await look(saved.restoring, *sources)
+            if section.restore_on_demand:
+                body["memory_restore_mode"] = "OnDemand"
             try:
                 await self._put("vm.restore", body, timeout=timeout or _CALL, fds=fds)
             finally:
