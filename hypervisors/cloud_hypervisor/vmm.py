@@ -113,6 +113,8 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     async def restore_vm(self, path: str, timeout: float) -> None:
         """See `Restoring.restore_vm`."""
+        if not self._able.restore:
+            raise UnsupportedByHypervisor(self.name, "restoring a VM that shares directories")
         self._saved = path
         await self.start_vm(timeout)
 
@@ -155,12 +157,12 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if not self._prepared:
             raise BugError("add_device needs prepare_vm before it")
         self._able.require(self.name, device.kind, Op.HOT if hot else Op.COLD)
-        if device.id in parts.devices:
-            raise BugError(f"there is a device {device.id} already")
-        recipes.plug(device, self._section)  # refused before anything is started
-        if isinstance(device, BlockConfig):
-            device = replace(device, size=await look(disk_size, device.path))
         async with self._plugging:
+            if device.id in parts.devices:
+                raise BugError(f"there is a device {device.id} already")
+            recipes.plug(device, self._section)  # refused before anything is started
+            if isinstance(device, BlockConfig):
+                device = replace(device, size=await look(disk_size, device.path))
             with parts.helpers.unsettled(device.id):
                 try:
                     await self._serve(device)
@@ -168,8 +170,8 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
                 except BaseException:
                     await self._unserve(device.id)
                     raise
-        parts.devices[device.id] = device
-        return path
+            parts.devices[device.id] = device
+            return path
 
     def _place(self, device: DeviceConfig) -> str:
         """A slot of its own, unless it is on no bus."""
@@ -184,24 +186,20 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     async def _add_hot(self, device: DeviceConfig) -> str:
         call, _, body = recipes.plug(device, self._section, self._parts.sockets.get(device.id, ""))
-        answer = await self._whole(self._put(call, body, fds=_fds(device)), device.id)
+        plugging = asyncio.create_task(self._put(call, body, fds=_fds(device)))
+        try:
+            answer = await _to_its_end(plugging)
+        except asyncio.CancelledError:  # nobody wants it any more, and it may have come
+            if not plugging.cancelled() and plugging.exception() is None:
+                with contextlib.suppress(HypervisorError):
+                    await self._take_out(device.id)
+            raise
         bdf = answer.get("bdf") if isinstance(answer, dict) else None
         match = _BDF.fullmatch(bdf) if isinstance(bdf, str) else None
         if match is None:
+            await self._take_out(device.id)
             raise HypervisorError(f"Cloud Hypervisor plugged {device.id} at no address: {answer!r:.100}")
         return match[1]
-
-    async def _whole(self, call: Any, device_id: str) -> Any:
-        """Its answer. Who is cancelled meanwhile has the device taken out again: it may have come."""
-        plugging = asyncio.ensure_future(call)
-        try:
-            return await asyncio.shield(plugging)
-        except asyncio.CancelledError:
-            await asyncio.wait({plugging})
-            if not plugging.cancelled() and plugging.exception() is None:
-                with contextlib.suppress(HypervisorError):
-                    await self._take_out(device_id)
-            raise
 
     async def _serve(self, device: DeviceConfig) -> None:
         """Start, or meet, who serves it from outside; the channel and the console are here for good."""
@@ -258,9 +256,10 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if device_id not in parts.leaving:
             parts.leaving.add(device_id)
             try:
-                await self._put("vm.remove-device", {"id": device_id})
-            except BaseException:
-                parts.leaving.discard(device_id)
+                await _to_its_end(asyncio.create_task(self._put("vm.remove-device", {"id": device_id})))
+            except HypervisorError as error:
+                if error.code != "DEADLINE_EXCEEDED":  # else it may be told still
+                    parts.leaving.discard(device_id)
                 raise
         limit = self._section.hotplug_timeout
         assert self._death is not None
@@ -452,6 +451,16 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
 def _fds(device: DeviceConfig) -> tuple[int, ...]:
     return device.tap_fds if isinstance(device, NetworkConfig) else ()
+
+
+async def _to_its_end(call: asyncio.Task[Any]) -> Any:
+    """Its answer. Who is cancelled waits for it all the same (it has a deadline): after half a request nobody
+    would know what has become of it."""
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait({call})
+        raise
 
 
 def _unlink(path: str) -> None:
