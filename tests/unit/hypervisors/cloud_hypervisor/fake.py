@@ -220,7 +220,7 @@ def serve(peer):
             os._exit(0)
 
 say("vmm", "starting")
-if wishes.get("dies"):
+if "dies" in wishes:
     sys.exit(wishes["dies"])
 while True:
     peer, _ = listener.accept()

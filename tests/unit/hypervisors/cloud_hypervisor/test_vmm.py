@@ -122,6 +122,7 @@ async def test_the_configuration_is_created_whole_and_then_booted(
         ({"boot": "refused"}, "refused PUT /api/v1/vm.boot: Error from API: The VM could not boot: "),
         ({"boot": "dies"}, r"exited with code 1; .*vmm stderr: .*following chain of errors"),
         ({"dies": 1}, "exited with code 1"),
+        ({"dies": 0}, "exited with code 0"),  # which is no sign that a start went well
     ],
 )
 async def test_a_start_that_fails_leaves_nothing_running(
