@@ -79,7 +79,7 @@ def abilities(section: ClhConfig) -> Capabilities:
     if section.landlock:
         for kind in (Kind.BLK, Kind.SHARE_FS, Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.VFIO):
             able[kind] = Support(cold=able[kind].cold, hot=_LOCKED, unplug=_LOCKED, resize=able[kind].resize)
-    saves = section.shared_fs == "none"
+    saves = section.shared_fs == "none" and not section.landlock
     return Capabilities(
         devices=able, hybrid_vsock=True, own_vsock=True, pause=True, snapshot=saves, restore=saves
     )

@@ -114,7 +114,9 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def restore_vm(self, path: str, timeout: float) -> None:
         """See `Restoring.restore_vm`."""
         if not self._able.restore:
-            raise UnsupportedByHypervisor(self.name, "restoring a VM that shares directories")
+            raise UnsupportedByHypervisor(
+                self.name, "restoring a VM that shares directories, or with landlock"
+            )
         self._saved = path
         await self.start_vm(timeout)
 
@@ -129,7 +131,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def save_vm(self, path: str) -> None:
         """See `Hypervisor.save_vm`."""
         if not self._able.snapshot:
-            raise UnsupportedByHypervisor(self.name, "saving a VM that shares directories: no mount survives")
+            raise UnsupportedByHypervisor(self.name, "saving a VM that shares directories, or with landlock")
         running = (await self._info()).get("state") == "Running"
         if running:
             await self.pause_vm()
