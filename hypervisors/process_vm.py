@@ -14,7 +14,7 @@ import os
 import re
 import signal
 from collections.abc import Coroutine
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import structlog
 
@@ -28,6 +28,9 @@ from hypervisors.config import SandboxSection
 from hypervisors.death import GATHER, Death
 from hypervisors.parts import VmParts
 from hypervisors.vcpu_threads import vcpu_threads
+
+if TYPE_CHECKING:  # who needs it has h11 loaded
+    from hypervisors.http_api import HttpApi
 
 __all__ = ["ProcessVm", "need_kvm"]
 
@@ -156,6 +159,12 @@ class ProcessVm(Generic[SectionT, PartsT]):
 
     # --- knowledge
 
+    async def disconnect(self) -> None:
+        """See `Hypervisor.disconnect`."""
+        if self._parts.api is not None:
+            await self._parts.api.close()
+            self._parts.api = None
+
     async def get_agent_socket(self) -> AgentChannel:
         """See `Hypervisor.get_agent_socket`."""
         if self._parts.channel is None:
@@ -252,6 +261,10 @@ class ProcessVm(Generic[SectionT, PartsT]):
         if process is None or not process.alive:  # its pid may be somebody else's by now
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
+
+    def _api(self) -> HttpApi:
+        self._process()
+        return self._running(self._parts.api)
 
     def _running(self, part: PartT | None) -> PartT:
         if part is None:

@@ -42,7 +42,7 @@ from devices.kinds import Op
 from devices.lines import Budget, LineLog
 from devices.rendezvous import connect_now, listen
 from devices.share_fs import Virtiofsd
-from devices.threads import look
+from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock
 from hypervisors.base import Capabilities
@@ -74,7 +74,6 @@ class Parts(VmParts):
     """`devices`: all that is plugged, by id. `sockets`: of their back ends, likewise. `leaving`: those that
     were told to go."""
 
-    api: HttpApi | None = None
     events: Events | None = None
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
@@ -297,12 +296,6 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     # --- knowledge
 
-    async def disconnect(self) -> None:
-        """See `Hypervisor.disconnect`."""
-        if self._parts.api is not None:
-            await self._parts.api.close()
-            self._parts.api = None
-
     async def check(self) -> None:
         """See `Hypervisor.check`."""
         state = (await self._info()).get("state")
@@ -332,14 +325,9 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         """See `Hypervisor.cleanup`."""
         await self.stop_vm()
         parts = self._parts
-        await parts.end_daemons()
-        if parts.channel is not None:
-            await parts.channel.close()
-        await self.disconnect()
+        await parts.close()
         if parts.events is not None:
             parts.events.close()
-        if parts.console is not None:
-            parts.console.close()
         for path in [f"{self._state_dir}/{_API}", *parts.sockets.values()]:
             _unlink(path)
 
@@ -379,11 +367,11 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         cards = [one for one in parts.devices.values() if isinstance(one, NetworkConfig)]
         if self._saved:
             sources = (self._saved, self._state_dir, parts.devices, parts.sockets)
-            body, fds = await look(saved.restoring, *sources)
-            if section.restore_on_demand:
-                body["memory_restore_mode"] = "OnDemand"
             try:
-                await self._put("vm.restore", body, timeout=timeout or _CALL, fds=fds)
+                body, fds = await acquire(saved.restoring, *sources)
+                if section.restore_on_demand:
+                    body["memory_restore_mode"] = "OnDemand"
+                await self._put("vm.restore", body, timeout=timeout, fds=fds)
             finally:
                 await look(saved.forget, self._state_dir)
         else:
@@ -445,10 +433,6 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     async def _put(self, call: str, body: Any = None, *, timeout: float = 0.0, fds: Any = ()) -> Any:
         return await self._api().put(f"/api/v1/{call}", body, timeout=timeout or _CALL, fds=fds)
-
-    def _api(self) -> HttpApi:
-        self._process()
-        return self._running(self._parts.api)
 
 
 def _fds(device: DeviceConfig) -> tuple[int, ...]:

@@ -18,7 +18,6 @@ from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import Drives
 from hypervisors.firecracker.jail import Den
 from hypervisors.firecracker.report import Report
-from hypervisors.http_api import HttpApi
 from hypervisors.parts import VmParts
 
 __all__ = ["CALL", "SNAPSHOT", "Parts", "configure", "load"]
@@ -39,7 +38,6 @@ class Parts(VmParts):
     cold: list[DeviceConfig] = field(default_factory=list)
     drives: Drives | None = None
     report: Report = field(default_factory=Report)
-    api: HttpApi | None = None
     cgroups: list[Entry] = field(default_factory=list)
 
     def last_words(self) -> str:

@@ -195,12 +195,6 @@ class Firecracker(ProcessVm[FirecrackerConfig, Parts]):
 
     # --- knowledge
 
-    async def disconnect(self) -> None:
-        """See `Hypervisor.disconnect`."""
-        if self._parts.api is not None:
-            await self._parts.api.close()
-            self._parts.api = None
-
     async def cleanup(self) -> None:
         """See `Hypervisor.cleanup`."""
         async with self._releasing:
@@ -209,13 +203,8 @@ class Firecracker(ProcessVm[FirecrackerConfig, Parts]):
     async def _release(self) -> None:
         await self.stop_vm()
         parts = self._parts
-        if parts.channel is not None:
-            await parts.channel.close()
-        if parts.api is not None:
-            await parts.api.close()
+        await parts.close()
         parts.report.close()
-        if parts.console is not None:
-            parts.console.close()
         while parts.cgroups:
             entry = parts.cgroups.pop()
             await acquire(remove_cgroup, str(entry.facts["path"]))
@@ -343,11 +332,6 @@ class Firecracker(ProcessVm[FirecrackerConfig, Parts]):
         if self._parts.drives is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._parts.drives
-
-    def _api(self) -> HttpApi:
-        if self._parts.api is None:
-            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
-        return self._parts.api
 
 
 def _remove_files(den: Den) -> None:
