@@ -87,7 +87,7 @@ class Death:
         ended = VmExit(
             code=-9 if parts.process.alive else parts.process.exited.result(),
             reason="the VM was stopped" if self.stopping else reason,
-            stderr_tail=parts.process.stderr_tail(),
+            stderr_tail=parts.last_words(),
             console_tail=parts.console.tail() if parts.console else "",
             expected=self.stopping,
         )
@@ -103,6 +103,8 @@ class Death:
             return f"the guest kernel panicked: {panic}"
         if self._shutdown_reason:
             return self._shutdown_reason
+        if not process.alive and process.exited.result() == 0 and self._parts.orderly:
+            return self._parts.orderly
         if process.alive:
             return f"{process.name} did not end by SIGKILL; {lost or 'it was to be stopped'}"
         if (first is None and not lost) or (not hung and process.exited.result() < 0):

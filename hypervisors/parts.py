@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from devices.child import Child, process_memory, process_stat
 from devices.console import Console
 from devices.vsock import HybridVsock, KernelVsock
 from hypervisors.helpers import Helpers
+
+if TYPE_CHECKING:  # who needs it has h11 loaded
+    from hypervisors.http_api import HttpApi
 
 __all__ = ["VmParts"]
 
@@ -22,23 +26,41 @@ __all__ = ["VmParts"]
 @dataclass(slots=True)
 class VmParts:
     """See the module's docstring. `daemons`: those that every VM needs; `helpers` serve single devices.
-    `answers`: the VMM has answered on its control connection."""
+    `api`: of a VMM that has such a one. `answers`: the VMM has answered on its control connection.
+    `orderly`: what its end with code 0 means."""
 
     process: Child | None = None
     daemons: list[Child] = field(default_factory=list)
     helpers: Helpers = field(default_factory=Helpers)
     console: Console | None = None
     channel: HybridVsock | KernelVsock | None = None
+    api: HttpApi | None = None
     answers: bool = False
+    orderly: str = ""
 
     async def end_daemons(self) -> None:
         """Stop what serves the VM. Idempotent. Raises HostError for what the kernel does not end."""
         await self.helpers.end_all()
 
+    async def close(self) -> None:
+        """Give back all but the VMM itself, which has ended. Idempotent. Raises as `end_daemons`, last."""
+        try:
+            await self.end_daemons()
+        finally:
+            for part in (self.channel, self.api):
+                if part is not None:
+                    await part.close()
+            if self.console is not None:
+                self.console.close()
+
     def drain(self) -> None:
         """Read what was said last, without waiting: for the moment after the VMM's death."""
         if self.console is not None:
             self.console.drain()
+
+    def last_words(self) -> str:
+        """The VMM's own."""
+        return self.process.stderr_tail() if self.process else ""
 
     def words(self) -> dict[str, str]:
         """What was said last by whom there is besides, by a name of it."""

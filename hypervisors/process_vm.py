@@ -10,23 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import signal
 from collections.abc import Coroutine
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import structlog
 
-from devices.child import Child
-from devices.errors import BugError, HypervisorError, KataError
+from devices.child import Child, process_start_time
+from devices.errors import BugError, HostError, HypervisorError, KataError
+from devices.threads import look
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel
-from hypervisors.base import VmExit
+from hypervisors.base import HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.config import SandboxSection
 from hypervisors.death import GATHER, Death
 from hypervisors.parts import VmParts
+from hypervisors.vcpu_threads import vcpu_threads
 
-__all__ = ["ProcessVm"]
+if TYPE_CHECKING:  # who needs it has h11 loaded
+    from hypervisors.http_api import HttpApi
+
+__all__ = ["ProcessVm", "need_kvm"]
 
 # Seconds that a running VMM gets: to take the word, to end by it, and to end by SIGTERM.
 _QUIT_TIMEOUT, _TERM_TIMEOUT = 0.3, 0.3
@@ -40,10 +46,13 @@ _log = structlog.get_logger("vmm")
 
 
 class ProcessVm(Generic[SectionT, PartsT]):
-    """See the module's docstring. `name`: of the section; `vmm`: for people."""
+    """See the module's docstring. `name`: of the section; `vmm`: for people. `vcpu`: how it names a vCPU's
+    thread, with the number as a group, if it does."""
 
     name: ClassVar[str]
     vmm: ClassVar[str]
+    adopts: ClassVar[bool] = False
+    vcpu: ClassVar[re.Pattern[str]] = re.compile("(?!)")
 
     def __init__(
         self, section: SectionT, parts: PartsT, *, sandbox_id: str, state_dir: str, undo: UndoLog
@@ -150,6 +159,12 @@ class ProcessVm(Generic[SectionT, PartsT]):
 
     # --- knowledge
 
+    async def disconnect(self) -> None:
+        """See `Hypervisor.disconnect`."""
+        if self._parts.api is not None:
+            await self._parts.api.close()
+            self._parts.api = None
+
     async def get_agent_socket(self) -> AgentChannel:
         """See `Hypervisor.get_agent_socket`."""
         if self._parts.channel is None:
@@ -159,6 +174,27 @@ class ProcessVm(Generic[SectionT, PartsT]):
     async def hypervisor_config(self) -> SectionT:
         """See `Hypervisor.hypervisor_config`."""
         return self._section
+
+    async def get_thread_ids(self) -> VcpuThreadIds:
+        """See `Hypervisor.get_thread_ids`."""
+        return VcpuThreadIds(await look(vcpu_threads, self._process().pid, self.vcpu))
+
+    async def save_state(self) -> HypervisorState:
+        """See `Hypervisor.save_state`."""
+        pid = self._process().pid
+        with contextlib.suppress(ProcessLookupError):
+            return HypervisorState(
+                hypervisor=self.name,
+                sandbox_id=self._sandbox_id,
+                pid=pid,
+                start=process_start_time(pid),
+                accelerator=self._accelerator(),
+                netns=self._netns or "",
+                sockets=self._sockets(),
+                processes=self._parts.helpers.processes(),
+                unfit="" if self.adopts else f"VMs of {self.vmm} are not taken over",
+            )
+        raise HypervisorError("the VM does not run")
 
     async def get_pids(self) -> list[int]:
         """See `Hypervisor.get_pids`."""
@@ -188,6 +224,13 @@ class ProcessVm(Generic[SectionT, PartsT]):
         return self._parts.diagnostics()
 
     # --- how it is done
+
+    def _accelerator(self) -> str:
+        return "kvm"
+
+    def _sockets(self) -> dict[str, str]:
+        """Of those that are told by `save_state`."""
+        return {}
 
     async def _or_death(self, work: Coroutine[Any, Any, PartT]) -> PartT:
         """What `work`, a talk with the VMM, comes to; the reason of the VM's end if that comes first, or a
@@ -219,7 +262,21 @@ class ProcessVm(Generic[SectionT, PartsT]):
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return process
 
+    def _api(self) -> HttpApi:
+        self._process()
+        return self._running(self._parts.api)
+
     def _running(self, part: PartT | None) -> PartT:
         if part is None:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return part
+
+
+def need_kvm(vmm: str) -> None:
+    """Raise HostError where a VMM without another accelerator cannot run."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        raise HostError(
+            f"/dev/kvm cannot be opened, and {vmm} has no other accelerator",
+            phase="vmm",
+            hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
+        )

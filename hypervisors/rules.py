@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 from devices.errors import ConfigError
 from devices.users import parse_range
-from hypervisors.config import SandboxSection, VhostUserSection
+from hypervisors.config import DiskSection, GrowingSection, SandboxSection, VhostUserSection
 
 __all__ = [
     "adjust_sandbox_section",
     "check_file",
+    "check_power",
     "check_program",
     "check_sandbox_section",
     "check_users",
@@ -37,6 +38,8 @@ SectionT = TypeVar("SectionT", bound=SandboxSection)
 def adjust_sandbox_section(section: SectionT, *, max_vcpus: int) -> SectionT:
     """Kata's meanings of "", 0 and of values beyond this host. `max_vcpus`: what the VMM can do."""
     most = min(len(os.sched_getaffinity(0)), max_vcpus)
+    if isinstance(section, GrowingSection):
+        most = min(section.default_maxvcpus or most, most)
     vcpus = section.default_vcpus
     host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     changes: dict[str, Any] = {
@@ -50,6 +53,12 @@ def adjust_sandbox_section(section: SectionT, *, max_vcpus: int) -> SectionT:
         changes["virtio_fs_cache"] = "never" if cache in ("", "none") else cache
         changes["network_queues"] = section.network_queues or 1
         changes["entropy_source"] = section.entropy_source or "/dev/urandom"
+    if isinstance(section, GrowingSection):
+        changes["default_maxvcpus"] = min(section.default_maxvcpus or most, most)
+        changes["default_maxmemory"] = min(section.default_maxmemory or host_memory, host_memory)
+    if isinstance(section, DiskSection):
+        changes["num_queues"] = section.num_queues or 1
+        changes["queue_size"] = section.queue_size or 128
     return dataclasses.replace(section, **changes)
 
 
@@ -73,11 +82,11 @@ def check_sandbox_section(name: str, section: SandboxSection) -> None:
     if not isinstance(section, VhostUserSection):
         check_word(name, "shared_fs", section.shared_fs, ("none",))
         return
+    if isinstance(section, GrowingSection) and not section.hotplug_timeout > 0:
+        raise wrong(name, "hotplug_timeout", section.hotplug_timeout, "is no number of seconds")
     check_word(name, "shared_fs", section.shared_fs, ("none", "virtio-fs"))
     check_word(name, "virtio_fs_cache", section.virtio_fs_cache, ("never", "auto", "always"))
-    size = section.virtio_fs_queue_size
-    if size & (size - 1) or not 2 <= size <= 1024:
-        raise wrong(name, "virtio_fs_queue_size", size, "is no power of two from 2 to 1024")
+    check_power(name, "virtio_fs_queue_size", section.virtio_fs_queue_size, 2, 1024)
     if section.virtio_fs_cache_size:
         raise wrong(
             name,
@@ -130,6 +139,12 @@ def check_users(name: str, text: str) -> None:
         parse_range(text)
     except ValueError as error:
         raise wrong(name, "rootless_users", text, str(error)) from None
+
+
+def check_power(name: str, key: str, value: int, least: int, most: int) -> None:
+    """Raise ConfigError unless `value` is a power of two in this range."""
+    if value & (value - 1) or not least <= value <= most:
+        raise wrong(name, key, value, f"is no power of two from {least} to {most}")
 
 
 def check_word(name: str, key: str, value: str, allowed: Sequence[str]) -> None:

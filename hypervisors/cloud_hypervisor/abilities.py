@@ -23,12 +23,12 @@ _NO_SCSI = "Cloud Hypervisor has none"
 _NO_PMEM = "its pmem is not used here"
 _NO_SEV = "its confidential guests are not used here"
 _STAYS = Support(cold=YES, hot=_AT_START, unplug=_AT_START)
-_PLUGS = Support(cold=YES, hot=YES, unplug=YES, resize=YES)
+_PLUGS = Support(cold=YES, hot=YES, unplug=YES)
 _KEPT = "Cloud Hypervisor says yes and takes nothing back"
 _LOCKED = "landlock = true: no file that the VM did not start with"
 
 _DEVICES: Mapping[Kind, Support] = {
-    Kind.BLK: _PLUGS,
+    Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize=YES),
     Kind.SCSI: Support(*[_NO_SCSI] * 4),
     Kind.PMEM: Support(*[_NO_PMEM] * 4),
     Kind.VHOST_USER_BLK: Support(cold=YES, hot=YES, unplug=YES, resize="its back end decides its size"),
@@ -79,7 +79,7 @@ def abilities(section: ClhConfig) -> Capabilities:
     if section.landlock:
         for kind in (Kind.BLK, Kind.SHARE_FS, Kind.VHOST_USER_BLK, Kind.VHOST_USER_NET, Kind.VFIO):
             able[kind] = Support(cold=able[kind].cold, hot=_LOCKED, unplug=_LOCKED, resize=able[kind].resize)
-    saves = section.shared_fs == "none"
+    saves = section.shared_fs == "none" and not section.landlock
     return Capabilities(
         devices=able, hybrid_vsock=True, own_vsock=True, pause=True, snapshot=saves, restore=saves
     )

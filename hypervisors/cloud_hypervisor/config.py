@@ -28,6 +28,8 @@ class ClhConfig(VhostUserSection, GrowingSection, DiskSection):
     enable_virtio_mem: bool = False  # grow and shrink by virtio-mem instead of by DIMMs
     reclaim_guest_freed_memory: bool = False
 
+    restore_on_demand: bool = False  # ours: of a saved VM, memory is read when it is used
+
     # --- devices
     cold_plug_vfio: str = "no-port"  # no-port (none) | root-port: there is one bus, and all devices are on it
     hot_plug_vfio: str = "no-port"

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import os
 import shutil
 
-from devices.errors import HostError
 from devices.share_fs import find_virtiofsd
 from devices.undo import UndoLog
 from hypervisors.base import CheckResult
+from hypervisors.checks import found, kvm, on_path
 from hypervisors.cloud_hypervisor.abilities import MOST, vcpus
 from hypervisors.cloud_hypervisor.config import ClhConfig
 from hypervisors.cloud_hypervisor.vmm import CloudHypervisor
-from hypervisors.rules import adjust_sandbox_section, check_program, check_sandbox_section, check_word, wrong
+from hypervisors.rules import (
+    adjust_sandbox_section,
+    check_power,
+    check_program,
+    check_sandbox_section,
+    check_word,
+    wrong,
+)
 
 __all__ = ["ClhPlugin", "plugin"]
 
@@ -40,9 +46,7 @@ class ClhPlugin:
     def adjust_config(self, section: ClhConfig) -> ClhConfig:
         """Kata's meanings of "", 0 and of values beyond this host. A card or a disk has at most as many
         queues as there are vCPUs at the start, or Cloud Hypervisor refuses it."""
-        most = min(section.default_maxvcpus or _MAX_VCPUS, len(os.sched_getaffinity(0)), _MAX_VCPUS)
-        host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
-        adjusted = adjust_sandbox_section(section, max_vcpus=most)
+        adjusted = adjust_sandbox_section(section, max_vcpus=_MAX_VCPUS)
         return dataclasses.replace(
             adjusted,
             path=section.path or shutil.which(_PROGRAM) or f"/usr/bin/{_PROGRAM}",
@@ -51,10 +55,6 @@ class ClhPlugin:
             cold_plug_vfio=section.cold_plug_vfio or "no-port",
             hot_plug_vfio=section.hot_plug_vfio or "no-port",
             network_queues=min(adjusted.network_queues, vcpus(adjusted)),
-            num_queues=section.num_queues or 1,
-            queue_size=section.queue_size or 128,
-            default_maxvcpus=most,
-            default_maxmemory=min(section.default_maxmemory or host_memory, host_memory),
         )
 
     def validate_config(self, section: ClhConfig) -> None:
@@ -65,11 +65,7 @@ class ClhPlugin:
         check_word(self.name, "block_device_driver", section.block_device_driver, (_BLK,))
         check_word(self.name, "cold_plug_vfio", section.cold_plug_vfio, _PORTS)
         check_word(self.name, "hot_plug_vfio", section.hot_plug_vfio, _PORTS)
-        if not section.hotplug_timeout > 0:
-            raise wrong(self.name, "hotplug_timeout", section.hotplug_timeout, "is no number of seconds")
-        size = section.queue_size
-        if size & (size - 1) or not 4 <= size <= 1024:
-            raise wrong(self.name, "queue_size", size, "is no power of two from 4 to 1024")
+        check_power(self.name, "queue_size", section.queue_size, 4, 1024)
         if not 1 <= section.num_queues <= _MAX_VCPUS:
             raise wrong(self.name, "num_queues", section.num_queues, f"is not in 1..{_MAX_VCPUS}")
         if section.rootless:
@@ -82,19 +78,8 @@ class ClhPlugin:
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a Cloud Hypervisor sandbox needs on this host."""
-        path = shutil.which(_PROGRAM) or ""
-        kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
         hint = "install a release of Cloud Hypervisor, or set [hypervisor.clh] path"
-        no_kvm = "modprobe kvm_intel or kvm_amd"
-        try:
-            daemon = CheckResult("virtiofsd", True, find_virtiofsd())
-        except HostError as error:
-            daemon = CheckResult("virtiofsd", False, error.cause, error.hint)
-        return [
-            CheckResult(_PROGRAM, bool(path), path or f"{_PROGRAM} is not on PATH", hint),
-            CheckResult("kvm", kvm, "/dev/kvm" if kvm else "/dev/kvm cannot be opened", no_kvm),
-            daemon,
-        ]
+        return [on_path(_PROGRAM, _PROGRAM, hint), kvm(), found("virtiofsd", find_virtiofsd)]
 
     def create(
         self, section: ClhConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog

@@ -24,7 +24,7 @@ from typing import Any
 
 import structlog
 
-from devices.child import Child, process_start_time
+from devices.child import Child
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -36,15 +36,16 @@ from devices.config import (
     VsockConfig,
 )
 from devices.console import Console
-from devices.errors import BugError, CallerError, HostError, HypervisorError, UnsupportedByHypervisor
+from devices.disk_size import disk_size
+from devices.errors import BugError, CallerError, HypervisorError, UnsupportedByHypervisor
 from devices.kinds import Op
 from devices.lines import Budget, LineLog
 from devices.rendezvous import connect_now, listen
 from devices.share_fs import Virtiofsd
-from devices.threads import look
+from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock
-from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds
+from hypervisors.base import Capabilities
 from hypervisors.cloud_hypervisor import recipes, saved
 from hypervisors.cloud_hypervisor.abilities import abilities
 from hypervisors.cloud_hypervisor.config import ClhConfig
@@ -53,15 +54,13 @@ from hypervisors.cloud_hypervisor.events import Events
 from hypervisors.cloud_hypervisor.sizing import Sizer
 from hypervisors.http_api import HttpApi
 from hypervisors.parts import VmParts
-from hypervisors.process_vm import ProcessVm
-from hypervisors.vcpu_threads import vcpu_threads
+from hypervisors.process_vm import ProcessVm, need_kvm
 
 __all__ = ["CloudHypervisor"]
 
 _CALL = 20.0  # seconds for one call of the API, whose one thread may wait for a guest or a daemon
 _SAVE = 120.0  # for one that takes as long as the VM's memory takes to be written or read
 _API, _VSOCK = "clh.sock", "vsock.sock"  # in the state directory
-_VCPU = re.compile(r"vcpu(\d+)")
 _BDF = re.compile(r"0000:00:([01][0-9a-f])\.0")
 _UNSET = (1 << 64) - 1  # a counter that has not counted
 _SLOTS = 32
@@ -75,7 +74,6 @@ class Parts(VmParts):
     """`devices`: all that is plugged, by id. `sockets`: of their back ends, likewise. `leaving`: those that
     were told to go."""
 
-    api: HttpApi | None = None
     events: Events | None = None
     devices: dict[str, DeviceConfig] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
@@ -94,6 +92,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     name = "clh"
     vmm = "Cloud Hypervisor"
+    vcpu = re.compile(r"vcpu(\d+)")
 
     def __init__(self, section: ClhConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> None:
         super().__init__(section, Parts(), sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
@@ -108,16 +107,15 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def prepare_vm(self, id: str, netns: str | None) -> None:  # noqa: A002  (the mission's name)
         """See `Hypervisor.prepare_vm`."""
         self._prepare(id, netns)
-        if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-            raise HostError(
-                "/dev/kvm cannot be opened, and Cloud Hypervisor has no other accelerator",
-                phase="vmm",
-                hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
-            )
+        need_kvm(self.vmm)
         self._prepared = True
 
     async def restore_vm(self, path: str, timeout: float) -> None:
         """See `Restoring.restore_vm`."""
+        if not self._able.restore:
+            raise UnsupportedByHypervisor(
+                self.name, "restoring a VM that shares directories, or with landlock"
+            )
         self._saved = path
         await self.start_vm(timeout)
 
@@ -132,7 +130,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def save_vm(self, path: str) -> None:
         """See `Hypervisor.save_vm`."""
         if not self._able.snapshot:
-            raise UnsupportedByHypervisor(self.name, "saving a VM that shares directories: no mount survives")
+            raise UnsupportedByHypervisor(self.name, "saving a VM that shares directories, or with landlock")
         running = (await self._info()).get("state") == "Running"
         if running:
             await self.pause_vm()
@@ -160,12 +158,12 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if not self._prepared:
             raise BugError("add_device needs prepare_vm before it")
         self._able.require(self.name, device.kind, Op.HOT if hot else Op.COLD)
-        if device.id in parts.devices:
-            raise BugError(f"there is a device {device.id} already")
-        recipes.plug(device, self._section)  # refused before anything is started
-        if isinstance(device, BlockConfig):
-            device = replace(device, size=await look(_size, device.path))
         async with self._plugging:
+            if device.id in parts.devices:
+                raise BugError(f"there is a device {device.id} already")
+            recipes.plug(device, self._section)  # refused before anything is started
+            if isinstance(device, BlockConfig):
+                device = replace(device, size=await look(disk_size, device.path))
             with parts.helpers.unsettled(device.id):
                 try:
                     await self._serve(device)
@@ -173,8 +171,8 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
                 except BaseException:
                     await self._unserve(device.id)
                     raise
-        parts.devices[device.id] = device
-        return path
+            parts.devices[device.id] = device
+            return path
 
     def _place(self, device: DeviceConfig) -> str:
         """A slot of its own, unless it is on no bus."""
@@ -189,24 +187,20 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     async def _add_hot(self, device: DeviceConfig) -> str:
         call, _, body = recipes.plug(device, self._section, self._parts.sockets.get(device.id, ""))
-        answer = await self._whole(self._put(call, body, fds=_fds(device)), device.id)
+        plugging = asyncio.create_task(self._put(call, body, fds=_fds(device)))
+        try:
+            answer = await _to_its_end(plugging)
+        except asyncio.CancelledError:  # nobody wants it any more, and it may have come
+            if not plugging.cancelled() and plugging.exception() is None:
+                with contextlib.suppress(HypervisorError):
+                    await self._take_out(device.id)
+            raise
         bdf = answer.get("bdf") if isinstance(answer, dict) else None
         match = _BDF.fullmatch(bdf) if isinstance(bdf, str) else None
         if match is None:
+            await self._take_out(device.id)
             raise HypervisorError(f"Cloud Hypervisor plugged {device.id} at no address: {answer!r:.100}")
         return match[1]
-
-    async def _whole(self, call: Any, device_id: str) -> Any:
-        """Its answer. Who is cancelled meanwhile has the device taken out again: it may have come."""
-        plugging = asyncio.ensure_future(call)
-        try:
-            return await asyncio.shield(plugging)
-        except asyncio.CancelledError:
-            await asyncio.wait({plugging})
-            if not plugging.cancelled() and plugging.exception() is None:
-                with contextlib.suppress(HypervisorError):
-                    await self._take_out(device_id)
-            raise
 
     async def _serve(self, device: DeviceConfig) -> None:
         """Start, or meet, who serves it from outside; the channel and the console are here for good."""
@@ -263,9 +257,10 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if device_id not in parts.leaving:
             parts.leaving.add(device_id)
             try:
-                await self._put("vm.remove-device", {"id": device_id})
-            except BaseException:
-                parts.leaving.discard(device_id)
+                await _to_its_end(asyncio.create_task(self._put("vm.remove-device", {"id": device_id})))
+            except HypervisorError as error:
+                if error.code != "DEADLINE_EXCEEDED":  # else it may be told still
+                    parts.leaving.discard(device_id)
                 raise
         limit = self._section.hotplug_timeout
         assert self._death is not None
@@ -292,7 +287,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         self._able.require(self.name, device.kind, Op.RESIZE)
         if device.options.limits != old.options.limits:
             raise UnsupportedByHypervisor(self.name, f"other limits of the plugged disk {device.id}")
-        size = device.size or await look(_size, device.path)
+        size = device.size or await look(disk_size, device.path)
         if size % 512 or size < old.size:
             why = f"disk {device.id} has {old.size} bytes and cannot have {size}"
             raise CallerError(why, phase="devices")
@@ -301,39 +296,14 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
     # --- knowledge
 
-    async def disconnect(self) -> None:
-        """See `Hypervisor.disconnect`."""
-        if self._parts.api is not None:
-            await self._parts.api.close()
-            self._parts.api = None
-
-    async def get_thread_ids(self) -> VcpuThreadIds:
-        """See `Hypervisor.get_thread_ids`."""
-        return VcpuThreadIds(await look(vcpu_threads, self._process().pid, _VCPU))
-
     async def check(self) -> None:
         """See `Hypervisor.check`."""
         state = (await self._info()).get("state")
         if state not in ("Running", "Paused"):
             raise HypervisorError(f"the VM does not run: {state!r:.100}")
 
-    async def save_state(self) -> HypervisorState:
-        """See `Hypervisor.save_state`."""
-        pid = self._process().pid
-        sockets = {"api": f"{self._state_dir}/{_API}", "vsock": f"{self._state_dir}/{_VSOCK}"}
-        with contextlib.suppress(ProcessLookupError):
-            return HypervisorState(
-                hypervisor=self.name,
-                sandbox_id=self._sandbox_id,
-                pid=pid,
-                start=process_start_time(pid),
-                accelerator="kvm",
-                netns=self._netns or "",
-                sockets=sockets,
-                processes=self._parts.helpers.processes(),
-                unfit="Cloud Hypervisor's VMs are not taken over",
-            )
-        raise HypervisorError("the VM does not run")
+    def _sockets(self) -> dict[str, str]:
+        return {"api": f"{self._state_dir}/{_API}", "vsock": f"{self._state_dir}/{_VSOCK}"}
 
     async def capabilities(self) -> Capabilities:
         """See `Hypervisor.capabilities`."""
@@ -355,14 +325,9 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         """See `Hypervisor.cleanup`."""
         await self.stop_vm()
         parts = self._parts
-        await parts.end_daemons()
-        if parts.channel is not None:
-            await parts.channel.close()
-        await self.disconnect()
+        await parts.close()
         if parts.events is not None:
             parts.events.close()
-        if parts.console is not None:
-            parts.console.close()
         for path in [f"{self._state_dir}/{_API}", *parts.sockets.values()]:
             _unlink(path)
 
@@ -402,9 +367,11 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         cards = [one for one in parts.devices.values() if isinstance(one, NetworkConfig)]
         if self._saved:
             sources = (self._saved, self._state_dir, parts.devices, parts.sockets)
-            body, fds = await look(saved.restoring, *sources)
             try:
-                await self._put("vm.restore", body, timeout=timeout or _CALL, fds=fds)
+                body, fds = await acquire(saved.restoring, *sources)
+                if section.restore_on_demand:
+                    body["memory_restore_mode"] = "OnDemand"
+                await self._put("vm.restore", body, timeout=timeout, fds=fds)
             finally:
                 await look(saved.forget, self._state_dir)
         else:
@@ -467,25 +434,19 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     async def _put(self, call: str, body: Any = None, *, timeout: float = 0.0, fds: Any = ()) -> Any:
         return await self._api().put(f"/api/v1/{call}", body, timeout=timeout or _CALL, fds=fds)
 
-    def _api(self) -> HttpApi:
-        self._process()
-        return self._running(self._parts.api)
-
 
 def _fds(device: DeviceConfig) -> tuple[int, ...]:
     return device.tap_fds if isinstance(device, NetworkConfig) else ()
 
 
-def _size(path: str) -> int:
-    """Bytes of an image file or a block device. Raises HostError."""
+async def _to_its_end(call: asyncio.Task[Any]) -> Any:
+    """Its answer. Who is cancelled waits for it all the same (it has a deadline): after half a request nobody
+    would know what has become of it."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise HostError(f"{path} cannot be used: {error.strerror}", phase="devices") from error
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait({call})
+        raise
 
 
 def _unlink(path: str) -> None:

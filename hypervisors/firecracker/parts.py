@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from devices.child import Child
 from devices.config import BlockConfig, ConsoleConfig, DeviceConfig, NetworkConfig, RngConfig, VsockConfig
 from devices.threads import acquire
 from devices.undo import Entry
-from devices.vsock import HybridVsock
 from hypervisors.firecracker import boot
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.drives import Drives
 from hypervisors.firecracker.jail import Den
 from hypervisors.firecracker.report import Report
-from hypervisors.http_api import HttpApi
+from hypervisors.parts import VmParts
 
 __all__ = ["CALL", "SNAPSHOT", "Parts", "configure", "load"]
 
@@ -32,17 +30,23 @@ _START = 120.0  # InstanceStart loads the kernel; the deadline of `start_vm` com
 
 
 @dataclass(slots=True)
-class Parts:
+class Parts(VmParts):
     """See the module's docstring. `cold`: the devices that were added before the start."""
 
+    orderly: str = "the guest ended the VM"
     den: Den | None = None
     cold: list[DeviceConfig] = field(default_factory=list)
     drives: Drives | None = None
-    channel: HybridVsock | None = None
     report: Report = field(default_factory=Report)
-    process: Child | None = None
-    api: HttpApi | None = None
     cgroups: list[Entry] = field(default_factory=list)
+
+    def last_words(self) -> str:
+        """Of its log, or what stopped it before it had one."""
+        return self.report.log_tail or VmParts.last_words(self)
+
+    def words(self) -> dict[str, str]:
+        """Of its log."""
+        return {"firecracker log": self.report.log_tail}
 
 
 async def configure(parts: Parts, section: FirecrackerConfig) -> None:

@@ -14,6 +14,7 @@ import shutil
 from devices.errors import ConfigError
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, CheckResult
+from hypervisors.checks import kvm, on_path
 from hypervisors.firecracker.abilities import abilities
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.vmm import Firecracker
@@ -104,28 +105,9 @@ class FirecrackerPlugin:
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a Firecracker sandbox needs on this host."""
-        path, jailer = shutil.which("firecracker") or "", shutil.which("jailer") or ""
-        kvm = os.access("/dev/kvm", os.R_OK | os.W_OK)
-        return [
-            CheckResult(
-                "firecracker",
-                bool(path),
-                path or "firecracker is not on PATH",
-                "install a release of Firecracker, or set [hypervisor.firecracker] path",
-            ),
-            CheckResult(
-                "jailer",
-                bool(jailer),
-                jailer or "jailer is not on PATH",
-                "it comes with Firecracker's releases",
-            ),
-            CheckResult(
-                "kvm",
-                kvm,
-                "/dev/kvm" if kvm else "/dev/kvm cannot be opened",
-                "modprobe kvm_intel or kvm_amd",
-            ),
-        ]
+        hint = "install a release of Firecracker, or set [hypervisor.firecracker] path"
+        jailer = on_path("jailer", "jailer", "it comes with Firecracker's releases")
+        return [on_path("firecracker", "firecracker", hint), jailer, kvm()]
 
     def create(
         self, section: FirecrackerConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog

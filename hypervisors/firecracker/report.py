@@ -1,4 +1,4 @@
-"""What one Firecracker says: its log, its metrics, and its guest's serial port.
+"""What one Firecracker says: its log and its metrics.
 
 What: `Report` reads the two FIFOs, keeps the tails as evidence, and asks for the metrics.
 Why: an error must carry the last words of the VMM and of the guest; they come by three ways.
@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from devices import foreign_json
-from devices.child import Child, process_stat
+from devices.child import process_stat
 from devices.lines import LineLog
 from hypervisors.firecracker.fifo import Fifo, LineFifo
 from hypervisors.firecracker.jail import Den
@@ -31,10 +31,9 @@ _log = structlog.get_logger("firecracker")
 
 
 class Report:
-    """See the module's docstring. `process` is set by who starts it: its output is the serial port's."""
+    """See the module's docstring."""
 
     def __init__(self) -> None:
-        self.process: Child | None = None
         self._console = LineLog("console", lambda line: _log.debug("console", line=line))
         self._words = LineLog("firecracker", _say)
         self._log: Fifo | None = None
@@ -59,16 +58,6 @@ class Report:
             return ""
         self._log.drain()
         return self._log.tail.tail()
-
-    @property
-    def console_tail(self) -> str:
-        """The guest's."""
-        return self.process.stderr_tail() if self.process else ""
-
-    def diagnostics(self) -> dict[str, str]:
-        """See `Hypervisor.diagnostics`."""
-        evidence = {"firecracker log": self.log_tail, "guest console": self.console_tail}
-        return {name: text for name, text in evidence.items() if text}
 
     async def metrics(self, api: HttpApi, pid: int) -> dict[str, float]:
         """CPU seconds and resident bytes from /proc, and Firecracker's own counters, `group_name` each."""

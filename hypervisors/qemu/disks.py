@@ -8,11 +8,11 @@ Source: qapi/block-core.json (block_resize, query-named-block-nodes), docs/throt
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 from devices.config import BlockConfig, BlockFormat
-from devices.errors import CallerError, HostError, UnsupportedByHypervisor
+from devices.disk_size import disk_size
+from devices.errors import CallerError, UnsupportedByHypervisor
 from devices.threads import look
 from hypervisors.qemu.qmp import QmpClient, sensible
 from hypervisors.qemu.recipes import limits_name, node_name, throttle
@@ -33,7 +33,7 @@ async def update_disk(qmp: QmpClient, old: BlockConfig, new: BlockConfig) -> Non
     if limits and not old.options.limits:
         raise UnsupportedByHypervisor("qemu", f"limits on disk {old.id}, which was plugged without")
     present = await _virtual_size(qmp, old.id)
-    size = new.size or (await look(_host_size, new.path) if new.format is BlockFormat.RAW else 0)
+    size = new.size or (await look(disk_size, new.path) if new.format is BlockFormat.RAW else 0)
     if 0 < size < present:
         raise CallerError(
             f"disk {old.id} has {present} bytes and cannot shrink to {size}",
@@ -54,15 +54,3 @@ async def _virtual_size(qmp: QmpClient, device_id: str) -> int:
     nodes = await qmp.execute("query-named-block-nodes", {"flat": True})
     with sensible("query-named-block-nodes"):
         return next(int(n["image"]["virtual-size"]) for n in nodes if n["node-name"] == node_name(device_id))
-
-
-def _host_size(path: str) -> int:
-    """Bytes of an image file or a block device."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return os.lseek(fd, 0, os.SEEK_END)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise HostError(f"{path} cannot be used: {error.strerror}", phase="devices") from error

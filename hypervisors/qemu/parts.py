@@ -51,16 +51,12 @@ class Parts(VmParts):
             self.let_go(device_id)
 
     async def close(self) -> None:
-        """Give back all but QEMU itself, which has ended. Idempotent. Raises as `end_daemons`, in the end."""
+        """See `VmParts.close`."""
         try:
-            await self.end_daemons()
+            await VmParts.close(self)  # no super(): a dataclass with slots is made anew
         finally:
-            if self.channel is not None:
-                await self.channel.close()
             if self.qmp is not None:
                 await self.qmp.close()
-            if self.console is not None:
-                self.console.close()
             if self.vhost_fd >= 0:
                 os.close(self.vhost_fd)
                 self.vhost_fd = -1

@@ -11,11 +11,12 @@ import dataclasses
 import os
 import shutil
 
-from devices.errors import ConfigError, HostError, KataError
+from devices.errors import ConfigError, HostError
 from devices.share_fs import find_virtiofsd
 from devices.undo import UndoLog
 from devices.vsock_daemon import find_vsock_daemon
 from hypervisors.base import Capabilities, CheckResult
+from hypervisors.checks import found, on_path
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.abilities import MOST
 from hypervisors.qemu.cmdline import MICROVM, PMEM_DRIVER
@@ -23,6 +24,7 @@ from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
 from hypervisors.rules import (
     adjust_sandbox_section,
+    check_power,
     check_program,
     check_sandbox_section,
     check_users,
@@ -62,10 +64,8 @@ class QemuPlugin:
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""
-        most = min(section.default_maxvcpus or _MAX_VCPUS, len(os.sched_getaffinity(0)), _MAX_VCPUS)
-        host_memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
         return dataclasses.replace(
-            adjust_sandbox_section(section, max_vcpus=most),
+            adjust_sandbox_section(section, max_vcpus=_MAX_VCPUS),
             path=section.path or shutil.which(_PROGRAM) or f"/usr/bin/{_PROGRAM}",
             machine_type=section.machine_type or "q35",
             cold_plug_vfio=section.cold_plug_vfio or "no-port",
@@ -73,10 +73,6 @@ class QemuPlugin:
             block_device_driver=section.block_device_driver or _blk(section),
             block_device_aio=section.block_device_aio or "threads",
             vm_rootfs_driver=section.vm_rootfs_driver or _blk(section),
-            num_queues=section.num_queues or 1,
-            queue_size=section.queue_size or 128,
-            default_maxvcpus=most,
-            default_maxmemory=min(section.default_maxmemory or host_memory, host_memory),
         )
 
     def validate_config(self, section: HypervisorConfig) -> None:
@@ -86,8 +82,6 @@ class QemuPlugin:
         check_word(self.name, "machine_type", section.machine_type, _MACHINES)
         check_word(self.name, "accelerator", section.accelerator, ("auto", "kvm", "tcg"))
         check_users(self.name, section.rootless_users)
-        if not section.hotplug_timeout > 0:
-            raise wrong(self.name, "hotplug_timeout", section.hotplug_timeout, "is no number of seconds")
         for key, most in _MOST.items():
             value = getattr(section, key)
             if not 0 <= value <= most:
@@ -132,18 +126,15 @@ class QemuPlugin:
 
     def check(self) -> list[CheckResult]:
         """Programs and devices that a QEMU sandbox needs on this host."""
-        path = shutil.which(_PROGRAM) or ""
-        results = [
-            CheckResult("qemu", bool(path), path or f"{_PROGRAM} is not on PATH", "install qemu-system-x86")
-        ]
+        results = [on_path("qemu", _PROGRAM, "install qemu-system-x86")]
         choice = choose_accelerator("auto")
         reason = f": {choice.reason}" if choice.reason else ""
         results.append(CheckResult("accelerator", True, f"{choice.accelerator.value}{reason}"))
         if os.path.exists(VHOST_VSOCK):
             results.append(CheckResult("vsock", True, VHOST_VSOCK))
         else:
-            results.append(_found("vsock", find_vsock_daemon))
-        results.append(_found("virtiofsd", find_virtiofsd))
+            results.append(found("vsock", find_vsock_daemon))
+        results.append(found("virtiofsd", find_virtiofsd))
         results.append(CheckResult("confidential", True, _confidential()))
         return results
 
@@ -175,8 +166,8 @@ def _check_disks(name: str, section: HypervisorConfig) -> None:
         ("block_device_physical_sector_size", 512, 65536),
     ):
         value = getattr(section, key)
-        if value and (value & (value - 1) or not least <= value <= most):
-            raise wrong(name, key, value, f"is no power of two from {least} to {most}")
+        if value:
+            check_power(name, key, value, least, most)
     logical, physical = section.block_device_logical_sector_size, section.block_device_physical_sector_size
     if physical and physical < logical:
         raise wrong(
@@ -207,14 +198,6 @@ def _confidential() -> str:
     if have:
         return ", ".join(have)
     return f"no confidential guests: {'; '.join(dict.fromkeys(found.values()))}"
-
-
-def _found(name: str, find: object) -> CheckResult:
-    assert callable(find)
-    try:
-        return CheckResult(name, True, str(find()))
-    except KataError as error:
-        return CheckResult(name, False, error.cause, error.hint)
 
 
 plugin = QemuPlugin()

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from devices.child import process_start_time, thread_ids
+from devices.child import thread_ids
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -68,6 +68,7 @@ class Qemu(ProcessVm[HypervisorConfig, Parts]):
 
     name = _NAME
     vmm = "QEMU"
+    adopts = True
 
     def __init__(self, section: HypervisorConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog) -> None:
         super().__init__(section, Parts(), sandbox_id=sandbox_id, state_dir=state_dir, undo=undo)
@@ -267,18 +268,10 @@ class Qemu(ProcessVm[HypervisorConfig, Parts]):
 
     async def save_state(self) -> HypervisorState:
         """See `Hypervisor.save_state`."""
-        process = self._process()
-        with contextlib.suppress(ProcessLookupError):
-            state = HypervisorState(
-                hypervisor=_NAME,
-                sandbox_id=self._sandbox_id,
-                pid=process.pid,
-                start=process_start_time(process.pid),
-                accelerator=self._plan.accelerator.value if self._plan else "",
-                netns=self._netns or "",
-            )
-            return saved(state, self._parts, self._state_dir)
-        raise HypervisorError("the VM does not run")
+        return saved(await super().save_state(), self._parts, self._state_dir)
+
+    def _accelerator(self) -> str:
+        return self._plan.accelerator.value if self._plan else ""
 
     async def adopt(self, state: HypervisorState, processes: Mapping[int, Entry]) -> None:
         """See `Adopting.adopt` and `hypervisors.qemu.adopt`."""

@@ -25,9 +25,11 @@ pytestmark = [pytest.mark.benchhost, needs_clh]
 
 
 @contextlib.asynccontextmanager
-async def _vm(tmp_path: Path, name: str, *, home_call: bool = True) -> AsyncIterator[CloudHypervisor]:
+async def _vm(
+    tmp_path: Path, name: str, *, home_call: bool = True, on_demand: bool = False
+) -> AsyncIterator[CloudHypervisor]:
     """Prepared, with an image, vsock, entropy and a console."""
-    made = plugin.adjust_config(section(shared_fs="none"))
+    made = plugin.adjust_config(section(shared_fs="none", restore_on_demand=on_demand))
     plugin.validate_config(made)
     state, undo = tmp_path / name, MemoryUndo()
     state.mkdir()
@@ -61,11 +63,12 @@ async def test_a_saved_vm_becomes_another_one(tmp_path: Path) -> None:
         await vm.save_vm(str(saved))
         await vm.check()  # and goes on
     before = {path.name: path.stat().st_mtime_ns for path in saved.iterdir()}
-    async with _vm(tmp_path, "second", home_call=False) as vm:
-        await vm.restore_vm(str(saved), _PATIENCE)
-        await vm.check()
-        sock, _ = await (await vm.get_agent_socket()).connect(AGENT_PORT, _PATIENCE)
-        sock.close()
+    for on_demand in (False, True):
+        async with _vm(tmp_path, f"again{on_demand}", home_call=False, on_demand=on_demand) as vm:
+            await vm.restore_vm(str(saved), _PATIENCE)
+            await vm.check()
+            sock, _ = await (await vm.get_agent_socket()).connect(AGENT_PORT, _PATIENCE)
+            sock.close()
     assert {path.name: path.stat().st_mtime_ns for path in saved.iterdir()} == before
 
 

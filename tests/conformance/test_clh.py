@@ -25,8 +25,10 @@ class TestCloudHypervisor(HypervisorContract):
 @pytest.mark.benchhost
 @needs_clh
 class TestCloudHypervisorAlone(HypervisorContract):
-    """Without one: a VM is saved, and memory comes and goes by virtio-mem."""
+    """Without one: a VM is saved; memory comes and goes by virtio-mem, and devices are passed on."""
 
     subject = Subject(
-        plugin=plugin, section=lambda: section(shared_fs="none", enable_virtio_mem=True), patience=240.0
+        plugin=plugin,
+        section=lambda: section(shared_fs="none", enable_virtio_mem=True, hot_plug_vfio="root-port"),
+        patience=240.0,
     )

@@ -14,7 +14,7 @@ from ctl import check
 from ctl.check import Finding, Host, Level, findings
 from ctl.vcpu import Measured
 from devices.errors import ConfigError
-from hypervisors.base import CheckResult
+from hypervisors.base import Capabilities, CheckResult
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +232,20 @@ def test_vsock_by_the_daemon_where_the_kernel_has_none(world: World) -> None:
 def test_virtiofsd_is_not_needed_without_a_shared_file_system(world: World) -> None:
     world.write(f'shared_fs = "none"\nkernel = "{world.root}/vmlinux"\nimage = "{world.root}/image"\n')
     assert "not needed" in world.look()["virtiofsd"].text
+
+
+def test_what_a_vmm_has_itself_is_not_looked_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vsock of its own needs neither kernel nor daemon; who shares no directories needs no virtiofsd."""
+    (world.root / "dev/vhost-vsock").unlink()
+    for name in ("vsockd", "virtiofsd"):
+        (world.root / "bin" / name).unlink()
+    world.write(f'kernel = "{world.root}/vmlinux"\nimage = "{world.root}/image"\n')
+    monkeypatch.setenv("PATH", str(world.root / "nothing"))
+    assert world.look()["vsock"].level is Level.FAIL
+    monkeypatch.setattr(Plugin, "capabilities", Capabilities(own_vsock=True), raising=False)
+    found = world.look()
+    assert [found[name].level for name in ("vsock", "virtiofsd")] == [Level.OK, Level.OK]
+    assert "the VMM has its own" in found["vsock"].text
 
 
 def test_what_the_plugin_finds(world: World) -> None:

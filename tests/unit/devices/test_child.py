@@ -16,6 +16,7 @@ import pytest
 from devices import mark
 from devices.child import Child, describe_exit, process_start_time, thread_ids
 from devices.confine import Confinement
+from devices.console import Console
 from devices.errors import HostError
 from devices.mark import mark_children, mark_of, marked
 from devices.undo import Entry, MemoryUndo
@@ -56,6 +57,23 @@ async def test_all_output_is_there_when_exited_resolves() -> None:
         await child.wait(10)
 
         assert child.stderr_tail() == "first\nlast"
+
+
+async def test_its_standard_output_can_be_apart() -> None:
+    """A VMM's may be its guest's console."""
+    console = Console()
+    child = await Child.spawn(
+        ["/bin/sh", "-c", "echo guest; echo mine >&2"],
+        name="sh",
+        undo=MemoryUndo(),
+        confinement=OPEN,
+        stdout=console.guest_end,
+    )
+    console.handed_over()
+    await child.wait(10)
+    console.drain()
+    assert (child.stderr_tail(), console.tail()) == ("mine", "guest")
+    console.close()
 
 
 async def test_output_is_bounded_and_cleaned() -> None:

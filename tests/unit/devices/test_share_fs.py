@@ -10,6 +10,7 @@ import pytest
 
 from devices.config import CacheMode, ShareFsConfig
 from devices.errors import BugError, HostError
+from devices.rendezvous import connect_now
 from devices.share_fs import (
     Flavour,
     Virtiofsd,
@@ -189,6 +190,25 @@ async def test_a_daemon_has_its_listener_and_leaves_nothing(tmp_path: Path) -> N
     assert undo.entries == []
     assert os.listdir(tmp_path / "state") == []
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_vmm_can_meet_it_at_its_path(tmp_path: Path) -> None:
+    """It listens there until it is stopped; nobody has connected before."""
+    program = script(
+        tmp_path / "virtiofsd", 'test "$1" = --version && exec echo virtiofsd 1.10.0\nexec sleep 100'
+    )
+    (tmp_path / "state").mkdir()
+    daemon = await Virtiofsd.start(
+        ShareFsConfig(source=str(tmp_path), daemon=program),
+        str(tmp_path / "state"),
+        MemoryUndo(),
+        at_path=True,
+    )
+    connect_now(daemon.path).close()
+    daemon.handed_over()
+    await daemon.stop()
+    await daemon.stop()
+    assert os.listdir(tmp_path / "state") == []
 
 
 async def test_what_it_says_at_every_end_is_no_evidence(tmp_path: Path) -> None:

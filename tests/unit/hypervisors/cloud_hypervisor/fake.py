@@ -47,8 +47,8 @@ def cpus(count):
 
 def let_go(name):
     time.sleep(wishes.get("lets_go_after", 0.02))
-    if wishes.get("keeps") == name:
-        return
+    while wishes.get("waits") and not os.path.exists("FOLDER/go"):
+        time.sleep(0.01)
     say("virtio-device", "reset", id="_virtio-pci-" + name)
     leaving.discard(name)
     taken.pop(name, None)
@@ -220,7 +220,7 @@ def serve(peer):
             os._exit(0)
 
 say("vmm", "starting")
-if wishes.get("dies"):
+if "dies" in wishes:
     sys.exit(wishes["dies"])
 while True:
     peer, _ = listener.accept()
@@ -242,6 +242,10 @@ class Fake:
     def wish(self, **wishes: Any) -> None:
         """How it is to behave from its next start on."""
         (self.folder / "wishes.json").write_text(json.dumps(wishes))
+
+    def go(self) -> None:
+        """What a guest that waits is waiting for."""
+        (self.folder / "go").write_text("")
 
     def seen(self) -> list[tuple[str, Any, int]]:
         """What it was asked: call, body, number of descriptors."""

@@ -87,5 +87,5 @@ def test_what_it_can_follows_from_its_configuration(section: ClhConfig) -> None:
     assert (shares.snapshot, shares.can(Kind.SHARE_FS, Op.UNPLUG)) == (False, True)
     closed = able(landlock=True)
     assert "landlock" in closed.why_not(Kind.BLK, Op.HOT)
-    assert closed.can(Kind.BLK, Op.COLD)
+    assert (closed.can(Kind.BLK, Op.COLD), closed.snapshot) == (True, False)
     assert able(hot_plug_vfio="root-port").can(Kind.VFIO, Op.UNPLUG)

@@ -122,6 +122,7 @@ async def test_the_configuration_is_created_whole_and_then_booted(
         ({"boot": "refused"}, "refused PUT /api/v1/vm.boot: Error from API: The VM could not boot: "),
         ({"boot": "dies"}, r"exited with code 1; .*vmm stderr: .*following chain of errors"),
         ({"dies": 1}, "exited with code 1"),
+        ({"dies": 0}, "exited with code 0"),  # which is no sign that a start went well
     ],
 )
 async def test_a_start_that_fails_leaves_nothing_running(
@@ -198,14 +199,15 @@ async def test_a_device_is_gone_when_the_guest_has_let_go(make: Make, fake: Fake
 
 async def test_a_second_try_waits_for_the_first_ones_event(make: Make, fake: Fake, disk: BlockConfig) -> None:
     """A second request would be refused although the guest has not let go yet."""
-    fake.wish(lets_go_after=0.6)
+    fake.wish(waits=True)
     vm = await make(hotplug_timeout=0.1)
     await vm.start_vm(20)
     await vm.add_device(disk)
     with pytest.raises(HypervisorError, match=r"did not let go of disk within 0.1 s") as caught:
         await vm.remove_device("disk")
     assert caught.value.code == "DEADLINE_EXCEEDED"
-    object.__setattr__(vm._section, "hotplug_timeout", 10.0)
+    object.__setattr__(vm._section, "hotplug_timeout", 20.0)
+    fake.go()
     await vm.remove_device("disk")
     assert len(fake.bodies("vm.remove-device")) == 1
 
@@ -230,6 +232,25 @@ async def test_a_plug_that_is_cancelled_leaves_no_device(make: Make, fake: Fake,
         await plugging
     assert fake.bodies("vm.remove-device") == [{"id": "disk"}]
     await vm.add_device(disk)
+
+
+async def test_a_removal_that_is_cancelled_is_not_asked_for_twice(
+    make: Make, fake: Fake, disk: BlockConfig
+) -> None:
+    fake.wish(waits=True)
+    vm = await make(hotplug_timeout=20.0)
+    await vm.start_vm(20)
+    await vm.add_device(disk)
+    for turns in (1, 20):  # before it is told to go, and while the guest looks
+        removing = asyncio.create_task(vm.remove_device("disk"))
+        for _ in range(turns):
+            await asyncio.sleep(0.001)
+        removing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await removing
+    fake.go()
+    await vm.remove_device("disk")
+    assert fake.bodies("vm.remove-device") == [{"id": "disk"}]
 
 
 async def test_what_cannot_be_is_refused_before_anything_is_asked(make: Make, disk: BlockConfig) -> None:
@@ -441,6 +462,8 @@ async def test_a_vm_that_shares_directories_is_not_saved(make: Make, tmp_path: P
     await vm.start_vm(20)
     with pytest.raises(UnsupportedByHypervisor, match="saving a VM that shares directories"):
         await vm.save_vm(str(tmp_path))
+    with pytest.raises(UnsupportedByHypervisor, match="restoring a VM that shares directories"):
+        await (await make(shared_fs="virtio-fs")).restore_vm(str(tmp_path), 20)
 
 
 # --- knowledge
@@ -459,9 +482,10 @@ async def test_after_an_answer_that_never_came_it_is_asked_anew(
     make: Make, fake: Fake, disk: BlockConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.wish(silent="vm.add-disk")
-    monkeypatch.setattr("hypervisors.cloud_hypervisor.vmm._CALL", 0.3)
     vm = await make()
     await vm.start_vm(20)
-    with pytest.raises(HypervisorError, match=r"did not answer PUT /api/v1/vm\.add-disk"):
-        await vm.add_device(disk)
+    with monkeypatch.context() as shortly:
+        shortly.setattr("hypervisors.cloud_hypervisor.vmm._CALL", 0.3)
+        with pytest.raises(HypervisorError, match=r"did not answer PUT /api/v1/vm\.add-disk"):
+            await vm.add_device(disk)
     await vm.check()
