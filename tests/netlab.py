@@ -67,8 +67,13 @@ class NetLab:
 
     @property
     def pod(self) -> str:
-        """The path of the pod's."""
-        return f"/proc/{self._holders['pod'].pid}/ns/net"
+        """The path of the pod's. By descriptor: that of a process is taken for that process' own."""
+        return f"/proc/{os.getpid()}/fd/{self._fds['pod']}"
+
+    @property
+    def pod_pid(self) -> int:
+        """A process that is in the pod's."""
+        return self._holders["pod"].pid
 
     def sh(self, name: str, script: str) -> str:
         """What a shell script writes there. Raises CalledProcessError."""

@@ -157,9 +157,11 @@ class Endpoint:
         for name in (self._tap, self._ifb):
             if name and links.index_of(name):
                 raise HostError(
-                    f"there is a device {name} in the pod's network namespace already",
+                    f"there is a device {name} in the pod's network namespace already: the network is another"
+                    " VM's, and two cannot share it",
                     phase="network",
-                    hint="it is of a sandbox that did not end well: remove it, or the namespace",
+                    hint="give each VM a network namespace of its own; if no VM is in this one"
+                    " (kata-ctl list), the device is of one that did not end well: remove it",
                 )
 
     def _check_ingress(self) -> None:

@@ -6,7 +6,8 @@ Why threads: a namespace belongs to a thread. Each piece of work gets a new one,
 so no thread of the daemon ever has to find its way back.
 Invariants: the daemon's other threads stay where they are. The namespace that the shim itself is in is never
 taken for a pod's: to join the host's own cards to a VM would cut the host off. A namespace is known by its
-inode, since a path may be another one's by now.
+inode, since a path may be another one's by now. Nor is one that is named by a process in it (`refuse_used`):
+whatever arrived there for that process would go to the VM instead.
 Source: network_namespaces(7), setns(2).
 """
 
@@ -16,6 +17,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from devices.errors import HostError
 from devices.syscalls import CLONE_NEWNET, setns, unshare
 from devices.threads import start, to_end
 
-__all__ = ["OURS", "Netns", "identity", "inside", "names", "open_netns"]
+__all__ = ["OURS", "Netns", "identity", "inside", "names", "open_netns", "refuse_used"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -36,6 +38,7 @@ OURS = "_kata"
 
 _NS_GET_NSTYPE = 0xB703
 _OWN = ("/proc/self/ns/net", "/proc/1/ns/net")
+_OF_PROCESS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/ns/net")
 
 
 def identity(fd: int) -> str:
@@ -55,6 +58,28 @@ def open_netns(path: str) -> int:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no network namespace")
     return fd
+
+
+def refuse_used(path: str) -> None:
+    """Raise HostError if `path` names the namespace by a process in it (`docker run --network container:ID`):
+    it is that process' own, and a VM would take its traffic away. Changes nothing there. Not by a look at
+    all processes: CNI plugins, too, enter a pod's namespace for a moment."""
+    found = _OF_PROCESS.fullmatch(os.path.realpath(os.path.dirname(path)) + "/" + os.path.basename(path))
+    if found is None:
+        return
+    try:
+        with open(f"/proc/{found[1]}/comm", encoding="utf-8", errors="replace") as stream:
+            name = stream.read().strip()
+    except OSError:
+        name = "which has gone"
+    raise HostError(
+        f"the network namespace {path} is process {found[1]}'s ({name}): a VM cannot share another"
+        " container's network, it would take that one's traffic away",
+        phase="network",
+        hint="give both containers a network of the same name instead of one's network to the other"
+        " (--network NAME, not container:ID), or put them into one pod; a namespace that no process uses is"
+        " named by a mount (ip netns attach NAME PID)",
+    )
 
 
 def names() -> frozenset[str]:

@@ -24,7 +24,7 @@ from devices.kinds import Kind, Op
 from devices.manager import DeviceManager
 from devices.undo import UndoLog
 from hypervisors.base import Capabilities, Hypervisor
-from shim.resources.network.netns import Netns, names
+from shim.resources.network.netns import Netns, names, refuse_used
 from shim.resources.network.settings import NetworkSettings
 from shim.state.trace import Trace
 
@@ -79,6 +79,7 @@ class PodNetwork:
             if self._netns is None:
                 _log.warning("the pod's network is the host's: the guest gets none", netns=settings.path)
                 return None
+            refuse_used(settings.path)
             self._scanning = asyncio.create_task(self._look(), name="scan the network")
             return settings.path
         return None

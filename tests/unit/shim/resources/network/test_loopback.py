@@ -87,7 +87,7 @@ class Pod:
         self.work: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        pid = int(self.lab.pod.split("/")[2])
+        pid = self.lab.pod_pid
         self.work = asyncio.create_task(mirror(pid, self.guest, self.guest.open_stream))
 
     async def stop(self) -> None:

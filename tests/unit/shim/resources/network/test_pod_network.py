@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -279,6 +280,20 @@ async def test_the_hosts_network_is_not_joined_to_a_vm() -> None:
     await bench.rescan()
     assert bench.told == []
     assert await bench.network.close() == []
+
+
+@pytest.mark.parametrize("path", ["/proc/{pid}/ns/net", "/proc/{pid}/task/{pid}/ns/net", "{link}/net"])
+async def test_a_process_own_network_is_not_taken_away(lab: NetLab, tmp_path: Path, path: str) -> None:
+    """`docker run --network container:ID`: that container would lose all that arrives for it."""
+    (tmp_path / "ns").symlink_to(f"/proc/{lab.pod_pid}/ns")
+    path = path.format(pid=lab.pod_pid, link=tmp_path / "ns")
+    before, fds = lab.traces(), _fds()
+    bench = Bench(NetworkSettings(path=path))
+    with pytest.raises(HostError, match=rf"is process {lab.pod_pid}'s \(.+\): a VM cannot share") as caught:
+        await bench.boot()
+    assert "--network NAME" in str(caught.value)
+    assert await bench.network.close() == []
+    assert (lab.traces(), _fds()) == (before, fds)
 
 
 async def test_a_path_that_leads_nowhere() -> None:

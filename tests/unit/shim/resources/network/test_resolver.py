@@ -140,7 +140,7 @@ async def agent(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
 
 async def test_both_ways_to_ask(lab: NetLab, server: NameServer, agent: Agent) -> None:
     """Of two servers that resolv.conf names only one is there; the other is the guest's own matter."""
-    pid = int(lab.pod.split("/")[2])
+    pid = lab.pod_pid
     work = await set_up(pid, ["127.0.0.53", SERVER], agent, agent.open_stream)
     assert work is not None
     assert agent.addresses == [SERVER]
@@ -164,7 +164,7 @@ async def test_a_server_behind_rules_as_dockers_is(lab: NetLab, agent: Agent) ->
     answering = None
     try:
         lab.inside("pod", lambda: redirect([(SERVER, 5353)]))
-        work = await set_up(int(lab.pod.split("/")[2]), [SERVER], agent, agent.open_stream)
+        work = await set_up(lab.pod_pid, [SERVER], agent, agent.open_stream)
         assert work is not None
         answering = asyncio.create_task(work)
         assert await agent.udp(b"udp") == b"pdu"
@@ -180,7 +180,7 @@ async def test_a_server_that_does_not_answer_is_no_standstill(
     lab: NetLab, server: NameServer, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resolver, "PATIENCE", 0.2)
-    work = await set_up(int(lab.pod.split("/")[2]), [SERVER], agent, agent.open_stream)
+    work = await set_up(lab.pod_pid, [SERVER], agent, agent.open_stream)
     assert work is not None
     answering = asyncio.create_task(work)
     silent = [asyncio.create_task(agent.udp(b"silence")) for _ in range(2 * QUESTIONS)]
@@ -210,7 +210,7 @@ async def test_who_gets_nothing(
     lab: NetLab, server: NameServer, agent: Agent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host's own network, servers that are not there, a stock agent, an agent that fails."""
-    pid = int(lab.pod.split("/")[2])
+    pid = lab.pod_pid
     assert await set_up(1, [SERVER], agent, agent.open_stream) is None
     assert await set_up(pid, ["127.0.0.12"], agent, agent.open_stream) is None
     agent.able = False
