@@ -21,6 +21,18 @@ def test_pytests_last_line_counts() -> None:
     assert counts("Everything is cleaned up") == {}
 
 
+def test_a_suite_that_was_ended_counts_what_it_came_to() -> None:
+    said = (
+        "tests/e2e/test_a.py::test_x[a b] PASSED                  [  1%]\n"
+        "tests/e2e/test_a.py::test_y FAILED                       [  2%]\n"
+        "tests/e2e/test_a.py::test_z SKIPPED (no KVM)             [  3%]\n"
+        "tests/e2e/test_a.py::test_w PASSED                       [100%]\n"
+        "tests/e2e/test_b.py::test_x "
+    )
+
+    assert counts(said) == {"passed": 2, "failed": 1, "skipped": 1}
+
+
 @pytest.mark.parametrize(
     ("result", "text"),
     [
@@ -28,6 +40,7 @@ def test_pytests_last_line_counts() -> None:
         ({"ok": True}, "green"),
         ({"ok": False}, "fails"),
         ({"ok": False, "passed": 3, "failed": 1}, "3 passed, 1 failed"),
+        ({"ok": False, "passed": 3, "unfinished": True}, "3 passed, then its time was over"),
     ],
 )
 def test_a_suite_in_a_few_words(result: dict[str, object], text: str) -> None:
