@@ -94,3 +94,18 @@ def test_it_refuses_to_touch_this_machines_mounts() -> None:
 
     assert (done.returncode, os.stat("/").st_dev) == (2, before)
     assert "pid namespace of its own" in done.stderr
+
+
+def test_a_machine_ignores_no_signal() -> None:
+    """A shell's background job does, and its children's children too: ^C would end no demo there."""
+    script = "import os, signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    code = f"from scripts.host_root import run; run([{sys.executable!r}, '-c', {script!r}])"
+    done = subprocess.run(
+        ["sh", "-c", f"trap '' INT; exec {sys.executable} -c \"$1\"", "sh", code],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "True\n"
