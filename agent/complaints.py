@@ -32,6 +32,8 @@ _CHDIR = re.compile(r"chdir(?:\(\))? `?([^`:]*)`?: (.*)")
 _CGROUP = re.compile(r"(?:writing|open|write to) (?:file )?`?(?:/sys/fs/cgroup\S*/)?([a-z]+\.[\w.]+)`?: (.*)")
 _NOT_FOUND = re.compile(r"executable file `.*` not found|cannot find `?.*`? in \$PATH")
 _NOT_RUN = re.compile(r"(?:open executable|exec container process(?: \([^)]*\))?(?: `.*`)?): (.*)")
+# crun 1.21 and later look at the file first, and end with "Operation not permitted" whatever it is.
+_NO_PROGRAM = re.compile(r"the path `.*` (exists but it is not executable|is not a regular file)")
 _NO_FILE_SYSTEM = "the guest's kernel has no such file system: see kernel_modules in [agent.kata]"
 _HINTS = {
     "Not a directory": "one of the two is a file and the other a directory, or a file is on the way",
@@ -134,6 +136,8 @@ def _program(message: str, config: Json) -> _Found:
         why = "no such file or directory" if "/" in program else "executable file not found in $PATH"
     elif unfit is not None:
         why = unfit[1].lower()
+    elif (found := _NO_PROGRAM.search(message)) is not None:
+        why = "permission denied" if "executable" in found[1] else "operation not permitted"
     else:
         return None
     if why == "operation not permitted":  # crun's own word for what is no regular file

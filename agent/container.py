@@ -118,7 +118,9 @@ class Container:
             since = self._reaper.mark()
             stdin, stdout, stderr = stdio.child_fds
             count = len(process.get("env", ()))
-            run = self._crun.run(what, *arguments, self.id, fds=(stdin, stdout, stderr), variables=count)
+            run = self._crun.run(
+                what, *arguments, container=self.id, fds=(stdin, stdout, stderr), variables=count
+            )
             task = asyncio.ensure_future(_explained(run, config))
             if console is not None:
                 size = process.get("consoleSize", {})
@@ -144,14 +146,15 @@ class Container:
     async def _discard(self) -> None:
         """After a failed create: nothing of it may stay."""
         try:
-            await self._crun.run("cleaning up", "delete", "--force", self.id)
+            await self._crun.run("cleaning up", "delete", "--force", container=self.id)
         except RpcError as error:
             log.debug(error.message)
         await self._clean()
 
     async def _clean(self) -> None:
         """Remove its files, with no process of it left."""
-        await asyncio.to_thread(shutil.rmtree, self.bundle, ignore_errors=True)
+        for directory in (self.bundle, self._crun.root_of(self.id)):
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         if self._has_nodes:
             from agent.nodes import remove
 
@@ -166,7 +169,7 @@ class Container:
         # Hooks that `crun start` would have to run never reach the guest, so all that is left of it is
         # to let go of the init, which saves the time to load crun once more.
         if not self._crun.release(self.id):
-            await self._crun.run(f"starting {self.id}", "start", self.id)
+            await self._crun.run(f"starting {self.id}", "start", container=self.id)
 
     async def exec(
         self, exec_id: str, process: oci_pb2.Process, ports: Ports, beyond: Mapping[str, Any] = NOTHING
@@ -304,7 +307,7 @@ class Container:
             with contextlib.suppress(RpcError):
                 self.init.signal(signal.SIGKILL)
         await self._until_event("populated", 0)
-        await self._crun.run(f"removing {self.id}", "delete", "--force", self.id)
+        await self._crun.run(f"removing {self.id}", "delete", "--force", container=self.id)
         if self.init is not None:
             self.init.stdio.release()
         for process in self.execs.values():

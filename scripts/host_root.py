@@ -87,8 +87,12 @@ def bring_up_network() -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command's exit code. Whatever else ends here meanwhile is reaped."""
-    child = os.posix_spawnp(argv[0], list(argv), os.environ)
+    """The command's exit code. Whatever else ends here meanwhile is reaped.
+
+    As a machine's first process gives it, no signal is ignored, whatever the caller of this one ignores.
+    """
+    defaults = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+    child = os.posix_spawnp(argv[0], list(argv), os.environ, setsigdef=defaults)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
     while True:
         pid, status = os.wait()

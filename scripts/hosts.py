@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,8 @@ JOBS: dict[str, str] = {
     "check": "make install && kata-ctl check && make uninstall",
     "ten": f"{_PYTEST} " + " ".join(f"tests/e2e/{name}" for name in _TEN),
     "unit": f'{_PYTEST} -m "not e2e"',
-    "conformance": f"{_PYTEST} tests/conformance",
-    "e2e": f'{_PYTEST} tests/e2e tests/fault -m "e2e and not benchhost"',
+    "conformance": f"{_PYTEST} -vv tests/conformance",
+    "e2e": f'{_PYTEST} -vv tests/e2e tests/fault -m "e2e and not benchhost"',
 }
 """Each suite is one shell command in the clone; those before `unit` are the short form."""
 
@@ -202,9 +203,14 @@ def enter(root: Path, command: str, *, log: Path, own_network: bool, timeout: fl
 
 
 def counts(text: str) -> dict[str, int]:
-    """pytest's last line: how many passed, failed, were skipped."""
-    lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
-    return {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", lines[-1])} if lines else {}
+    """pytest's last line: how many passed, failed, were skipped. Before that: what has ended."""
+    lines = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|error).* in \d", line)]
+    if lines:
+        return {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", lines[-1])}
+    ended = re.findall(
+        r"^tests/.* (PASSED|FAILED|SKIPPED|ERROR)(?: \(.*\))? +\[ *\d+%\]$", text, re.MULTILINE
+    )
+    return {word.lower(): number for word, number in Counter(ended).items()}
 
 
 def run_suite(root: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -216,8 +222,13 @@ def run_suite(root: Path, name: str, options: argparse.Namespace) -> dict[str, A
     code = enter(root, command, log=log, own_network=network, timeout=options.timeout)
     text = log.read_text(errors="replace")
     result: dict[str, Any] = {"ok": code == 0, "seconds": round(time.monotonic() - begin), **counts(text)}
-    for failed in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.MULTILINE):
-        result.setdefault("names", []).append(failed)
+    if code == 124:
+        result["unfinished"] = True
+    names = re.findall(
+        r"^(?:(?:FAILED|ERROR) (tests/\S+)|(tests/\S+::.*?) (?:FAILED|ERROR) )", text, re.MULTILINE
+    )
+    if names:
+        result["names"] = sorted({one or other for one, other in names})
     words = "green" if code == 0 else f"exit {code}"
     say(f"{root.name}: {name}: {words}, {cell(result)} in {result['seconds']} s; {log}")
     return result
@@ -245,6 +256,7 @@ def cell(result: Mapping[str, Any]) -> str:
         return "-"
     words = ("passed", "failed", "skipped", "error", "errors")
     parts = [f"{result[word]} {word}" for word in words if word in result]
+    parts += ["then its time was over"] * ("unfinished" in result)
     return ", ".join(parts) or ("green" if result["ok"] else "fails")
 
 

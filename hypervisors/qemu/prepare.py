@@ -8,6 +8,7 @@ Invariants: a daemon gets ready while the rest is prepared; QEMU inherits its co
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -101,13 +102,20 @@ async def _vsock(parts: Parts, device: VsockConfig, state_dir: str, undo: UndoLo
 
 
 def open_disk(device: BlockConfig) -> int:
-    """A descriptor of the file or block device, for QEMU, which could not open it. Raises HostError."""
+    """A descriptor of the file or block device, for QEMU, which could not open it. Raises HostError.
+
+    Since 9.1 QEMU takes a descriptor of a set only if it was opened for direct access as the node wants it.
+    """
     flags = (os.O_RDONLY if device.read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    direct = device.options.direct and device.kind is not Kind.PMEM
     try:
-        file = os.open(device.path, flags)
+        file = os.open(device.path, flags | (os.O_DIRECT if direct else 0))
     except OSError as error:
+        hint = ""
+        if direct and error.errno == errno.EINVAL:
+            hint = "its file system may have no direct access: leave out block_device_cache_direct"
         raise HostError(
-            f"the disk {device.path} cannot be opened: {error.strerror}", phase="devices"
+            f"the disk {device.path} cannot be opened: {error.strerror}", phase="devices", hint=hint
         ) from error
     kind = os.fstat(file).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):

@@ -192,14 +192,17 @@ async def test_the_dialect_of_katas_shims(guest: Guest) -> None:
 
 
 async def test_seccomp_gives_the_errno_that_is_asked_for(guest: Guest) -> None:
-    spec = make_spec("mkdir", "/tmp/never")
-    spec.Linux.Seccomp.DefaultAction = "SCMP_ACT_ALLOW"
-    spec.Linux.Seccomp.Architectures.append("SCMP_ARCH_X86_64")
-    spec.Linux.Seccomp.Syscalls.add(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_ERRNO", errnoret=28)
-    code, _, err = await guest.run(spec=spec)
+    """Each container its own: crun 1.21 and 1.28 keep filters, and mistake one with other errors for it."""
+    said = []
+    for number in (95, 28):
+        spec = make_spec("mkdir", "/tmp/never")
+        spec.Linux.Seccomp.DefaultAction = "SCMP_ACT_ALLOW"
+        spec.Linux.Seccomp.Architectures.append("SCMP_ARCH_X86_64")
+        spec.Linux.Seccomp.Syscalls.add(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_ERRNO", errnoret=number)
+        code, _, err = await guest.run(spec=spec)
+        said.append((code, err.rpartition(b": ")[2].strip()))
 
-    assert code == 1
-    assert b"No space left" in err
+    assert said == [(1, b"Operation not supported"), (1, b"No space left on device")]
 
 
 async def test_masked_and_read_only_paths(guest: Guest) -> None:

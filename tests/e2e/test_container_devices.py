@@ -154,4 +154,5 @@ def test_a_device_that_the_host_has_mounted_is_refused_before_anything_is_done(
 
     assert done.code != 0
     assert f"devices: {device} is in use on this host: mounted at {place};" in done.error
-    assert "failed precondition" in done.error
+    if not containerd.version.startswith("2"):  # whose ctr leaves the code out of the text
+        assert "failed precondition" in done.error

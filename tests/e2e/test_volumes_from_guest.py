@@ -28,7 +28,7 @@ IMAGE = "local/busybox:1"
 _CAP_MKNOD = 1 << 27
 _LIBRARIES = "/host/lib/x86_64-linux-gnu"
 _LOADER = f"{_LIBRARIES}/ld-linux-x86-64.so.2 --library-path {_LIBRARIES}"
-_PYTHON = f"{_LOADER} /host/bin/python3.11 -ISB"
+_PYTHON = f"{_LOADER} /host/bin/{os.path.basename(os.path.realpath('/usr/bin/python3'))} -ISB"
 
 # Everything that it tries, as `name: errno`; 0 is success.
 _PROGRAM = r"""

@@ -102,6 +102,7 @@ async def test_a_daemon_without_a_readable_journal_is_found(shims: Shims) -> Non
     assert b"does not say whose journal it is" in result.stderr
     for left in shims.processes():
         os.kill(left, signal.SIGKILL)
+        assert shims.wait_gone(left)
     shutil.rmtree(shims.state_dir(bundle))
 
 

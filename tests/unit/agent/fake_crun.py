@@ -59,14 +59,14 @@ def launch(args: list[str], log: str, process: dict[str, Any], fifo: str | None)
 def main() -> None:
     args = sys.argv[1:]
     root, log = option(args, "--root"), option(args, "--log")
-    with open(f"{root}/calls", "a") as file:
+    with open(f"{os.path.dirname(root)}/calls", "a") as file:
         file.write(json.dumps(args) + "\n")
     verb = next(word for word in args if word in ("create", "start", "exec", "delete", "update"))
     state = f"{root}/{args[-1]}"
     if verb == "create":
         with open(f"{option(args, '--bundle')}/config.json") as file:
             process = json.load(file)["process"]
-        os.mkdir(state)
+        os.makedirs(state)
         os.mkfifo(f"{state}/exec.fifo")
         launch(args, log, process, f"{state}/exec.fifo")
     elif verb == "exec":

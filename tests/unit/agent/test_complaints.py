@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from agent.complaints import explain
+from agent.crun import complaint
 from ttrpc import Code, RpcError
 
 CONFIG: dict[str, Any] = {
@@ -151,6 +152,16 @@ def test_what_is_not_known_stays_as_it_is(said: str) -> None:
             "it is no file: permission denied; try: it must be a file that the container's user may execute",
         ),
         ("/etc", "open executable: Is a directory", "is a directory"),
+        (
+            "/etc/passwd",
+            "the path `/etc/passwd` exists but it is not executable: Operation not permitted",  # since 1.21
+            "permission denied; try: it must be a file that the container's user may execute",
+        ),
+        (
+            "/etc",
+            "the path `/etc` is not a regular file: Operation not permitted",
+            "it is no file: permission denied; try: it must be a file that the container's user may execute",
+        ),
         ("/sh", "exec container process `/sh`: Exec format error", "exec format error"),
         (
             "/sh",
@@ -165,3 +176,16 @@ def test_why_a_program_cannot_be_run_is_told_in_runcs_words(program: str, said: 
 
     assert found.code is Code.INVALID_ARGUMENT
     assert found.message == f"exec e of c1: process.args[0] {program!r} cannot be run: {why}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "the requested cgroup controller `nosuch` is not available",  # 1.8
+        "controller `nosuch` is not available under /sys/fs/cgroup/kata/c1/cgroup.controllers",  # 1.21, 1.28
+        "invalid seccomp action `SCMP_ACT_NONE`",
+        "seccomp get action `SCMP_ACT_NONE`",  # 1.28
+    ],
+)
+def test_whose_fault_it_is_in_the_words_of_each_crun(said: str) -> None:
+    assert complaint("container c1", said, 1).code is Code.INVALID_ARGUMENT

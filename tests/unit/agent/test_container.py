@@ -70,7 +70,7 @@ async def test_a_missing_program_is_named_and_leaves_nothing(box: Box) -> None:
 
     assert caught.value.code == Code.INVALID_ARGUMENT
     assert not os.path.exists(container.bundle)
-    assert not os.path.exists(box.crun.state_dir(container.id))
+    assert not os.path.exists(box.crun.root_of(container.id))
     assert [name for name in os.listdir(box.directory) if "." in name] == []
 
 
@@ -250,7 +250,7 @@ async def test_remove_leaves_nothing(box: Box) -> None:
 
     assert await _ended(_init(container)) == 137
     assert not os.path.exists(container.bundle)
-    assert not os.path.exists(box.crun.state_dir(container.id))
+    assert not os.path.exists(box.crun.root_of(container.id))
 
 
 async def test_by_call(box: Box) -> None:

@@ -50,6 +50,8 @@ def test_any_bytes_are_a_value_or_an_error(data: bytes) -> None:
         (b'\xef\xbb\xbf{"a": 1}', "BOM"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+        (b'{"a":' * 1001 + b"1" + b"}" * 1001, "nested too deeply"),  # Python 3.13 and 3.14 read it
+        (b"[" * 2000 + b"]" * 2000, "nested too deeply"),
         (b'{"a": 1, "b": [0, {"c": {"d": 1, "e": 2, "d": 3}}]}', "b[1].c.d is there twice"),
         (b'{"a": 1, "a": 1}', "a is there twice"),
         (b'{"annotations": {"x.y/z": "1", "x.y/z": "1"}}', 'annotations["x.y/z"] is there twice'),
@@ -67,6 +69,12 @@ def test_what_is_wrong_is_said_with_its_place(data: bytes, why: str) -> None:
 
     assert why in str(caught.value)
     assert str(caught.value).isprintable()
+
+
+def test_many_members_are_not_deep() -> None:
+    deep = b"[" * 800 + b"]" * 800
+    assert len(parse(b"[" + b", ".join([deep] * 20) + b"]")) == 20
+    assert len(parse(b"[" + b", ".join([b"{}"] * 5000) + b"]")) == 5000
 
 
 def test_a_pair_is_one_character_and_a_written_escape_is_none() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devices.config import BlockConfig, BlockFormat, BlockOptions, IoLimits
-from devices.errors import BugError
+from devices.errors import BugError, HostError
 from devices.kinds import Kind
+from hypervisors.qemu.prepare import open_disk
 from hypervisors.qemu.recipes import Placed, Recipe, argv, recipe, throttle
 
 
@@ -112,6 +116,25 @@ def test_an_open_disk_is_given_as_a_descriptor_of_a_set() -> None:
     assert node.properties["file"]["filename"] == "/dev/fdset/3"
     assert argv(disk)[:2] == ["-add-fd", "set=3,fd=9"]
     assert "/d.img" not in str(argv(disk))
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_disk_is_open_as_its_node_wants_it(tmp_path: Path, direct: bool) -> None:
+    """QEMU 9.1 and later take no other descriptor of a set."""
+    path = tmp_path / "d.img"
+    path.write_bytes(bytes(4096))
+    file = open_disk(BlockConfig(id="d", path=str(path), options=BlockOptions(direct=direct)))
+    try:
+        assert bool(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT) is direct
+    finally:
+        os.close(file)
+
+
+def test_a_file_system_without_direct_access_is_named() -> None:
+    with pytest.raises(HostError, match="leave out block_device_cache_direct"):
+        open_disk(
+            BlockConfig(id="d", path="/proc/version", read_only=True, options=BlockOptions(direct=True))
+        )
 
 
 def test_a_disk_that_becomes_memory_is_opened_again() -> None:

@@ -21,6 +21,18 @@ def test_pytests_last_line_counts() -> None:
     assert counts("Everything is cleaned up") == {}
 
 
+def test_a_suite_that_was_ended_counts_what_it_came_to() -> None:
+    said = (
+        "tests/e2e/test_a.py::test_x[a b] PASSED                  [  1%]\n"
+        "tests/e2e/test_a.py::test_y FAILED                       [  2%]\n"
+        "tests/e2e/test_a.py::test_z SKIPPED (no KVM)             [  3%]\n"
+        "tests/e2e/test_a.py::test_w PASSED                       [100%]\n"
+        "tests/e2e/test_b.py::test_x "
+    )
+
+    assert counts(said) == {"passed": 2, "failed": 1, "skipped": 1}
+
+
 @pytest.mark.parametrize(
     ("result", "text"),
     [
@@ -28,6 +40,7 @@ def test_pytests_last_line_counts() -> None:
         ({"ok": True}, "green"),
         ({"ok": False}, "fails"),
         ({"ok": False, "passed": 3, "failed": 1}, "3 passed, 1 failed"),
+        ({"ok": False, "passed": 3, "unfinished": True}, "3 passed, then its time was over"),
     ],
 )
 def test_a_suite_in_a_few_words(result: dict[str, object], text: str) -> None:
@@ -81,3 +94,18 @@ def test_it_refuses_to_touch_this_machines_mounts() -> None:
 
     assert (done.returncode, os.stat("/").st_dev) == (2, before)
     assert "pid namespace of its own" in done.stderr
+
+
+def test_a_machine_ignores_no_signal() -> None:
+    """A shell's background job does, and its children's children too: ^C would end no demo there."""
+    script = "import os, signal; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    code = f"from scripts.host_root import run; run([{sys.executable!r}, '-c', {script!r}])"
+    done = subprocess.run(
+        ["sh", "-c", f"trap '' INT; exec {sys.executable} -c \"$1\"", "sh", code],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == "True\n"
