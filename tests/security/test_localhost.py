@@ -54,7 +54,7 @@ async def test_ports_that_change_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(loopback, "PACE", 0.01)
     guest = Hostile()
     with NetLab() as lab:
-        pid = int(lab.pod.split("/")[2])
+        pid = lab.pod_pid
         work = asyncio.create_task(mirror(pid, guest, guest.open_stream))
         async with turns() as longest, asyncio.timeout(60):
             while guest.asked < 5:  # noqa: ASYNC110
@@ -72,7 +72,7 @@ async def test_ports_that_change_for_ever(monkeypatch: pytest.MonkeyPatch) -> No
 async def test_the_guest_is_asked_at_our_pace() -> None:
     guest = Hostile()
     with NetLab() as lab:
-        pid = int(lab.pod.split("/")[2])
+        pid = lab.pod_pid
         before = asyncio.get_running_loop().time()
         work = asyncio.create_task(mirror(pid, guest, guest.open_stream))
         async with asyncio.timeout(60):
