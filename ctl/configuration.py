@@ -2,7 +2,8 @@
 
 `show` prints TOML: every key that counts, with the value it has after defaults and adjustments, or only what
 the files say; with `origin` also where each value comes from.
-`check` tells all that is wrong in a file, not only the first, and the keys that have no effect.
+`check` tells all that is wrong in a file, not only the first, the keys that have no effect, and those that
+Kata itself has renamed or given up.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+from ctl.kata_history import changes
 from devices.errors import ConfigError, KataError
 from shim.config import Config, ConfigFileError, load_config
 from shim.config.fill import kind_of_field
@@ -88,6 +90,8 @@ def check(path: str | None) -> int:
         explain(error)
         return 1
     quiet = [each for each in config.inactive if each.harmless]
+    for text in changes(config):
+        print(f"note: {text}")
     for each in config.inactive:
         if not each.harmless:
             print(f"note: {each}")

@@ -45,6 +45,7 @@ class HttpApi:
         self._vmm = vmm
         self._path = path
         self._sock: socket.socket | None = sock
+        self.refusal = ""  # what it said when it refused a request last
         self._http = _protocol()
         self._lock = asyncio.Lock()
 
@@ -165,9 +166,8 @@ class HttpApi:
             content = [answer[:200].decode(errors="replace")]
         if good:
             return content
-        raise HypervisorError(
-            f"{self._vmm} refused {what}: {fault(content) or f'status {status}'}", code="FAILED_PRECONDITION"
-        )
+        self.refusal = f"{what}: {fault(content) or f'status {status}'}"
+        raise HypervisorError(f"{self._vmm} refused {self.refusal}", code="FAILED_PRECONDITION")
 
 
 def _protocol() -> h11.Connection:

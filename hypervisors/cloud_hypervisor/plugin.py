@@ -79,7 +79,7 @@ class ClhPlugin:
     def check(self) -> list[CheckResult]:
         """Programs and devices that a Cloud Hypervisor sandbox needs on this host."""
         hint = "install a release of Cloud Hypervisor, or set [hypervisor.clh] path"
-        return [on_path(_PROGRAM, _PROGRAM, hint), kvm(), found("virtiofsd", find_virtiofsd)]
+        return [on_path(self.name, _PROGRAM, hint), kvm(), found("virtiofsd", find_virtiofsd)]
 
     def create(
         self, section: ClhConfig, *, sandbox_id: str, state_dir: str, undo: UndoLog

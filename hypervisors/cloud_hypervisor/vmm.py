@@ -80,6 +80,10 @@ class Parts(VmParts):
     sockets: dict[str, str] = field(default_factory=dict)
     leaving: set[str] = field(default_factory=set)
 
+    def words(self) -> dict[str, str]:
+        """It says on stderr only what it does not answer."""
+        return {"vmm refused": self.api.refusal if self.api is not None else ""}
+
     def drain(self) -> None:
         """What `VmParts.drain` does, and the events."""
         VmParts.drain(self)  # no super(): a dataclass with slots is made anew

@@ -37,6 +37,7 @@ class FirecrackerPlugin:
         devices=abilities(_MAX_SLOTS),
         tap_by_name=True,
         hybrid_vsock=True,
+        own_vsock=True,
         pause=True,
         snapshot=True,
         restore=True,

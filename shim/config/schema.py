@@ -312,6 +312,7 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "entropy_source": "/dev/urandom",
     "hot_plug_vfio": "no-port",
     "hotplug_vfio_on_root_bus": False,
+    "measurement_algo": "",  # Kata 3 only
     "pcie_root_port": 0,
     "pcie_switch_port": 0,
     # network

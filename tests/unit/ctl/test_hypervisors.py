@@ -42,6 +42,7 @@ def test_one_table_shows_all() -> None:
     rows = {row[0]: row[1:] for row in table({name: get_plugin(name) for name in BUILT_IN})}
     assert rows[""] == list(BUILT_IN)
     assert rows["virtio-net"] == ["start plug unplug", "start", "start plug unplug"]
+    assert rows["and without a daemon"] == ["yes", "yes", "-"]
     assert rows["save a VM"] == rows["start a saved VM"] == ["yes", "yes", "-"]
 
 

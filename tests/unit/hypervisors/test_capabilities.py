@@ -27,7 +27,11 @@ async def test_a_vms_capabilities_are_among_its_plugins(name: str, tmp_path: Pat
     most = plugin.capabilities
     for kind, operations in OPERATIONS.items():
         assert [op for op in operations if able.can(kind, op) and not most.can(kind, op)] == []
-    assert [name for name in ("pause", "snapshot") if getattr(able, name) and not getattr(most, name)] == []
+    assert [
+        name
+        for name in ("own_vsock", "pause", "snapshot", "restore")
+        if getattr(able, name) and not getattr(most, name)
+    ] == []
     assert able.can(Kind.BLK, Op.COLD)
 
 

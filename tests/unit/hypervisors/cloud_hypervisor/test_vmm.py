@@ -135,6 +135,8 @@ async def test_a_start_that_fails_leaves_nothing_running(
         await vm.start_vm(20)
     assert caught.value.phase
     assert caught.value.hint
+    if "boot" in wish:
+        assert caught.value.details
     assert await vm.get_pids() == []
 
 
