@@ -17,6 +17,9 @@ Invariants:
 - A DIMM's back end goes with it, or at the next resize if the guest was late. No name of one comes twice in
   a VM's life: QEMU 10 and 11 give a memfd of a name that has just gone the old one's descriptor, and close it
   a moment later. All vhost-user daemons then lose their connection with the next DIMM (docs/hosts.md).
+- Under TCG back ends stay until the VM ends, and the next DIMM of that size gets one of them: with a new one
+  after one that was deleted, programs of the guest die by SIGSEGV (docs/hosts.md). As much as the VM may have
+  may lie idle so; a DIMM that would make it more is kept by the guest.
 - A guest that gives memory back which it needs kills for it: who shrinks asks it first what it can spare.
 Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2; ACPI 6.4, _OST (6.3.5).
 """
@@ -25,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import structlog
@@ -33,6 +37,7 @@ from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
 from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
 from hypervisors.qemu.events import let_go, size_is, taken
+from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent, sensible
 
 __all__ = ["Sizer"]
@@ -58,6 +63,15 @@ class _Dimm(NamedTuple):
         return f"{_DIMM}{self.number}"
 
 
+@dataclass(slots=True)
+class _BackEnd:
+    """What a DIMM's memory is. `used`: it was, or may have been, a DIMM's."""
+
+    id: str
+    mib: int
+    used: bool = False
+
+
 class Sizer:
     """See the module's docstring. `plan` is what QEMU was started with."""
 
@@ -69,7 +83,9 @@ class Sizer:
         self._leaving: set[str] = set()  # asked of the guest, without an answer yet
         self._last_dimm = -1
         self._granted = plan.vcpus  # of those that are there from the start
-        self._back_ends: set[str] = set()  # DIMMs that have one, or may have; noted before they come
+        self._back_ends: dict[str, _BackEnd] = {}  # by DIMM; noted before they come
+        self._keeps = plan.accelerator is Accelerator.TCG
+        self._spare: list[_BackEnd] = []  # of DIMMs that have gone
 
     # --- vCPUs
 
@@ -180,27 +196,38 @@ class Sizer:
 
     async def _sweep(self, dimms: Iterable[_Dimm]) -> None:
         """Remove back ends without a DIMM: it did not come, or the guest gave it back after its time."""
-        for name in sorted(self._back_ends - {dimm.name for dimm in dimms}):
+        for name in sorted(self._back_ends.keys() - {dimm.name for dimm in dimms}):
             await self._drop_back_end(name)
 
     async def _drop_back_end(self, name: str) -> None:
-        try:
-            await self._qmp.execute("object-del", {"id": f"{_BACK_END}{name}"})
-        except QmpError as error:
-            if "not found" not in error.cause:
-                raise error.with_context(phase="sizing") from None
-        self._back_ends.discard(name)
+        back_end = self._back_ends[name]
+        if self._keeps and back_end.used:
+            self._spare.append(back_end)
+        else:
+            try:
+                await self._qmp.execute("object-del", {"id": back_end.id})
+            except QmpError as error:
+                if "not found" not in error.cause:
+                    raise error.with_context(phase="sizing") from None
+        del self._back_ends[name]
 
     async def _plug_dimm(self, dimm: _Dimm) -> None:
-        name, node = dimm.name, f"{_BACK_END}{dimm.name}"
-        backend = {"qom-type": "memory-backend-memfd", "id": node, "size": dimm.mib << 20, "share": True}
-        self._back_ends.add(name)
+        name = dimm.name
+        spare = next((back_end for back_end in self._spare if back_end.mib == dimm.mib), None)
+        back_end = spare or _BackEnd(f"{_BACK_END}{name}", dimm.mib)
+        self._back_ends[name] = back_end
         try:
-            await self._qmp.execute("object-add", backend)
-            await self._plug(
-                {"driver": "pc-dimm", "id": name, "memdev": node}, f"{dimm.mib} MiB of memory ({name})"
-            )
+            if spare is not None:
+                self._spare.remove(spare)
+            else:
+                size = dimm.mib << 20
+                memfd = {"qom-type": "memory-backend-memfd", "id": back_end.id, "size": size, "share": True}
+                await self._qmp.execute("object-add", memfd)
+            back_end.used = True
+            device = {"driver": "pc-dimm", "id": name, "memdev": back_end.id}
+            await self._plug(device, f"{dimm.mib} MiB of memory ({name})")
         except QmpError as error:  # QEMU refused it; a guest that is slow has it all the same
+            back_end.used = spare is not None
             await self._drop_back_end(name)
             hint = "plug more at once, or set enable_virtio_mem = true: it needs one slot"
             raise error.with_context(phase="sizing", hint=hint) from None
@@ -211,6 +238,9 @@ class Sizer:
         gone = 0
         for dimm in sorted(dimms, key=lambda dimm: (dimm.mib, dimm.number), reverse=True):
             if gone + dimm.mib > surplus:
+                continue
+            if self._keeps and sum(spare.mib for spare in self._spare) + dimm.mib > self._plan.max_memory:
+                _log.info("the guest keeps memory: too much lies idle", device=dimm.name)
                 continue
             went = await self._unplug(dimm.name)
             if went or dimm.name in self._leaving:
