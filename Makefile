@@ -12,7 +12,7 @@ FUZZ_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-containerds: setup ## all end-to-end tests under each containerd: 1.6, 1.7 
 	    echo "== containerd $$version"; \
 	    KATA_E2E_CONTAINERD=$$version KATA_E2E_AWAY=65 KATA_E2E_BYTES=1073741824 $(PY) -m pytest -m "e2e and not benchhost" $(PYTEST_ARGS); \
 	done
+
+test-docker: setup ## Docker itself, both of Debian's (26.1 and 28.5), with all that `make test` does with one of them
+	@KATA_E2E_DOCKER=all $(PY) -m pytest tests/e2e/test_docker.py $(PYTEST_ARGS)
 
 test-hosts: setup ## README's commands and the tests on fresh machines of the other releases (docs/hosts.md); HOSTS_ARGS=--short
 	@$(PY) -m scripts.hosts $(HOSTS_ARGS)
