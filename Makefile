@@ -12,7 +12,7 @@ FUZZ_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds containerd-2.3 test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-containerds containerd-2.3 test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ containerd-2.3: ## build containerd 2.3 for test-containerds, where there is a G
 	@GOBIN=$(abspath $(CONTAINERD_2_3)) go install $(addprefix github.com/containerd/containerd/v2/cmd/,\
 	    $(addsuffix @v2.3.7,containerd ctr containerd-shim-runc-v2))
 	@$(CONTAINERD_2_3)/containerd --version
+
+test-docker: setup ## Docker itself, both of Debian's (26.1 and 28.5), with all that `make test` does with one of them
+	@KATA_E2E_DOCKER=all $(PY) -m pytest tests/e2e/test_docker.py $(PYTEST_ARGS)
 
 test-hosts: setup ## README's commands and the tests on fresh machines of the other releases (docs/hosts.md); HOSTS_ARGS=--short
 	@$(PY) -m scripts.hosts $(HOSTS_ARGS)

@@ -30,6 +30,7 @@ from agent.spec import process_json, resources_json
 from agent.stdio.stdio import Ports, Stdio
 from agent.stdio.streams import StreamListener
 from agent.storage.destinations import make_destinations
+from agent.storage.fresh import look_again, shared_files
 from agent.storage.submounts import drop, hold
 from agent.threads import in_thread
 from ttrpc import Code, RpcError
@@ -70,6 +71,7 @@ class Container:
         self.pci_addresses: dict[str, str] = {}  # of devices passed on: the host's -> the guest's
         self._crun = crun
         self._held: list[str] = []
+        self._files: list[str] = []  # of the host's, mounted one by one
         self._has_nodes = False
         self._reaper = reaper
         self._listener = listener
@@ -79,7 +81,7 @@ class Container:
     async def create(self, ports: Ports) -> None:
         """`crun create`: the init process exists afterwards and waits for `start`."""
         os.makedirs(self.bundle, mode=0o700)
-        self._held = await asyncio.to_thread(_open_files, self.config)
+        self._held, self._files = await asyncio.to_thread(_open_files, self.config)
         log.debug(f"container {self.id} uses {self._held}")
         try:
             await self._place_nodes()
@@ -166,6 +168,9 @@ class Container:
         if self.started:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id} is already started")
         self.started = True
+        if self._files:
+            with contextlib.suppress(RpcError):  # it has waited for long enough
+                await in_thread(f"looking at the files of {self.id}", lambda: look_again(self._files))
         # Hooks that `crun start` would have to run never reach the guest, so all that is left of it is
         # to let go of the init, which saves the time to load crun once more.
         if not self._crun.release(self.id):
@@ -375,10 +380,10 @@ async def _explained(crun: Coroutine[Any, Any, None], config: dict[str, Any]) ->
         raise
 
 
-def _open_files(config: dict[str, Any]) -> list[str]:
+def _open_files(config: dict[str, Any]) -> tuple[list[str], list[str]]:
     held = hold(config)
     make_destinations(config)
-    return held
+    return held, shared_files(config)
 
 
 def _read(path: str) -> str:

@@ -3,7 +3,7 @@
 #
 # What: Debian packages (by what scripts/releases.txt says that this release calls them), a virtual environment
 # (.venv) with the locked dependencies, the program that confines each child, single packages of other Debian
-# releases (the vsock device daemon, two more containerds for the tests), unpacked beside the project, and the
+# releases (the vsock device daemon, two more containerds and two Dockers for the tests), unpacked beside the project, and the
 # guest's kernel and image.
 # Why in shell: before it has run there may be no Python.
 # Settings: KERNEL, the Debian release of the guest's kernel (`make guest KERNEL=trixie`); it is remembered.
@@ -125,13 +125,15 @@ step_confine() {
 # --- 4. What only other Debian releases have --------------------------------------------------------
 # vhost-device-vsock, which hosts without /dev/vhost-vsock need; Go's ttrpc 1.1 and 1.2, the peers of the interop
 # tests; the containerds of the compatibility tests (bookworm's 1.6, trixie's 1.7 and sid's 2.x, each with its
-# ctr; runc is the host's) but for the host's own; and passt, the vhost-user network's back end of the tests. A
+# ctr; runc is the host's) but for the host's own; Docker (trixie's 26 and sid's 28, each with its client); and
+# passt, the vhost-user network's back end of the tests. A
 # private apt configuration (guest/debian.py) fetches just these, signatures checked; they are unpacked under
 # build/, never installed, so that nothing else can be drawn from there.
 VSOCK=build/vsock/usr/bin/vhost-device-vsock
 GO_TTRPC=build/interop
 CONTAINERDS=build/containerd
 PASST=build/passt
+DOCKERS=build/docker
 
 from_release() { .venv/bin/python -m scripts.fetch "$@"; } # DIRECTORY PACKAGE/SUITE...
 
@@ -165,6 +167,13 @@ step_peers() { # what the tests speak with
         run "containerd-${version%/*}" from_release "$CONTAINERDS/${version%/*}" "containerd/${version#*/}"
         "$CONTAINERDS/${version%/*}/usr/bin/containerd" --version >/dev/null ||
             die "the containerd in $CONTAINERDS/${version%/*} does not run here"
+    done
+    # `docker run --init` mounts docker-init into containers: it has to be static, which sid's own tini is not.
+    for version in trixie sid; do
+        [[ -x $DOCKERS/$version/usr/bin/tini-static ]] && continue
+        run "docker-$version" from_release "$DOCKERS/$version" {docker.io,docker-cli}/"$version" tini/trixie
+        "$DOCKERS/$version/usr/sbin/dockerd" --version >/dev/null ||
+            die "the dockerd in $DOCKERS/$version does not run here"
     done
 }
 

@@ -232,8 +232,9 @@ class Containerd:
     own; `cri` enables the CRI plugin (testing.cri) and gives the daemon a network of its own, in which
     CNI may do what it likes. Its handlers: `kata` and `runc` with pause containers, `kata-shim` with the
     Sandbox API, `kata-streaming` with that and stdio over ttrpc. `cni` is for `ctr run --cni`: a bridge,
-    in a network that the daemon then has of its own too (`in_network`). `blockfile` (not with 1.6)
-    enables the snapshotter that gives each container an image file of 64 MiB with ext4 in it.
+    in a network that the daemon then has of its own too (`in_network`); `network` gives it that one
+    alone. `blockfile` (not with 1.6) enables the snapshotter that gives each container an image file of
+    64 MiB with ext4 in it.
     """
 
     def __init__(
@@ -246,6 +247,7 @@ class Containerd:
         namespace: str = "default",
         cri: bool = False,
         cni: bool = False,
+        network: bool = False,
         blockfile: bool = False,
     ) -> None:
         self.version = version or own_version()
@@ -263,6 +265,7 @@ class Containerd:
         self._cri = cri
         self._cni = cni
         self._blockfile = blockfile
+        self._own_network = cri or cni or network
         self._env = dict(env or {})
         self._overrides = overrides
         self._process: subprocess.Popen[bytes] | None = None
@@ -345,7 +348,7 @@ class Containerd:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(_OWN_NETWORK if self._cri or self._cni else ()),
+                    *(_OWN_NETWORK if self._own_network else ()),
                     str(self.programs / "containerd"),
                     *arguments,
                 ],

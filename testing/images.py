@@ -18,7 +18,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BUSYBOX", "Dir", "File", "Link", "build_image", "busybox_image", "layered_image", "pause_image"]
+__all__ = [
+    "BUSYBOX",
+    "Dir",
+    "File",
+    "Link",
+    "build_image",
+    "busybox_image",
+    "busybox_tree",
+    "layered_image",
+    "pause_image",
+]
 
 BUSYBOX = Path("/bin/busybox")  # Debian's busybox-static
 
@@ -146,6 +156,11 @@ def busybox_image(path: Path, name: str, *, user: str = "") -> None:
     if user:
         config["User"] = user
     build_image(path, name, [_busybox_layer()], config=config)
+
+
+def busybox_tree(path: Path) -> None:
+    """The same files without an image about them, as `docker import` takes them."""
+    path.write_bytes(_pack(_busybox_layer()))
 
 
 def pause_image(path: Path, name: str) -> None:

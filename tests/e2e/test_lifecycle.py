@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -54,6 +55,18 @@ def test_a_detached_container_is_killed_and_deleted(
     containerd.ctr("task", "rm", name)
     assert _status(containerd, name) == ""
     containerd.ctr("container", "rm", name)
+
+
+def test_a_file_rewritten_between_create_and_start_is_the_new_one(create: Create, tmp_path: Path) -> None:
+    """As Docker rewrites /etc/hosts and resolv.conf: whole, at once, not cut where the old one ended."""
+    file = tmp_path / "hosts"
+    file.write_text("old\n")
+    mount = f"type=bind,src={file},dst=/etc/hosts,options=rbind:rw"
+    task = create("cat", "/etc/hosts", options=("--mount", mount), stdin=False)
+    file.write_text("new and longer\n")  # in place: what is mounted is this file
+    task.start()
+    assert task.wait() == 0
+    assert task.io.finish()[0] == b"new and longer\n"
 
 
 def test_two_containers_run_at_once(
