@@ -49,6 +49,12 @@ def _hypervisors(arguments: argparse.Namespace) -> int:
     return run(as_json=arguments.json, as_markdown=arguments.markdown)
 
 
+def _conformance(arguments: argparse.Namespace) -> int:
+    from ctl.conformance import run
+
+    return run(arguments.name, config=arguments.config or "", only=arguments.only, first=arguments.first)
+
+
 def _config_check(arguments: argparse.Namespace) -> int:
     from ctl.configuration import check
 
@@ -138,6 +144,18 @@ def parser() -> argparse.ArgumentParser:
     kinds = add(commands, "hypervisors", _hypervisors, "List the hypervisors and what each can do.")
     kinds.add_argument("--json", action="store_true", help="for programs")
     kinds.add_argument("--markdown", action="store_true", help="as the table in docs/hypervisors.md")
+    suite = add(
+        commands,
+        "conformance",
+        _conformance,
+        "Try whether a hypervisor's plugin keeps its promises, on real VMs whose guests are asked.",
+    )
+    suite.add_argument("name", metavar="NAME", help="of the plugin, as `kata-ctl hypervisors` shows it")
+    suite.add_argument(
+        "--config", metavar="FILE", help="the configuration that chooses it; default: the shim's"
+    )
+    suite.add_argument("-k", dest="only", metavar="EXPRESSION", default="", help="only these: pytest's -k")
+    suite.add_argument("-x", dest="first", action="store_true", help="stop at the first that fails")
     listing = add(commands, "list", _list, "List the sandboxes of this host.")
     for command in (check, env, listing):
         command.add_argument("--json", action="store_true", help="for programs")

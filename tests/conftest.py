@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-pytest_plugins = ["tests.benchhost.plugin"]
+pytest_plugins = ["tests.benchhost.plugin", "conformance.plugin"]
 
 if not os.environ.get("KATA_BENCH_HOST"):  # where importing it takes seconds, and nothing uses it
     from hypothesis import settings

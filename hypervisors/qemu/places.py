@@ -24,6 +24,8 @@ __all__ = ["Places"]
 # A microvm's transports: the guest looks at the last one first, and its first disk has to be vda. The
 # interrupt of number 0 never arrives (QEMU 7.2).
 _MMIO = range(23, 0, -1)
+# What the guest's kernel calls /dev/vdX, in the order in which it finds them.
+_LETTERED = (Kind.BLK, Kind.VHOST_USER_BLK)
 
 
 class Places:
@@ -51,8 +53,8 @@ class Places:
                 return {"slot": slot}, f"/dev/pmem{slot}"
         if self._microvm:
             at = {"bus": f"virtio-mmio-bus.{self._mmio.allocate(device.id)}"}
-            disks = sum(placed.device.kind is Kind.BLK for placed in others)
-            return at, f"/dev/{disk_name(disks)}" if device.kind is Kind.BLK else ""
+            disks = sum(placed.device.kind in _LETTERED for placed in others)
+            return at, f"/dev/{disk_name(disks)}" if device.kind in _LETTERED else ""
         if isinstance(device, VfioConfig):
             place = self.topology.open_port(device.id, device.port)
         else:

@@ -35,7 +35,7 @@ import structlog
 
 from devices.errors import HypervisorError, UnsupportedByHypervisor
 from hypervisors.qemu.abilities import TCG_KEEPS_VCPUS
-from hypervisors.qemu.cmdline import VIRTIO_MEM, Plan
+from hypervisors.qemu.cmdline import PMEM_DRIVER, VIRTIO_MEM, Plan
 from hypervisors.qemu.events import let_go, size_is, taken
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.qmp import NOT_FOUND, QmpClient, QmpError, QmpEvent, sensible
@@ -46,6 +46,9 @@ _PERIPHERAL = "/machine/peripheral/"  # where QEMU keeps what was plugged with a
 _MAX_GROWTH = 8
 """A DIMM has at most so many times the memory that is there: its page table is a 64th of it."""
 _STEP = 1024  # MiB; what a larger growth is made of, a multiple of every guest's memory block
+_BLOCK = 128 << 20
+"""Bytes of a memory block of Linux on x86_64: of a DIMM that begins in the middle of one it takes nothing,
+and answers ACPI that all is well."""
 
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.2  # seconds between two questions for virtio-mem's size
 _DIMM = "dimm"  # and a number, the highest that ever was
@@ -70,6 +73,14 @@ class _BackEnd:
     id: str
     mib: int
     used: bool = False
+
+
+class _Part(NamedTuple):
+    """What takes room for memory."""
+
+    address: int
+    size: int  # bytes
+    is_dimm: bool
 
 
 class Sizer:
@@ -185,7 +196,31 @@ class Sizer:
         """MiB that the VM has now."""
         summary = await self._qmp.execute("query-memory-size-summary")
         with sensible("query-memory-size-summary"):
-            return int(summary["base-memory"] + summary["plugged-memory"]) >> 20
+            whole = int(summary["base-memory"] + summary["plugged-memory"])
+        return (whole - sum(part.size for part in await self._parts() if not part.is_dimm)) >> 20
+
+    async def _parts(self) -> list[_Part]:
+        """Where disks may be memory (nvdimms): all that has a place in the room for it, the lowest first."""
+        if self._plan.section.block_device_driver != PMEM_DRIVER:
+            return []
+        devices = await self._qmp.execute("query-memory-devices")
+        with sensible("query-memory-devices"):
+            found = [(device["type"] == "dimm", device["data"]) for device in devices]
+            return sorted(_Part(int(data["addr"]), int(data["size"]), is_dimm) for is_dimm, data in found)
+
+    async def _place(self, size: int) -> dict[str, int]:
+        """Where a DIMM of so many bytes goes: QEMU's own choice, but beside nvdimms the next memory block,
+        for QEMU would begin it where the nvdimm ends."""
+        parts = await self._parts()
+        if all(part.is_dimm for part in parts):
+            return {}
+        starts = [-(-(part.address + part.size) // _BLOCK) * _BLOCK for part in parts]
+        free = (
+            start
+            for start in sorted(starts)
+            if all(start + size <= part.address or part.address + part.size <= start for part in parts)
+        )
+        return {"addr": next(free)}
 
     async def _dimms(self) -> list[_Dimm]:
         """Those that are plugged."""
@@ -223,8 +258,9 @@ class Sizer:
                 size = dimm.mib << 20
                 memfd = {"qom-type": "memory-backend-memfd", "id": back_end.id, "size": size, "share": True}
                 await self._qmp.execute("object-add", memfd)
+            at = await self._place(dimm.mib << 20)
             back_end.used = True
-            device = {"driver": "pc-dimm", "id": name, "memdev": back_end.id}
+            device = {"driver": "pc-dimm", "id": name, "memdev": back_end.id, **at}
             await self._plug(device, f"{dimm.mib} MiB of memory ({name})")
         except QmpError as error:  # QEMU refused it; a guest that is slow has it all the same
             back_end.used = spare is not None

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from conformance.back_ends import Passt, StorageDaemon, listens, passt_missing
 from devices.config import (
     BlockConfig,
     DeviceConfig,
@@ -44,7 +45,6 @@ from devices.undo import MemoryUndo
 from devices.vfio import read_function
 from hypervisors.qemu.vmm import Qemu
 from testing.containerd import Containerd
-from testing.vhost_user import Passt, StorageDaemon, listens, passt_missing
 from tests.bench.figures import Row, Series
 from tests.bench.raw_qmp import Command, RawQmp, Recorder
 from tests.bench.rows import Progress

@@ -1,4 +1,4 @@
-"""Asserts of the shared contract are explained like those of a test module."""
+"""All of them run a real VMM, and need root."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-pytest.register_assert_rewrite("tests.conformance.contract")
 
 HERE = Path(__file__).parent
 
@@ -18,3 +16,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.e2e)
         if os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="network namespaces and virtiofsd need root"))
+        lie = getattr(getattr(item, "cls", None), "lie", None)
+        if lie is not None and item.name.partition("[")[0] == lie.test:
+            item.add_marker(pytest.mark.xfail(strict=True, reason="the lie of this driver is found out"))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import pytest
 
+from conformance.contract import HypervisorContract
+from conformance.subject import Subject
 from hypervisors.cloud_hypervisor.plugin import plugin
 from tests.benchhost.clhs import needs_clh, section
-
-from .contract import HypervisorContract
-from .subject import Subject
 
 
 @pytest.mark.benchhost

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from conformance.contract import HypervisorContract
+from conformance.subject import Subject
 from testing.guest import PROJECT, guest_files
-
-from .contract import HypervisorContract
-from .subject import Subject
 
 sys.path.append(str(PROJECT / "docs" / "example-plugin"))  # tests/e2e/test_plugin.py installs it properly
 

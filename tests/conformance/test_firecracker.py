@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conformance.contract import HypervisorContract
+from conformance.subject import Subject
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.firecracker.plugin import plugin
 from tests.benchhost.firecrackers import section
-
-from .contract import HypervisorContract
-from .subject import Subject
 
 
 @functools.cache
@@ -23,15 +22,25 @@ def _section(jailed: bool) -> FirecrackerConfig:
     return FirecrackerConfig(**keys)  # type: ignore[arg-type]
 
 
+def _subject(*, jailed: bool) -> Subject:
+    return Subject(
+        plugin=plugin,
+        section=functools.partial(_section, jailed),
+        patience=240.0,
+        tap_by_name=True,
+        powers_off=False,  # it knows no other end than a reset
+    )
+
+
 @pytest.mark.benchhost
 class TestFirecracker(HypervisorContract):
     """A plain process."""
 
-    subject = Subject(plugin=plugin, section=lambda: _section(False), patience=240.0, tap_by_name=True)
+    subject = _subject(jailed=False)
 
 
 @pytest.mark.benchhost
 class TestJailedFirecracker(HypervisorContract):
     """As user 1234, in a chroot and a cgroup."""
 
-    subject = Subject(plugin=plugin, section=lambda: _section(True), patience=240.0, tap_by_name=True)
+    subject = _subject(jailed=True)

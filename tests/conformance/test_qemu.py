@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance.contract import HypervisorContract
+from conformance.subject import Subject
 from devices.undo import MemoryUndo
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
@@ -15,9 +17,6 @@ from hypervisors.qemu.plugin import plugin
 from hypervisors.qemu.vmm import VHOST_VSOCK
 from testing.guest import PROJECT, guest_files
 from tests.benchhost.conftest import KERNEL_PARAMS
-
-from .contract import HypervisorContract
-from .subject import Subject
 
 
 def _vsock_daemon() -> str:
@@ -30,7 +29,7 @@ def _section(**changes: object) -> HypervisorConfig:
     return HypervisorConfig(default_memory=256, vsock_daemon=_vsock_daemon(), **files, **changes)  # type: ignore[arg-type]
 
 
-def _subject(**changes: object) -> Subject:
+def qemu_subject(**changes: object) -> Subject:
     return Subject(
         plugin=plugin,
         section=functools.partial(_section, **changes),
@@ -44,20 +43,20 @@ def _subject(**changes: object) -> Subject:
 class TestQemuTcg(HypervisorContract):
     """This machine's accelerator; disks may be memory, which needs a machine with nvdimm."""
 
-    subject = _subject(accelerator="tcg", block_device_driver="virtio-pmem")
+    subject = qemu_subject(accelerator="tcg", block_device_driver="virtio-pmem")
 
 
 class TestMicrovmTcg(HypervisorContract):
     """Devices on virtio-mmio, nothing to plug."""
 
-    subject = _subject(accelerator="tcg", machine_type="microvm")
+    subject = qemu_subject(accelerator="tcg", machine_type="microvm")
 
 
 @pytest.mark.benchhost
 class TestQemuKvm(HypervisorContract):
     """The bench host's accelerator, and its kernel's vsock."""
 
-    subject = _subject(
+    subject = qemu_subject(
         accelerator="kvm",
         kernel_params=KERNEL_PARAMS,
         cold_plug_vfio="root-port",
@@ -70,7 +69,7 @@ class TestQemuKvm(HypervisorContract):
 class TestMicrovmKvm(HypervisorContract):
     """Both."""
 
-    subject = _subject(accelerator="kvm", kernel_params=KERNEL_PARAMS, machine_type="microvm")
+    subject = qemu_subject(accelerator="kvm", kernel_params=KERNEL_PARAMS, machine_type="microvm")
 
 
 async def _accelerator(directory: Path) -> str:

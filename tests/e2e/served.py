@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from conformance.back_ends import Passt, StorageDaemon, passt_missing
 from devices.config import VhostUserBlkConfig, VhostUserNetConfig
 from proto import agent_pb2 as agent
 from proto import types_pb2 as types
-from testing.vhost_user import Passt, StorageDaemon, passt_missing
 from tests.e2e.guests import Guest, make_spec
 
 __all__ = ["PROMPT", "SIZE", "card", "carrying", "disk", "interface", "serving", "with_disk"]

@@ -34,10 +34,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = directory / "source"
     shutil.copytree(PROJECT / "docs" / "example-plugin", source)
     target = directory / "site"
+    _install(source, target)
+    return target
+
+
+def _install(source: Path, target: Path) -> None:
+    """By pip, into a directory of its own, without the network."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     options = ["--no-build-isolation", "--target", str(target)]
     subprocess.run([*pip, *options, str(source)], check=True, timeout=120)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +116,30 @@ def test_a_class_without_its_file_is_refused(containerd: Containerd, classes: No
     assert done.code != 0
     assert 'no configuration file for the runtime class "nothing"' in done.error
     assert f"{containerd.root}/configuration-nothing.toml" in done.error
+
+
+def test_the_suite_runs_without_the_checkout(site: Path, tmp_path: Path) -> None:
+    """`kata-ctl conformance`, with kata-shim installed from its sources and the plugin beside it."""
+    sources = tmp_path / "sources"
+    unwanted = shutil.ignore_patterns("build", "tests", "docs", ".*", "__pycache__", "*.egg-info")
+    shutil.copytree(PROJECT, sources, ignore=unwanted)
+    target = tmp_path / "installed"
+    _install(sources, target)
+    shutil.rmtree(sources)
+    file = write_configuration(tmp_path / "configuration-tiny.toml")
+    text = file.read_text().replace("[hypervisor.qemu]", "[hypervisor.tiny]").replace('"qemu"', '"tiny"')
+    file.write_text(text)
+    words = [sys.executable, "-m", "ctl", "conformance", "tiny", "--config", str(file)]
+    few = "check_asks or vcpus_it_was or address or killed"
+    done = subprocess.run(
+        [*words, "-k", few],
+        env={**os.environ, "PYTHONPATH": f"{target}:{site}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+    assert f"rootdir: {target}/conformance" in done.stdout

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from conformance.back_ends import Passt, StorageDaemon
 from devices.config import ShareFsConfig, VhostUserBlkConfig, VhostUserNetConfig
 from devices.errors import HostError
 from devices.rendezvous import listen
 from proto import agent_pb2 as agent
-from testing.vhost_user import Passt, StorageDaemon
 from tests.e2e.guests import make_spec
 from tests.e2e.served import PROMPT, SIZE, card, carrying, disk, interface, serving, with_disk
 from tests.e2e.vms import Boot

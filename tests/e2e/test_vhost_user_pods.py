@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from conformance.back_ends import Passt, StorageDaemon, passt_missing
 from shim.resources.direct_volumes import DIRECTORY
 from testing.containerd import Containerd
 from testing.guest import Value, write_configuration
-from testing.vhost_user import Passt, StorageDaemon, passt_missing
 from tests.e2e.vms import E2FS, read_disk
 
 pytestmark = pytest.mark.kata_only

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conformance.gear import KINDS, Gear
 from devices.errors import HypervisorError
 from devices.holdings import Holdings
 from devices.kinds import Op
 from proto import agent_pb2 as agent
-from tests.conformance.gear import KINDS, Gear
 from tests.e2e.guests import Guest, make_spec
 from tests.e2e.vms import Boot, make_disk, mounted
 from ttrpc import Code, RpcError

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from conformance.gear import KINDS, Gear
 from devices.config import DeviceConfig
 from devices.errors import HypervisorError
 from devices.kinds import Op
 from hypervisors.qemu.qmp import QmpClient, QmpError
 from hypervisors.qemu.vmm import Qemu
-from tests.conformance.gear import KINDS, Gear
 from tests.e2e.vms import Boot
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(os.geteuid() != 0, reason="virtiofsd needs root")]

@@ -62,6 +62,7 @@ def upward(graph: grimp.ImportGraph, depth: int) -> list[str]:
 def test_the_tables_are_found() -> None:
     assert set(FOLDERS) == {
         "ctl",
+        "conformance",
         "shim",
         "hypervisors",
         "guest",

@@ -1,20 +1,22 @@
-"""One VM: a QEMU that gets everything by its arguments and inherited sockets.
+"""One VM: a QEMU that begins with what its arguments and inherited sockets say; disks come and go later.
 
-Only what a sandbox needs: a disk, the agent's vsock, the shared directory, a console. Its monitor is
-asked one question, when it starts. Nothing can be plugged, paused or resized: `capabilities` says so, and
-these calls raise.
+Only what a sandbox needs: disks, the agent's vsock, the shared directory, a console. Nothing else can be
+plugged, and nothing paused or resized: `capabilities` says so, and these calls raise. QEMU's control
+connection is the shim's own client for it (`hypervisors.qemu.qmp`); yours has one of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
-import re
 import socket
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from devices.child import Child, process_start_time, process_stat, thread_ids
+from devices.addresses import PciTopology, Port
+from devices.child import Child, process_memory, process_start_time, process_stat, thread_ids
 from devices.config import (
     BlockConfig,
     ConsoleConfig,
@@ -28,11 +30,13 @@ from devices.console import Console
 from devices.errors import BugError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import YES, Kind, Op, Support
 from devices.share_fs import Virtiofsd
+from devices.threads import look
 from devices.undo import UndoLog
 from devices.vsock import AgentChannel, HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.qemu.kvm import choose_accelerator
+from hypervisors.qemu.qmp import QmpClient, QmpEvent
 
 if TYPE_CHECKING:
     from kata_tinyvmm.plugin import TinyConfig
@@ -40,13 +44,13 @@ if TYPE_CHECKING:
 __all__ = ["DEVICES", "TinyVm"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
-_FIXED = "tiny takes everything before the start"
+_FIXED = "tiny takes all but disks before the start"
 DEVICES = {
     kind: Support(cold=YES, hot=_FIXED, unplug=_FIXED, resize=_FIXED)
-    for kind in (Kind.BLK, Kind.VSOCK, Kind.SHARE_FS, Kind.RNG, Kind.CONSOLE, Kind.VCPU)
-}
-_THREADS = re.compile(rb"CPU #(\d+): thread_id=(\d+)")
-_MAX_ANSWER = 64 << 10  # bytes
+    for kind in (Kind.VSOCK, Kind.SHARE_FS, Kind.RNG, Kind.CONSOLE, Kind.VCPU)
+} | {Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize=YES)}
+_PORTS = 8  # disks that can be plugged while it runs
+_UNPLUG = 30.0  # seconds in which the guest lets go of a disk
 _GATHER = 0.25  # seconds in which QEMU follows a daemon into death, or the other way round
 
 
@@ -63,14 +67,20 @@ class TinyVm:
         self._argv: dict[str, list[str]] = {}  # of each device, by its id
         self._fds: list[int] = []  # that QEMU inherits
         self._disks: dict[str, Bind] = {}  # files that QEMU opens itself, likewise
+        self._plugged: dict[str, int] = {}  # disks that came later, with the set of their descriptor
+        self._sets = itertools.count(1)
+        self._topology = PciTopology()
+        self._topology.add_root_ports(_PORTS)
         self._vsock: VsockDaemon | None = None
+        self._vsock_device = ""
         self._vhost_fd = -1
         self._share_fs: Virtiofsd | None = None
         self._console: Console | None = None
         self._channel: HybridVsock | KernelVsock | None = None
         self._qemu: Child | None = None
         self._monitor: socket.socket | None = None
-        self._threads: dict[int, int] = {}
+        self._qmp: QmpClient | None = None
+        self._guests_end = ""  # what QEMU said of it
         self._ended: asyncio.Future[VmExit] | None = None
         self._starting: asyncio.Future[None] | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -86,37 +96,46 @@ class TinyVm:
         self._accelerator = choose_accelerator("auto").accelerator.value
 
     async def add_device(self, device: DeviceConfig) -> str:
-        """Remember what it is as arguments, and start its daemon. Returns "": these have no fixed place."""
-        op = Op.COLD if self._ended is None else Op.HOT
-        (await self.capabilities()).require("tiny", device.kind, op)
-        if device.id in self._argv:
+        """Before the start: what it is as arguments, and its daemon. Later: a disk, into a port. Returns the
+        slots of its place, which are chosen here, so that the guest finds it there."""
+        hot = self._ended is not None
+        (await self.capabilities()).require("tiny", device.kind, Op.HOT if hot else Op.COLD)
+        if device.id in self._argv or device.id in self._plugged:
             raise BugError(f"there is a device {device.id} already")
-        argv: list[str] = []
+        if hot:
+            assert isinstance(device, BlockConfig)  # by its capabilities
+            return await self._plug(device)
+        if isinstance(device, ConsoleConfig):  # on no bus
+            self._console = Console()
+            self._fds.append(self._console.guest_end)
+            chardev = f"socket,id=console,fd={self._console.guest_end}"
+            self._argv[device.id] = ["-chardev", chardev, "-serial", "chardev:console"]
+            return ""
+        place = self._topology.allocate(device.id)
+        try:
+            self._argv[device.id] = await self._words(device, f"bus={place.bus},addr={place.slot:#x}")
+        except BaseException:
+            self._topology.release(device.id)
+            raise
+        return place.guest_path
+
+    async def _words(self, device: DeviceConfig, at: str) -> list[str]:
+        """The arguments for a device at this place of the bus."""
         match device:
             case BlockConfig():
-                node = {"driver": "raw", "node-name": f"node-{device.id}", "read-only": device.read_only}
-                file = {"driver": "file", "filename": device.path, "read-only": device.read_only}
-                argv = ["-blockdev", json.dumps({**node, "file": file})]
-                argv += ["-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id}"]
                 self._disks[device.id] = Bind(path=device.path, writable=not device.read_only)
+                argv = ["-blockdev", json.dumps(_node(device, device.path))]
+                return [*argv, "-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id},{at}"]
             case VsockConfig():
-                argv = await self._add_vsock(device)
+                return await self._add_vsock(device, at)
             case ShareFsConfig():
                 self._share_fs = await Virtiofsd.start(device, self._state_dir, self._undo)
                 fd = self._share_fs.connection.fileno()
-                argv = self._socket(fd, device.id, f"vhost-user-fs-pci,tag={device.tag}")
+                return self._socket(fd, device.id, f"vhost-user-fs-pci,tag={device.tag},{at}")
             case RngConfig():
                 source = {"qom-type": "rng-random", "id": "src", "filename": device.source}
-                argv = ["-object", json.dumps(source), "-device", "virtio-rng-pci,rng=src"]
-            case ConsoleConfig():
-                self._console = Console()
-                self._fds.append(self._console.guest_end)
-                argv = ["-chardev", f"socket,id=console,fd={self._console.guest_end}"]
-                argv += ["-serial", "chardev:console"]
-            case _:
-                raise BugError(f"{device.kind.value} is among the capabilities, but not here")
-        self._argv[device.id] = argv
-        return ""
+                return ["-object", json.dumps(source), "-device", f"virtio-rng-pci,rng=src,{at}"]
+        raise BugError(f"{device.kind.value} is among the capabilities, but not here")
 
     async def start_vm(self, timeout: float) -> None:
         """Start QEMU; it runs when its monitor tells its vCPUs' threads."""
@@ -126,7 +145,7 @@ class TinyVm:
         self._ended, self._starting = loop.create_future(), loop.create_future()
         try:
             async with asyncio.timeout(timeout):
-                await self._start()
+                await self._start(timeout)
         except BaseException as error:
             stopped, self._stopping = self._stopping, True
             await self._end()
@@ -162,6 +181,7 @@ class TinyVm:
             await self._channel.close()
         if self._console is not None:
             self._console.close()
+        await self.disconnect()
         if self._monitor is not None:
             self._monitor.close()
         if self._vhost_fd >= 0:
@@ -191,14 +211,32 @@ class TinyVm:
         self._cannot(f"a change to {mib} MiB")
 
     async def remove_device(self, device_id: str) -> None:
-        """Disks, and before the start only."""
-        if self._ended is not None or "-blockdev" not in self._argv.get(device_id, ()):
+        """Disks: before the start each, later what was plugged since."""
+        if self._ended is None and device_id in self._disks:
+            del self._argv[device_id], self._disks[device_id]
+            self._topology.release(device_id)
+            return
+        if device_id not in self._plugged:
             self._cannot(f"taking {device_id} away")
-        del self._argv[device_id], self._disks[device_id]
+        qmp = self._control()
+        with qmp.expect(lambda event: _is_gone(event, device_id)) as gone:
+            await qmp.execute("device_del", {"id": device_id})
+            try:
+                await asyncio.wait_for(gone, _UNPLUG)
+            except TimeoutError:
+                raise HypervisorError(
+                    f"the guest did not let go of {device_id} within {_UNPLUG:g} s",
+                    phase="devices",
+                    code="DEADLINE_EXCEEDED",
+                ) from None
+        await self._drop(device_id, self._plugged.pop(device_id))
 
     async def update_device(self, device: DeviceConfig) -> None:
-        """Unsupported."""
-        self._cannot(f"an update of {device.id}")
+        """A disk has the size now that its file has."""
+        if not isinstance(device, BlockConfig) or device.id not in {*self._disks, *self._plugged}:
+            self._cannot(f"an update of {device.id}")
+        size = device.size or (await look(os.stat, device.path)).st_size
+        await self._control().execute("block_resize", {"node-name": f"node-{device.id}", "size": size})
 
     # --- knowledge
 
@@ -209,16 +247,20 @@ class TinyVm:
         return self._channel
 
     async def disconnect(self) -> None:
-        """There is no control connection that anything needs."""
+        """See the protocol."""
+        if self._qmp is not None:
+            await self._qmp.close()
+            self._qmp = None
 
     async def hypervisor_config(self) -> TinyConfig:
         """See the protocol."""
         return self._section
 
     async def get_thread_ids(self) -> VcpuThreadIds:
-        """As QEMU told them when it started."""
-        self._process()
-        return VcpuThreadIds(self._threads)
+        """QEMU is the first process of a pid namespace, and tells the numbers that they have there."""
+        cpus = await self._control().execute("query-cpus-fast")
+        known = await look(thread_ids, self._process().pid)
+        return VcpuThreadIds({int(cpu["cpu-index"]): known[int(cpu["thread-id"])] for cpu in cpus})
 
     async def get_pids(self) -> list[int]:
         """QEMU, then its daemons."""
@@ -234,8 +276,10 @@ class TinyVm:
         return f"/proc/{self._process().pid}/ns/net"
 
     async def check(self) -> None:
-        """Without a control connection: does it live?"""
-        self._process()
+        """A process that lives is not enough: QEMU has to say so."""
+        status = await self._control().execute("query-status")
+        if status.get("status") != "running":
+            raise HypervisorError(f"the VM does not run: {status!r:.100}")
 
     async def get_jailer_root(self) -> str:
         """QEMU sees the host's root."""
@@ -261,10 +305,14 @@ class TinyVm:
         return Capabilities(devices=devices, hybrid_vsock=not os.path.exists(VHOST_VSOCK))
 
     async def get_hypervisor_metrics(self) -> dict[str, float]:
-        """See the protocol."""
-        pids = await self.get_pids()
-        pages = sum(int(process_stat(pid)[21]) for pid in pids)
-        return {"processes": float(len(pids)), "resident_bytes": float(pages * os.sysconf("SC_PAGE_SIZE"))}
+        """From /proc. The guest's memory, which its daemons map too, counts once, with QEMU."""
+        cpu = resident = 0.0
+        for index, pid in enumerate(await self.get_pids()):
+            with contextlib.suppress(ProcessLookupError):
+                own, shared = process_memory(pid)
+                resident += own if index else own + shared
+                cpu += sum(map(int, process_stat(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
+        return {"cpu_seconds_total": cpu, "resident_bytes": resident}
 
     def diagnostics(self) -> dict[str, str]:
         """What everybody said last."""
@@ -304,32 +352,27 @@ class TinyVm:
             "-chardev",
             f"socket,id=mon,fd={monitor_fd}",
             "-mon",
-            "chardev=mon",
+            "chardev=mon,mode=control",
+            *(word for port in self._topology.ports for word in ("-device", _root_port(port))),
             *(word for words in self._argv.values() for word in words),
         ]
 
-    async def _start(self) -> None:
+    async def _start(self, timeout: float) -> None:
         assert self._ended is not None
         if self._vsock is not None:
             with await self._vsock.connect() as connection:
-                self._argv["vsock"] = self._socket(connection.fileno(), "vsock", "vhost-user-vsock-pci")
+                self._argv["vsock"] = self._socket(connection.fileno(), "vsock", self._vsock_device)
                 monitor = await self._spawn()
         else:
             monitor = await self._spawn()
-        asking = asyncio.create_task(_ask_threads(monitor))
-        waits: set[asyncio.Future[Any]] = {asking, self._ended}
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            if not self._ended.done() and not asking.result():  # it closed the monitor: about to die
-                await asyncio.wait({self._ended})
-        finally:
-            asking.cancel()
-            await asyncio.wait({asking})
-        if self._ended.done():
-            raise self._gone(self._ended.result())
-        # QEMU is the first process of a pid namespace, and tells its numbers there.
-        known = thread_ids(self._qemu.pid) if self._qemu is not None else {}
-        self._threads = {vcpu: known[thread] for vcpu, thread in asking.result().items()}
+            self._qmp = await QmpClient.connect(monitor, timeout=timeout, on_event=self._see)
+            await self.get_thread_ids()  # the machine is made, and its vCPUs run
+        except HypervisorError:
+            await asyncio.wait({self._ended}, timeout=_GATHER)
+            if self._ended.done():  # it ended, so it has said why
+                raise self._gone(self._ended.result()) from None
+            raise
 
     async def _spawn(self) -> socket.socket:
         """QEMU with all it inherits; our end of its monitor."""
@@ -385,7 +428,7 @@ class TinyVm:
         if self._console is not None:
             self._console.drain()
         await self._end_daemons()
-        reason = "the VM was stopped" if self._stopping else f"{first.name} {first.describe()}"
+        reason = "the VM was stopped" if self._stopping else self._reason(first)
         said = self.diagnostics()
         ended = VmExit(
             code=self._qemu.exited.result(),
@@ -399,13 +442,55 @@ class TinyVm:
         if self._channel is not None:
             self._channel.fail(lambda: self._gone(ended))
 
-    async def _add_vsock(self, device: VsockConfig) -> list[str]:
+    def _reason(self, first: Child) -> str:
+        """A guest's own end, or who died first."""
+        if self._console is not None and (panic := self._console.panic()):
+            return f"the guest kernel panicked: {panic}"
+        return self._guests_end or f"{first.name} {first.describe()}"
+
+    def _see(self, event: QmpEvent) -> None:
+        data = event.get("data")
+        if event["event"] == "SHUTDOWN" and isinstance(data, dict) and data.get("guest"):
+            self._guests_end = f"the guest ended the VM ({str(data.get('reason'))[:50]})"
+
+    async def _plug(self, device: BlockConfig) -> str:
+        """QEMU has only the files in its view that it began with: it gets this one open."""
+        qmp, number = self._control(), next(self._sets)
+        place = self._topology.allocate(device.id, hotplug=True)
+        self._plugged[device.id] = number
+        try:
+            flags = os.O_RDONLY if device.read_only else os.O_RDWR
+            fd = await look(os.open, device.path, flags | os.O_CLOEXEC)
+            try:
+                await qmp.execute("add-fd", {"fdset-id": number}, fds=[fd])
+            finally:
+                os.close(fd)
+            await qmp.execute("blockdev-add", _node(device, f"/dev/fdset/{number}"))
+            front = {"driver": "virtio-blk-pci", "id": device.id, "drive": f"node-{device.id}"}
+            await qmp.execute("device_add", {**front, **place.properties})
+        except BaseException:
+            await self._drop(device.id, self._plugged.pop(device.id))
+            raise
+        return place.guest_path
+
+    async def _drop(self, device_id: str, number: int) -> None:
+        """What a disk stands on, as far as it is there."""
+        for command, arguments in (
+            ("blockdev-del", {"node-name": f"node-{device_id}"}),
+            ("remove-fd", {"fdset-id": number}),
+        ):
+            with contextlib.suppress(HypervisorError):
+                await self._control().execute(command, arguments)
+        self._topology.release(device_id)
+
+    async def _add_vsock(self, device: VsockConfig, at: str) -> list[str]:
         """The kernel's where there is one, else a daemon's, whose socket comes in `_start`."""
         if os.path.exists(VHOST_VSOCK):
             self._vhost_fd, cid = reserve_cid(VHOST_VSOCK)
             self._channel = KernelVsock(cid, home_call=device.home_call, diagnostics=self.diagnostics)
             self._fds.append(self._vhost_fd)
-            return ["-device", f"vhost-vsock-pci,vhostfd={self._vhost_fd},guest-cid={cid}"]
+            return ["-device", f"vhost-vsock-pci,vhostfd={self._vhost_fd},guest-cid={cid},{at}"]
+        self._vsock_device = f"vhost-user-vsock-pci,{at}"
         self._vsock = await VsockDaemon.start(device, self._state_dir, self._undo)
         self._channel = HybridVsock(
             self._vsock.path, home_call=device.home_call, diagnostics=self.diagnostics
@@ -438,21 +523,27 @@ class TinyVm:
             raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
         return self._qemu
 
+    def _control(self) -> QmpClient:
+        if self._qmp is None:
+            raise HypervisorError("the VM does not run", code="FAILED_PRECONDITION")
+        return self._qmp
+
     def _cannot(self, what: str) -> NoReturn:
         raise UnsupportedByHypervisor("tiny", what)
 
 
-async def _ask_threads(monitor: socket.socket) -> dict[int, int]:
-    """vCPU -> thread, which QEMU answers when the machine is made; {} if it closes the monitor."""
-    loop = asyncio.get_running_loop()
-    await loop.sock_sendall(monitor, b"info cpus\n")
-    said = bytearray()
-    while not (found := _THREADS.findall(said)) or not said.endswith(b"(qemu) "):
-        try:
-            data = await loop.sock_recv(monitor, 4096)
-        except ConnectionError:
-            return {}
-        if not data or len(said) > _MAX_ANSWER:
-            return {}
-        said += data
-    return {int(cpu): int(thread) for cpu, thread in found}
+def _node(device: BlockConfig, path: str) -> dict[str, Any]:
+    """A disk's file, as QEMU calls it."""
+    file = {"driver": "file", "filename": path, "read-only": device.read_only}
+    return {"driver": "raw", "node-name": f"node-{device.id}", "read-only": device.read_only, "file": file}
+
+
+def _root_port(port: Port) -> str:
+    """An empty seat for a disk."""
+    at = f"bus={port.place.bus},addr={port.place.slot:#x}"
+    return f"pcie-root-port,id={port.name},chassis={port.number + 1},{at}"
+
+
+def _is_gone(event: QmpEvent, device_id: str) -> bool:
+    data = event.get("data")
+    return event["event"] == "DEVICE_DELETED" and isinstance(data, dict) and data.get("device") == device_id

@@ -120,16 +120,23 @@ class Machine:
 
     def _query_memory_size_summary(self, _: dict[str, Any]) -> Any:
         dimms = sum(
-            self.objects[d["memdev"]]["size"] for d in self.devices.values() if d["driver"] == "pc-dimm"
+            self.objects[d["memdev"]]["size"]
+            for d in self.devices.values()
+            if d["driver"] in ("pc-dimm", "nvdimm")  # QEMU counts both
         )
         return {"base-memory": self.base, "plugged-memory": dimms + self.virtio_mem["size"]}
 
     def _query_memory_devices(self, _: dict[str, Any]) -> Any:
-        return [
-            {"type": "dimm", "data": {"id": name, "size": self.objects[device["memdev"]]["size"]}}
-            for name, device in self.devices.items()
-            if device["driver"] == "pc-dimm"
-        ]
+        kinds = {"pc-dimm": "dimm", "nvdimm": "nvdimm"}
+        found, end = [], 4 << 30
+        for name, device in self.devices.items():
+            if device["driver"] not in kinds:
+                continue
+            size = self.objects[device["memdev"]]["size"]
+            data = {"id": name, "size": size, "addr": device.get("addr", end)}
+            end = max(end, data["addr"] + size)
+            found.append({"type": kinds[device["driver"]], "data": data})
+        return found
 
     def _object_add(self, arguments: dict[str, Any]) -> Any:
         self.objects[arguments["id"]] = arguments

@@ -141,6 +141,25 @@ async def test_memory_comes_by_dimms(machine: Machine, make: Make) -> None:
     assert backend["size"] == 512 << 20
 
 
+async def test_memory_beside_nvdimms_is_whole_blocks_of_the_guests(machine: Machine, make: Make) -> None:
+    """An nvdimm is no memory of the guest's, and leaves the next DIMM at an address that Linux cannot use."""
+
+    def nvdimm(name: str, address: int) -> None:
+        machine.objects[name] = {"size": 1 << 20}
+        machine.devices[name] = {"id": name, "driver": "nvdimm", "memdev": name, "addr": address}
+
+    nvdimm("pmem1", 4 << 30)
+    sizer = await make(block_device_driver="virtio-pmem")
+    assert await sizer.resize_memory(384) == 384
+    nvdimm("pmem2", (4 << 30) + (256 << 20))
+    assert await sizer.resize_memory(512) == 512
+
+    dimms = [machine.devices[name] for name in ("dimm0", "dimm1")]
+    assert [machine.objects[dimm["memdev"]]["size"] >> 20 for dimm in dimms] == [128, 128]
+    assert [dimm["addr"] - (4 << 30) >> 20 for dimm in dimms] == [128, 384]
+    assert await sizer.resize_memory(256) == 256
+
+
 async def test_dimms_go_whole_and_their_back_ends_with_them(machine: Machine, make: Make) -> None:
     sizer = await make(kvm=True)
     for mib in (768, 1024, 1152):  # 512, 256, 128

@@ -19,18 +19,24 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from testing.guest import PROJECT
+__all__ = ["PASST", "Passt", "StorageDaemon", "listens", "passt_missing", "storage_missing"]
 
-__all__ = ["PASST", "Passt", "StorageDaemon", "listens", "passt_missing"]
-
-PASST = PROJECT / "build/passt/usr"
+PASST = Path(__file__).resolve().parent.parent / "build/passt/usr"  # in a checkout, by `make setup`
 _LIBRARIES = PASST / "lib/x86_64-linux-gnu"
 _PATIENCE = 20.0  # seconds; they take milliseconds
 
 
 def passt_missing() -> str:
     """What to do where it is not there; "" where it is."""
-    return "" if (PASST / "bin/passt").exists() else f"{PASST} is not there: run `make setup`"
+    if (PASST / "bin/passt").exists() or shutil.which("passt"):
+        return ""
+    return f"passt is not there: run `make setup` in a checkout ({PASST}), or install it (Debian 13: passt)"
+
+
+def storage_missing() -> str:
+    """Likewise of qemu-storage-daemon."""
+    found = shutil.which("qemu-storage-daemon")
+    return "" if found else "qemu-storage-daemon is not there: install it (Debian: qemu-system-common)"
 
 
 class _Process:
@@ -87,7 +93,10 @@ class Passt(_Process):
 
     def __init__(self, path: Path) -> None:
         argv = [str(_LIBRARIES / "ld-linux-x86-64.so.2"), "--library-path", str(_LIBRARIES)]
-        argv += [str(PASST / "bin/passt"), "--vhost-user", "--socket", str(path), "--foreground"]
+        argv += [str(PASST / "bin/passt")]
+        if not (PASST / "bin/passt").exists():
+            argv = ["passt"]
+        argv += ["--vhost-user", "--socket", str(path), "--foreground"]
         argv += ["--runas", "0", "--ipv4-only", "--tcp-ports", "none", "--udp-ports", "none"]
         argv += ["--address", self.ADDRESS, "--netmask", "24", "--gateway", self.GATEWAY]
         argv += ["--mac-addr", self.MAC]

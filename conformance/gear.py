@@ -16,6 +16,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from conformance.back_ends import Passt, StorageDaemon, passt_missing, storage_missing
 from devices.config import (
     BalloonConfig,
     BlockConfig,
@@ -34,9 +35,8 @@ from devices.kinds import Kind
 from devices.pci_driver import give_to_vfio
 from devices.undo import MemoryUndo
 from devices.vfio import read_function
-from testing.vhost_user import Passt, StorageDaemon, passt_missing
 
-__all__ = ["KINDS", "PLUGGED_AS_SIZE", "Gear"]
+__all__ = ["DISK_SIZE", "KINDS", "PLUGGED_AS_SIZE", "Gear", "words"]
 
 PLUGGED_AS_SIZE = frozenset({Kind.VCPU, Kind.DIMM, Kind.VIRTIO_MEM})
 """What comes and goes by `resize_vcpu` and `resize_memory`, not as a device."""
@@ -47,6 +47,12 @@ _TUNSETPERSIST = 0x400454CB
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 _SPARE = {(0x1234, 0x11E8), (0x1B36, 0x0010)}  # QEMU's edu and NVMe: tests/benchhost/machine.py
+
+
+def words(name: str) -> str:
+    """What the disk of the device of this id begins with, so that a guest can tell it from all others."""
+    return f"conformance {name}."
+
 
 Maker = Callable[["Gear", str], Awaitable[DeviceConfig]]
 
@@ -75,6 +81,8 @@ class Gear:
             return "a PCI device to spare (the bench host has some)"
         if kind is Kind.VHOST_USER_NET:
             return passt_missing()
+        if kind is Kind.VHOST_USER_BLK:
+            return storage_missing()
         return ""
 
     async def make(self, kind: Kind) -> DeviceConfig:
@@ -91,7 +99,7 @@ class Gear:
     def image(self, name: str) -> Path:
         """A file that can be a disk."""
         path = self.directory / f"{name}.img"
-        path.write_bytes(b"conformance".ljust(DISK_SIZE, b"\0"))
+        path.write_bytes(words(name).encode().ljust(DISK_SIZE, b"\0"))
         path.chmod(0o666)  # a jailed VMM is another user
         return path
 
@@ -137,6 +145,7 @@ async def _card(gear: Gear, name: str) -> DeviceConfig:
 async def _share(gear: Gear, name: str) -> DeviceConfig:
     source = gear.directory / name
     source.mkdir()
+    (source / "whose").write_text(name)
     return ShareFsConfig(id=name, source=str(source), tag=name)
 
 

@@ -1,1 +1,0 @@
-"""What every VMM plugin promises the sandbox, as tests that it runs against itself (docs/hypervisor.md)."""
