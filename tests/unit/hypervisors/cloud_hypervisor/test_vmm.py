@@ -427,13 +427,14 @@ async def test_a_saved_vm_begins_again_with_what_is_elsewhere_now(
 
     elsewhere = tmp_path / "elsewhere.img"
     os.rename(disk.path, elsewhere)
-    again = await make()
+    again = await make(restore_on_demand=True)
     await again.add_device(dataclasses.replace(disk, path=str(elsewhere)))
     await again.add_device(card)
     await again.restore_vm(str(target), 20)
     await again.check()
     (call, body, fds) = next(one for one in fake.seen() if one[0] == "vm.restore")
     assert (call, fds) == ("vm.restore", 1)
+    assert (body["resume"], body["memory_restore_mode"]) == (True, "OnDemand")
     assert body["net_fds"] == [{"id": "eth0", "num_fds": 1}]
     assert (target / "config.json").read_bytes() == before
     info = await again._info()
