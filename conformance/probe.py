@@ -11,6 +11,7 @@ returns, but by `end`. It trusts whoever asks: no guest with work to do runs it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -269,7 +270,7 @@ def answer(line: bytes) -> bytes:
 
 
 def _serve(connection: socket.socket) -> None:
-    with connection, connection.makefile("rb") as lines:
+    with contextlib.suppress(ConnectionError), connection, connection.makefile("rb") as lines:
         for line in lines:
             connection.sendall(answer(line))
 
