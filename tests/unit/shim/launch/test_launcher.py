@@ -22,9 +22,9 @@ from tests.unit.shim.shims import GRPC, NAMESPACE, REPO, Bundle, Shims, shims_fi
 from ttrpc import Client, Code, RpcError
 
 
-@pytest.fixture
-def shims() -> Iterator[Shims]:
-    yield from shims_fixture()
+@pytest.fixture(params=["launcher", "zygote"])
+def shims(request: pytest.FixtureRequest) -> Iterator[Shims]:
+    yield from shims_fixture(zygote=request.param == "zygote")
 
 
 async def _shut_down(shims: Shims, bundle: Bundle) -> None:
@@ -54,6 +54,7 @@ async def test_start(shims: Shims) -> None:
     proc = Path(f"/proc/{bundle.pid}")
     assert os.getsid(bundle.pid) == bundle.pid
     assert (proc / "cwd").readlink() == bundle.path
+    assert (proc / "comm").read_text() == "containerd-shim\n"
     fds = {int(fd.name): os.readlink(fd) for fd in (proc / "fd").iterdir()}
     assert (fds[0], fds[1], fds[2]) == ("/dev/null", "/dev/null", str(bundle.path / "log"))
     assert leaked not in fds.values()
@@ -329,7 +330,7 @@ def test_launcher_script(shims: Shims, tmp_path: Path) -> None:
     """The generated program runs from anywhere, isolated, and prints the version."""
     out = tmp_path / "containerd-shim-kata-v2"
     argv = [sys.executable, "-m", "shim.launch.launcher_script", str(out), "--python", sys.executable]
-    subprocess.run(argv, cwd=REPO, check=True, timeout=60)
+    subprocess.run([*argv, "--script"], cwd=REPO, check=True, timeout=60)
 
     assert out.read_text().startswith(f"#!{sys.executable} -IS\n")
     result = subprocess.run([str(out), "-v"], cwd="/", capture_output=True, text=True, timeout=10, check=True)
