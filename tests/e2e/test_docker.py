@@ -131,17 +131,25 @@ def test_streams_code_and_names_of_a_short_one(docker: Docker) -> None:
 
 @BOTH
 def test_what_was_asked_for_is_there(docker: Docker, one: str) -> None:
-    def said(script: str) -> str:
-        return _sh(docker, one, script)
-
-    assert said("hostname") == "me"
-    assert "77" in said("id -G").split()
-    assert said("ulimit -Sn; ulimit -Hn").split() == ["1000", "2000"]
-    assert "docker-init" in said("cat /proc/1/cmdline")
-    assert said("head -c 3 /dev/mine | od -An -tx1").split() == ["00"] * 3
-    assert said("cat /bind/file") == "from the host"
-    assert "Read-only" in docker("exec", one, "sh", "-c", "echo > /frozen/file", check=False).error
-    assert said("df -k /scratch | tail -n 1").split()[1] == "1024"
+    scripts = (
+        "hostname",
+        "id -G",
+        "echo $(ulimit -Sn) $(ulimit -Hn)",
+        "tr '\\0' ' ' </proc/1/cmdline; echo",
+        "head -c 3 /dev/mine | od -An -tx1",
+        "cat /bind/file",
+        "echo >/frozen/file",
+        "df -k /scratch | tail -n 1",
+    )
+    name, groups, files, first, zeros, file, frozen, scratch = _sh(
+        docker, one, "exec 2>&1; " + "; ".join(scripts)
+    ).splitlines()
+    assert (name, files, file) == ("me", "1000 2000", "from the host")
+    assert "77" in groups.split()
+    assert "docker-init" in first
+    assert zeros.split() == ["00"] * 3
+    assert "Read-only" in frozen
+    assert scratch.split()[1] == "1024"
     hosts, resolver, _ = docker("logs", one).text.split("--\n", 2)
     assert hosts.splitlines()[-1].split()[1:] == ["me"]
     assert "nameserver 127.0.0.11" in resolver
@@ -304,6 +312,7 @@ def test_killed(docker: Docker, two: str) -> None:
     docker("rm", two)
 
 
+@LONG
 @FULL
 def test_what_cannot_be_run(docker: Docker) -> None:
     assert docker("run", "--rm", BUSYBOX, "/nonexistent", check=False).code == 127
@@ -334,6 +343,7 @@ def test_restarts(docker: Docker) -> None:
     docker("rm", "twice")
 
 
+@LONG
 @FULL
 def test_a_terminal(docker: Docker) -> None:
     result = docker(
