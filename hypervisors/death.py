@@ -63,7 +63,11 @@ class Death:
 
     def guest_ends(self, how: str) -> None:
         """Remember what the VMM says of the guest: it ended the VM by itself, and how."""
-        self._shutdown_reason = f"the guest ended the VM ({how[:50]})"
+        self.ends(f"the guest ended the VM ({how[:50]})")
+
+    def ends(self, reason: str) -> None:
+        """Remember why the VMM is about to end in good order."""
+        self._shutdown_reason = reason
 
     async def _watch(self) -> None:
         """Wait for the first death, end the others, tell everybody."""

@@ -420,7 +420,11 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
     def _judge(self) -> None:
         """It ends in good order, with code 0, even if a vCPU failed."""
         words = self._parts.process.stderr_tail() if self._parts.process is not None else ""
-        if self._death is not None and not self._death.stopping and _FAILED not in words:
+        if self._death is None or self._death.stopping:
+            return
+        if _FAILED in words:
+            self._death.ends("Cloud Hypervisor could not run a vCPU any more (see its words)")
+        else:
             self._death.guest_ends("power-off, or SIGTERM")
 
     def _log(self, name: str) -> Callable[[bytes], None]:

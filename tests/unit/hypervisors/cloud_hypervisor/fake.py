@@ -101,6 +101,9 @@ def guest(what):
         time.sleep(0.5)
         say("vm", "rebooted")
     else:
+        if what == "fails":
+            sys.stderr.write("ERROR:vmm/src/cpu.rs:1460 -- VCPU generated error: VcpuRun(Failed\\n")
+            sys.stderr.flush()
         say("vm", "shutdown")
         say("vmm", "shutdown")
         os._exit(0)

@@ -362,12 +362,20 @@ async def test_a_guest_that_resets_or_panics_has_ended(
         await (await vm.get_agent_socket()).wait_ready(5)
 
 
-async def test_a_guest_that_powers_off_has_ended(make: Make, fake: Fake) -> None:
-    fake.wish(guest="off")
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("off", "the guest ended the VM (power-off, or SIGTERM)"),
+        ("fails", "Cloud Hypervisor could not run a vCPU any more (see its words)"),
+    ],
+)
+async def test_an_end_in_good_order_has_its_reason(make: Make, fake: Fake, what: str, reason: str) -> None:
+    """Code 0, and nothing but words tells one from the other."""
+    fake.wish(guest=what)
     vm = await make()
     await vm.start_vm(20)
     ended = await asyncio.wait_for(vm.wait_vm(), 20)
-    assert (ended.reason, ended.code) == ("the guest ended the VM (power-off, or SIGTERM)", 0)
+    assert (ended.reason, ended.code) == (reason, 0)
 
 
 async def test_its_death_is_told(make: Make) -> None:
