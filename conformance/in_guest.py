@@ -361,9 +361,7 @@ class GuestContract(Contract):
         saved = tmp_path / "saved"
         saved.mkdir()
         await vm.save_vm(str(saved))
-        if (
-            self.subject.resumes_vsock
-        ):  # a vsock of the VMM's own may have ended its connections
+        if self.subject.resumes_vsock:  # a vsock of the VMM's own may have ended its connections
             ask = await world.ask()
         assert await ask("kept", name="kept") == "in memory only", "the VM that was saved goes on"
         await vm.stop_vm()
