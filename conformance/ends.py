@@ -15,13 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from conformance.life import PROMPT, Contract
 from conformance.subject import SANDBOX, World
-from devices.child import process_stat
+from devices.child import process_start_time, process_stat
+from devices.mounts import unmount
 from shim.launch.undo_kinds import release
 from shim.state import journalfile
 
@@ -65,29 +67,48 @@ class EndsContract(Contract):
             victim.stdin.close()
             pids = json.loads(await asyncio.to_thread(victim.stdout.readline) or "[]")
             assert pids, "the driver could not start the VM in a process of its own; see what it wrote"
+            started = {pid: process_start_time(pid) for pid in pids}
         finally:
             victim.send_signal(signal.SIGKILL)
             victim.wait()
             victim.stdout.close()
-        history = journalfile.load(str(world.state))
+        try:
+            await self._undone(str(world.state), started)
+        finally:  # of a driver that does not keep this
+            for pid, start in started.items():
+                if _lives(pid, start):
+                    os.kill(pid, signal.SIGKILL)
+            for place in _mounted_below(str(world.state)):
+                await asyncio.to_thread(unmount, place)
+            shutil.rmtree(world.state)
+            world.state.mkdir(mode=0o700)
+
+    async def _undone(self, state: str, started: Mapping[int, int]) -> None:
+        """Do what `delete` does with a journal: then nothing runs, and nothing is mounted."""
+        history = journalfile.load(state)
         assert not history.damage
         processes = [record for record in history.records if record.kind == "process"]
-        assert {record.facts.get("pid") for record in processes} >= set(pids), "each stands in the journal"
+        assert {record.facts.get("pid") for record in processes} >= set(started), "each stands in the journal"
         others = [record for record in history.records if record.kind != "process"]
         for record in [*reversed(processes), *reversed(others)]:
             await asyncio.to_thread(release, record)
         until = time.monotonic() + PROMPT
-        while left := [pid for pid in pids if _lives(pid)]:
+        while left := [pid for pid, start in started.items() if _lives(pid, start)]:
             assert time.monotonic() < until, f"{left} outlived both"
             await asyncio.sleep(0.01)
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-        assert [line for line in mounts if f" {world.state}/" in line] == []
-        shutil.rmtree(world.state)
-        world.state.mkdir(mode=0o700)
+        assert _mounted_below(state) == []
 
 
-def _lives(pid: int) -> bool:
+def _mounted_below(directory: str) -> list[str]:
+    """Mount points, the deepest first."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    places = [line.split(" ")[4] for line in lines]
+    return sorted((place for place in places if place.startswith(f"{directory}/")), reverse=True)
+
+
+def _lives(pid: int, start: int) -> bool:
+    """Whether it is still that process, by its start time."""
     try:
-        return process_stat(pid)[0] != "Z"
+        return process_start_time(pid) == start and process_stat(pid)[0] != "Z"
     except ProcessLookupError:
         return False
