@@ -27,6 +27,7 @@ Source: docs/system/cpu-hotplug.rst, qapi/{machine,acpi,qdev}.json of QEMU 7.2; 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Sizer:
         self._qmp = qmp
         self._deadline = plan.section.hotplug_timeout
         self._lock = asyncio.Lock()
-        self._leaving: set[str] = set()  # asked of the guest, without an answer yet
+        self._leaving: dict[str, contextlib.ExitStack] = {}  # asked of the guest, its answer still awaited
         self._last_dimm = -1
         self._granted = plan.vcpus  # of those that are there from the start
         self._back_ends: dict[str, _BackEnd] = {}  # by DIMM; noted before they come
@@ -327,7 +328,7 @@ class Sizer:
     # --- both
 
     async def _plug(self, device: dict[str, Any], what: str) -> None:
-        self._leaving.discard(device["id"])  # one of that name has left
+        self._answered(device["id"])  # one of that name has left
         with self._qmp.expect(taken(device["id"])) as answer:
             await self._qmp.execute("device_add", device)
             event = await self._await(answer, f"take {what}")
@@ -339,26 +340,32 @@ class Sizer:
 
     async def _unplug(self, name: str) -> bool:
         """Ask the guest for a vCPU or a DIMM; whether it is gone. Without an answer it is leaving."""
-        with self._qmp.expect(let_go(name)) as answer:
-            self._leaving.add(name)
-            try:
-                await self._qmp.execute("device_del", {"id": name})
-            except QmpError as error:
-                self._leaving.discard(name)
-                if error.kind == NOT_FOUND:
-                    return True  # an earlier request was met late
-                raise error.with_context(phase="sizing") from None
-            try:
-                async with asyncio.timeout(self._deadline):
-                    event = await answer
-            except TimeoutError:
-                _log.warning("the guest has not given back what it was asked for", device=name)
-                return False
-        self._leaving.discard(name)
+        waiting = contextlib.ExitStack()
+        answer = waiting.enter_context(self._qmp.expect(let_go(name)))
+        self._answered(name)
+        self._leaving[name] = waiting
+        answer.add_done_callback(lambda _: self._answered(name, waiting))
+        try:
+            await self._qmp.execute("device_del", {"id": name})
+        except QmpError as error:
+            self._answered(name)
+            if error.kind == NOT_FOUND:
+                return True  # an earlier request was met late
+            raise error.with_context(phase="sizing") from None
+        done, _ = await asyncio.wait({answer}, timeout=self._deadline)
+        if not done:
+            _log.warning("the guest has not given back what it was asked for", device=name)
+            return False
+        event = await answer
         if event["event"] != "DEVICE_DELETED":
             _log.info("the guest keeps what it was asked to give back", device=name, answer=event["data"])
             return False
         return True
+
+    def _answered(self, name: str, waiting: contextlib.ExitStack | None = None) -> None:
+        """It is not leaving any more: it has gone, or stays. `waiting`: only if that is the request still."""
+        if name in self._leaving and waiting in (None, self._leaving[name]):
+            self._leaving.pop(name).close()
 
     async def _await(self, event: asyncio.Future[QmpEvent], what: str) -> QmpEvent:
         try:

@@ -147,6 +147,8 @@ class Play:
 @given(st.booleans(), STEPS)
 @example(False, [("blocks", 3), ("ignore", None), ("blocks", 0), ("look", None), ("blocks", 2)])
 @example(False, [("vcpus", 3), ("ignore", None), ("vcpus", 1), ("vcpus", 3), ("look", None)])
+@example(False, [("keep", "cpu-1-0-0"), ("vcpus", 2), ("late", "device_del"), ("vcpus", 1)])
+@example(False, [("keep", "dimm0"), ("blocks", 1), ("late", "device_del"), ("blocks", 0)])
 @example(True, [("blocks", 3), ("ignore", None), ("blocks", 0), ("look", None), ("blocks", 2)])
 def test_whatever_fails_the_answer_is_true(virtio_mem: bool, steps: list[tuple[str, Any]]) -> None:
     asyncio.run(Play(virtio_mem=virtio_mem).run(steps))
