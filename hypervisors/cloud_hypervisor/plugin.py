@@ -68,6 +68,11 @@ class ClhPlugin:
         check_power(self.name, "queue_size", section.queue_size, 4, 1024)
         if not 1 <= section.num_queues <= _MAX_VCPUS:
             raise wrong(self.name, "num_queues", section.num_queues, f"is not in 1..{_MAX_VCPUS}")
+        passes = (section.cold_plug_vfio, section.hot_plug_vfio) != ("no-port", "no-port")
+        if passes and section.enable_virtio_mem:
+            # Seen: what virtio-mem brought could not be mapped for the devices, and the guest got none of it.
+            why = "does not go with devices of VFIO; memory can grow by DIMMs"
+            raise wrong(self.name, "enable_virtio_mem", "true", why)
         if section.rootless:
             why = "is not possible: Cloud Hypervisor opens disks by their paths, as root without other rights"
             raise wrong(self.name, "rootless", "true", why, "rootless = false")

@@ -24,10 +24,10 @@ class TestCloudHypervisor(HypervisorContract):
 @pytest.mark.benchhost
 @needs_clh
 class TestCloudHypervisorAlone(HypervisorContract):
-    """Without one: a VM is saved; memory comes and goes by virtio-mem, and devices are passed on."""
+    """Without one: a VM is saved; memory comes and goes by virtio-mem."""
 
     subject = Subject(
         plugin=plugin,
-        section=lambda: section(shared_fs="none", enable_virtio_mem=True, hot_plug_vfio="root-port"),
+        section=lambda: section(shared_fs="none", enable_virtio_mem=True),
         patience=240.0,
     )

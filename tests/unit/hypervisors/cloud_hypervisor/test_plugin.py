@@ -62,6 +62,13 @@ def test_what_cannot_work_is_told_by_its_key(section: ClhConfig, key: str, value
     assert caught.value.key == key
 
 
+def test_virtio_mem_does_not_go_with_devices_of_vfio(section: ClhConfig) -> None:
+    both = dataclasses.replace(section, enable_virtio_mem=True, hot_plug_vfio="root-port")
+    with pytest.raises(ConfigError, match="does not go with devices of VFIO") as caught:
+        plugin.validate_config(plugin.adjust_config(both))
+    assert caught.value.key == "enable_virtio_mem"
+
+
 def test_landlock_needs_a_kernel_that_has_it(section: ClhConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     assert landlock_abi() >= 0
     wanted = plugin.adjust_config(dataclasses.replace(section, landlock=True))
