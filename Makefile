@@ -103,4 +103,4 @@ uninstall: ## take away what `make install` put there
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
 
 clean: ## remove what was built here (not .venv)
-	rm -rf build devices/kata-confine
+	rm -rf build devices/kata-confine shim/launch/kata-start

@@ -7,6 +7,7 @@
 #   $PREFIX/share/defaults/kata-containers/               the configurations as shipped
 #   $PREFIX/libexec/vhost-device-vsock                    for hosts without /dev/vhost-vsock
 #   /usr/local/bin/{containerd-shim-kata-v2,kata-ctl}     where containerd and people find them
+#   /lib/systemd/system/kata-shim-zygote.{socket,service} off until somebody enables the socket
 #   /etc/kata-containers/configuration.toml               for the administrator to change
 # Invariants: the file in /etc is replaced or removed only while it is as shipped; `uninstall` removes what
 # `install` wrote and then empty directories, nothing else; neither touches containerd or its configuration.
@@ -19,6 +20,9 @@ DESTDIR=${DESTDIR%/}
 PREFIX=${PREFIX%/}
 BIN=/usr/local/bin
 ETC=/etc/kata-containers/configuration.toml
+UNITS=/lib/systemd/system
+# One for each place of installation: two of them have a zygote each.
+ZYGOTE=/run/kata-shim-zygote/$(cksum <<<"$PREFIX" | cut -d" " -f1)
 TARGET=$DESTDIR$PREFIX
 GUEST=$TARGET/share/kata-containers
 SHIPPED=$TARGET/share/defaults/kata-containers/configuration.toml
@@ -51,7 +55,8 @@ install_python() {
 install_programs() {
     local name
     install -d "$DESTDIR$BIN"
-    .venv/bin/python -m shim.launch.launcher_script "$DESTDIR$BIN/containerd-shim-kata-v2" --python "$TARGET/venv/bin/python3"
+    .venv/bin/python -m shim.launch.launcher_script "$DESTDIR$BIN/containerd-shim-kata-v2" \
+        --python "$TARGET/venv/bin/python3" --root "$DESTDIR" --zygote "$ZYGOTE"
     cat >"$DESTDIR$BIN/kata-ctl" <<EOF
 #!$TARGET/venv/bin/python3 -I
 import sys
@@ -62,9 +67,19 @@ sys.exit(main())
 EOF
     chmod 0755 "$DESTDIR$BIN/kata-ctl"
     if [[ -n $DESTDIR ]]; then
-        for name in containerd-shim-kata-v2 kata-ctl; do sed -i "s|$DESTDIR/|/|g" "$DESTDIR$BIN/$name"; done
+        sed -i "s|$DESTDIR/|/|g" "$DESTDIR$BIN/kata-ctl"
         sed -i "s|$DESTDIR/|/|g" "$TARGET/venv/pyvenv.cfg"
     fi
+}
+
+install_units() { # only what the compiled client can ask
+    local unit
+    [[ -x shim/launch/kata-start ]] || return 0
+    for unit in kata-shim-zygote.socket kata-shim-zygote.service; do
+        install -d "$DESTDIR$UNITS"
+        sed -e "s|@SOCKET@|$ZYGOTE|; s|@PROGRAM@|$BIN/containerd-shim-kata-v2|" "config/$unit" >"$DESTDIR$UNITS/$unit"
+        chmod 0644 "$DESTDIR$UNITS/$unit"
+    done
 }
 
 install_guest() {
@@ -108,6 +123,7 @@ do_install() {
     say "programs and environment: $PREFIX/venv"
     install_python
     install_programs
+    install_units
     say "guest: $PREFIX/share/kata-containers"
     install_guest
     install_configuration
@@ -118,6 +134,7 @@ do_uninstall() {
     local file
     if etc_is_ours; then rm -f "$DESTDIR$ETC"; elif [[ -e $DESTDIR$ETC ]]; then say "kept: $ETC, which was changed"; fi
     rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "${SHIPPED_OTHERS[@]/#/${SHIPPED%.toml}-}" "$TARGET/libexec/vhost-device-vsock"
+    rm -f "$DESTDIR$UNITS"/kata-shim-zygote.{socket,service}
     for file in "${GUEST_FILES[@]}"; do rm -f "$GUEST/$file"; done
     rm -rf "$TARGET/venv"
     for file in "$TARGET/share/defaults/kata-containers" "$TARGET/share/defaults" "$GUEST" "$TARGET/share" \

@@ -2,7 +2,8 @@
 # Set up everything that `make demo` and `make test` need, on a plain Debian 12 or later, as root.
 #
 # What: Debian packages (by what scripts/releases.txt says that this release calls them), a virtual environment
-# (.venv) with the locked dependencies, the program that confines each child, single packages of other Debian
+# (.venv) with the locked dependencies, the program that confines each child and the one that containerd
+# starts, single packages of other Debian
 # releases (the vsock device daemon, two more containerds and two Dockers for the tests), unpacked beside the project, and the
 # guest's kernel and image.
 # Why in shell: before it has run there may be no Python.
@@ -104,7 +105,7 @@ step_venv() {
     stamp venv "$key"
 }
 
-# --- 3. What confines each child (devices/confine.c) ------------------------------------------------
+# --- 3. What confines each child (devices/confine.c), and what containerd starts (shim/launch/client.c) -
 make_confine() {
     # Without a C library: it is executed before each child, and like this that costs nothing.
     gcc -std=c11 -O2 -static -nostdlib -ffreestanding -fno-stack-protector -fno-asynchronous-unwind-tables \
@@ -120,6 +121,21 @@ step_confine() {
     rm -f "$STAMPS/confine"
     run confine make_confine
     stamp confine "$key"
+}
+
+make_client() {
+    gcc -std=c11 -O2 -static -Wall -Wextra -Wconversion -Werror -s -Wl,--build-id=none \
+        -o shim/launch/kata-start.new shim/launch/client.c
+    mv shim/launch/kata-start.new shim/launch/kata-start
+}
+
+step_client() {
+    local key
+    key=$(cat shim/launch/client.c scripts/setup.sh | sha256sum | cut -c1-64)
+    fresh client "$key" && [[ -x shim/launch/kata-start ]] && return
+    rm -f "$STAMPS/client"
+    run client make_client
+    stamp client "$key"
 }
 
 # --- 4. What only other Debian releases have --------------------------------------------------------
@@ -237,6 +253,6 @@ step_guest() {
 RELEASE=$(host_release)
 [[ -n $(column guest) ]] || die "this host is $RELEASE; known are:$(sed -n 's/^release *//p' "$TABLE" | tr -s ' ' | sed 's/^/ /')"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv confine vsock peers firecracker guest)
+((${#steps[@]})) || steps=(packages venv confine client vsock peers firecracker guest)
 for step in "${steps[@]}"; do "step_$step"; done
 say "ready (${SECONDS} s)"

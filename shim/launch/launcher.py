@@ -25,9 +25,12 @@ from shim.state import bundle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
-__all__ = ["VERSION", "bind", "leave_standard_streams", "main"]
+    Forked = tuple[int, Callable[[bytes], None]]
+
+__all__ = ["VERSION", "bind", "leave_out_openssl", "leave_standard_streams", "main"]
 
 VERSION = "0.1.0"
 NAME = "containerd-shim-kata-v2"
@@ -51,12 +54,16 @@ class StartError(Exception):
     """`start` cannot go on; the text is for people."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the console script. Returns the exit code; never returns in the daemon."""
+def main(argv: list[str] | None = None, *, zygote: str = "", forked: "Forked | None" = None) -> int:
+    """Entry point of the program. Returns the exit code; never returns in the daemon.
+
+    `zygote`: where the zygote of this installation listens, if it has one. `forked`: this process is the
+    zygote's child and becomes the daemon itself; the pid of containerd, and what takes the answer.
+    """
     try:
         flags = parse(sys.argv[1:] if argv is None else argv)
         flags.runtime_class = runtime_class_of(sys.argv[0])
-        return _dispatch(flags)
+        return _dispatch(flags, zygote, forked)
     except (FlagError, StartError, bundle.BundleError) as error:
         sys.stderr.write(f"{NAME}: {error}\n")
         return 1
@@ -67,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _dispatch(flags: Flags) -> int:
+def _dispatch(flags: Flags, zygote: str, forked: "Forked | None") -> int:
     if flags.help:
         sys.stdout.write(USAGE + "\n")
         return 0
@@ -80,7 +87,7 @@ def _dispatch(flags: Flags) -> int:
         return print_info(VERSION, flags.runtime_class)
     if flags.action == "start":
         flags.check()
-        _start(flags)
+        _start(flags, zygote, forked)
     if flags.action == "delete":
         flags.check()
         from shim.launch.delete import delete
@@ -94,10 +101,15 @@ def _dispatch(flags: Flags) -> int:
     if flags.action in ("", "daemon"):
         flags.check()
         return _foreground(flags)
+    if flags.action == "zygote" and (flags.socket or zygote):
+        from shim.launch.zygote import main as serve
+
+        leave_out_openssl()
+        return serve(flags.socket or zygote, sys.argv[0], main, bind)
     raise FlagError(f"unknown action {flags.action[:80]!a}; start, delete, recover and daemon exist")
 
 
-def _start(flags: Flags) -> "NoReturn":
+def _start(flags: Flags, zygote: str, forked: "Forked | None") -> "NoReturn":
     os.umask(0o077)
     here = os.getcwd()
     options = _read_options()
@@ -116,10 +128,15 @@ def _start(flags: Flags) -> "NoReturn":
     try:
         bundle.write_atomically(here, "address", address)
         if listener >= 0:
+            if forked is not None and os.environ.get("SCHED_CORE"):
+                os.setsid()  # the cookie is for a whole process group, which is the zygote's still
             _share_core_scheduling()
-            pid = _fork_daemon(flags, group.sandbox_id, here, address, listener, options.config_path)
-            bundle.write_atomically(here, "shim.pid", str(pid))
-            _adjust_daemon(pid, options.shim_cgroup)
+            if forked is None:
+                pid = _fork_daemon(flags, group.sandbox_id, here, address, listener, options.config_path)
+            bundle.write_atomically(here, "shim.pid", str(pid or os.getpid()))
+            _adjust_daemon(pid or os.getpid(), forked[0] if forked else os.getppid(), options.shim_cgroup)
+        if forked is not None:
+            forked[1](answer(address, options))
     except BaseException:
         if pid:
             os.kill(pid, 9)
@@ -130,8 +147,38 @@ def _start(flags: Flags) -> "NoReturn":
 
             unlink_dead(path)
         raise
+    if forked is not None:
+        if listener >= 0:
+            _be_daemon(flags, group.sandbox_id, here, address, listener, options.config_path)
+        os._exit(0)
     os.write(1, answer(address, options))
+    if zygote and os.environ.get("KATA_SHIM_ZYGOTE") == "on":
+        _start_zygote(zygote)
     os._exit(0)  # nothing is left to do, and to take the interpreter down costs 2 ms
+
+
+def _start_zygote(place: str) -> None:
+    """Have one for the next `start`, unless it is there. The caller has its answer already."""
+    if not _connect(place):
+        return
+    if os.fork():
+        return
+    try:
+        os.setsid()
+        leave_standard_streams("/dev/null")
+        os.closerange(3, 65536)
+        os.chdir("/")
+        # Interpreter, options, code, program: as shim/launch/client.c executed us. What it gets to know of
+        # containerd's environment is what must be the same in those whom it serves.
+        kept = (b"PATH", b"LANG", b"LC_ALL", b"LC_CTYPE", b"KATA_SHIM_PREFIX")
+        with open(
+            "/proc/self/environ", "rb"
+        ) as file:  # os.environ has what the interpreter made of the locale
+            pairs = [word.partition(b"=") for word in file.read().split(b"\0")]
+        environment = {name: value for name, _, value in pairs if name in kept}
+        os.execve(sys.orig_argv[0], [*sys.orig_argv[:4], "zygote"], environment)  # noqa: S606
+    finally:
+        os._exit(1)
 
 
 def _read_options() -> Options:
@@ -267,17 +314,25 @@ def _fork_daemon(
     It leads a session without a terminal and opens none.
     """
     pid = os.fork()
-    if pid:
-        os.close(listener)
-        return pid
+    if not pid:
+        _be_daemon(flags, sandbox_id, here, address, listener, config_path)
+    os.close(listener)
+    return pid
+
+
+def _be_daemon(
+    flags: Flags, sandbox_id: str, here: str, address: str, listener: int, config_path: str
+) -> "NoReturn":
+    """From now on this process is the daemon."""
     try:
-        os.setsid()
+        if os.getsid(0) != os.getpid():
+            os.setsid()
         leave_standard_streams(os.path.join(here, "log"))
         _close_leaked(listener)
         import gc
 
         gc.disable()  # importing makes objects that stay; the daemon turns it on again. Saves 10 ms
-        _leave_out_openssl()
+        leave_out_openssl()
         from shim.launch.daemon import run
 
         run(
@@ -318,16 +373,16 @@ def _close_leaked(keep: int) -> None:
     os.closerange(keep + 1, 65536)
 
 
-def _leave_out_openssl() -> None:
+def leave_out_openssl() -> None:
     """asyncio and hashlib do without it where a Python has none, as this one has none from now on. The daemon
     speaks no TLS; loading it takes milliseconds and megabytes in each shim."""
     sys.modules["ssl"] = sys.modules["_hashlib"] = None  # type: ignore[assignment]
 
 
-def _adjust_daemon(pid: int, shim_cgroup: str) -> None:
+def _adjust_daemon(pid: int, containerd: int, shim_cgroup: str) -> None:
     """oom_score_adj one above containerd's, so that the kernel takes a pod first; then the cgroup."""
     try:
-        with open(f"/proc/{os.getppid()}/oom_score_adj", "rb") as score:
+        with open(f"/proc/{containerd}/oom_score_adj", "rb") as score:
             value = min(1000, int(score.read()) + 1)
         with open(f"/proc/{pid}/oom_score_adj", "wb") as score:
             score.write(b"%d" % value)
@@ -349,7 +404,7 @@ def _foreground(flags: Flags) -> int:
         raise StartError(f"daemon: another shim listens on {path}")
     bundle.write_atomically(here, "address", bundle.address_of(path))
     sys.stderr.write(f"{bundle.address_of(path)}\n")
-    _leave_out_openssl()
+    leave_out_openssl()
     from shim.launch.daemon import run
 
     run(

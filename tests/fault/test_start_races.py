@@ -17,9 +17,9 @@ from shim.launch import launcher
 from tests.unit.shim.shims import Bundle, Shims, shims_fixture
 
 
-@pytest.fixture
-def shims() -> Iterator[Shims]:
-    yield from shims_fixture()
+@pytest.fixture(params=["launcher", "zygote"])
+def shims(request: pytest.FixtureRequest) -> Iterator[Shims]:
+    yield from shims_fixture(zygote=request.param == "zygote")
 
 
 def test_nobody_finds_a_socket_that_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +105,7 @@ async def test_the_end_of_one_is_not_the_end_of_the_next(shims: Shims) -> None:
     assert shims.leftovers() == []
 
 
+@pytest.mark.parametrize("shims", ["launcher"], indirect=True)  # the zygote's is ready too soon
 def test_a_daemon_that_has_no_journal_yet_is_found(shims: Shims) -> None:
     """containerd gives up right after `start`: `delete` ends also a daemon that still imports."""
     bundle = shims.bundle("c1")

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from proto import task_v2_pb2
+from shim.launch import launcher_script
 from shim.state.identity import Identity
 from ttrpc import Client, RpcError
 
@@ -39,6 +40,13 @@ shim.__path__.insert(0, {stub!r})
 from shim.launch.launcher import main
 sys.exit(main())
 """
+_CODE = """import sys
+sys.path[:0] = {paths!r}
+del sys.argv[0]
+import shim
+shim.__path__.insert(0, {stub!r})
+from shim.launch.launcher import main
+sys.exit(main(zygote={zygote!r}))"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +85,53 @@ class Bundle:
 
 
 class Shims:
-    """See the module."""
+    """See the module. `client`: the program is the compiled one, and a zygote that is started listens at
+    `place`. What a zygote wrote to stderr is in the file `said`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, client: bool = False) -> None:
         # Short: sockets live below. A tmpfs, as /run is: where each fsync goes to a disk, journals are slow.
         self.root = Path(tempfile.mkdtemp(prefix="ks", dir="/dev/shm"))
         self.program = self.root / "containerd-shim-kata-v2"
         site = [path for path in sys.path if path.endswith("site-packages")]
-        text = _SCRIPT.format(python=sys.executable, paths=[str(REPO), *site], stub=str(STUB))
-        self.program.write_text(text)
+        self.place = self.root / "z" / "s"
+        self.said = self.root / "zygote.log"
+        self._zygotes: list[subprocess.Popen[bytes]] = []
+        fields = {"paths": [str(REPO), *site], "stub": str(STUB), "zygote": str(self.place)}
+        if client:
+            self.program.write_bytes(
+                launcher_script.filled(
+                    Path(launcher_script.CLIENT).read_bytes(),
+                    sys.executable,
+                    _CODE.format(**fields),
+                    str(self.place),
+                )
+            )
+        else:
+            self.program.write_text(_SCRIPT.format(python=sys.executable, **fields))
         self.program.chmod(0o755)
         self.env = {
             "PATH": os.environ["PATH"],
             "KATA_SHIM_PREFIX": str(self.root),
         }
         self._fifos: dict[str, int] = {}
+
+    def zygote(self) -> subprocess.Popen[bytes]:
+        """Start one, and wait until it listens."""
+        with open(self.said, "ab") as said:
+            process = subprocess.Popen(
+                [str(self.program), "zygote"],
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=said,
+            )
+        self._zygotes.append(process)
+        until = time.monotonic() + 30
+        while not self.place.exists():
+            assert process.poll() is None, self.said.read_text()
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return process
 
     def bundle(
         self,
@@ -207,6 +247,9 @@ class Shims:
 
     def close(self) -> list[str]:
         """Remove everything; returns what shims had left."""
+        for zygote in self._zygotes:
+            zygote.kill()
+            zygote.wait(10)
         left = self.leftovers()
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
@@ -217,11 +260,16 @@ class Shims:
         return left
 
 
-def shims_fixture() -> Iterator[Shims]:
-    """The body of a fixture: fails the test if a shim left anything behind."""
-    shims = Shims()
+def shims_fixture(*, zygote: bool = False, client: bool = False) -> Iterator[Shims]:
+    """The body of a fixture: fails the test if a shim left anything behind. `zygote`: each start goes through
+    one; `client`: it could, if the test starts one."""
+    shims = Shims(client=zygote or client)
     try:
+        if zygote:
+            shims.zygote()
         yield shims
     finally:
+        refused = shims.said.read_text() if shims.said.exists() else ""
         left = shims.close()
     assert left == []
+    assert not (zygote and refused), refused

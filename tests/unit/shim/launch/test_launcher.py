@@ -22,9 +22,9 @@ from tests.unit.shim.shims import GRPC, NAMESPACE, REPO, Bundle, Shims, shims_fi
 from ttrpc import Client, Code, RpcError
 
 
-@pytest.fixture
-def shims() -> Iterator[Shims]:
-    yield from shims_fixture()
+@pytest.fixture(params=["launcher", "zygote"])
+def shims(request: pytest.FixtureRequest) -> Iterator[Shims]:
+    yield from shims_fixture(zygote=request.param == "zygote")
 
 
 async def _shut_down(shims: Shims, bundle: Bundle) -> None:
@@ -329,7 +329,7 @@ def test_launcher_script(shims: Shims, tmp_path: Path) -> None:
     """The generated program runs from anywhere, isolated, and prints the version."""
     out = tmp_path / "containerd-shim-kata-v2"
     argv = [sys.executable, "-m", "shim.launch.launcher_script", str(out), "--python", sys.executable]
-    subprocess.run(argv, cwd=REPO, check=True, timeout=60)
+    subprocess.run([*argv, "--script"], cwd=REPO, check=True, timeout=60)
 
     assert out.read_text().startswith(f"#!{sys.executable} -IS\n")
     result = subprocess.run([str(out), "-v"], cwd="/", capture_output=True, text=True, timeout=10, check=True)
