@@ -16,13 +16,14 @@ from tests.bench import hotplug, report, rows
 from tests.bench.figures import Row
 
 ROWS = {
-    "a": (rows.start, "start: ours against runc's shim"),
+    "a": (rows.start, "start, and to the first answer, with a zygote and without: ours against runc's shim"),
     "b": (rows.boot, "ctr run to the first output: ours, a bare QEMU, runc"),
     "c": (rows.execs, "ctr task exec: ours, runc"),
     "d": (rows.round_trip, "ttrpc round trip: ours, Go's"),
     "e": (rows.memory, "PSS of an idle pod"),
     "f": (rows.stdout, "MB/s through stdout: ours, runc"),
     "g": (hotplug.plugs, "plug and unplug of each kind: ours, raw QMP"),
+    "h": (rows.further, "PSS of each of several pods' shims, with a zygote: ours, runc's"),
 }
 
 

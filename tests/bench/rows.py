@@ -25,7 +25,7 @@ from testing.containerd import KATA, RUNC, Containerd
 from testing.guest import GUEST, PROJECT
 from tests.bench.figures import Row, Series
 
-__all__ = ["boot", "execs", "memory", "round_trip", "start", "stdout"]
+__all__ = ["boot", "execs", "further", "memory", "round_trip", "start", "stdout"]
 
 IMAGE = "local/busybox:1"
 Progress = Callable[[str], None]
@@ -45,8 +45,11 @@ def _alternate(rounds: int, contenders: dict[str, Callable[[], float]], say: Pro
 # --- (a) start
 
 
-def _start_once(binary: str, grpc: str) -> float:
-    """Milliseconds of `BINARY ... start`; the daemon is told to shut down afterwards."""
+def _start_once(binary: str, grpc: str, *, zygote: bool = False, answer: bool = False) -> float:
+    """Milliseconds of `BINARY ... start`, or until its daemon gave an `answer`; it is told to shut down then.
+
+    `zygote`: ours came from one, or else must not.
+    """
     bundle = tempfile.mkdtemp(prefix="bench-", dir="/tmp")
     container = os.path.basename(bundle)
     try:
@@ -61,14 +64,51 @@ def _start_once(binary: str, grpc: str) -> float:
             capture_output=True,
             check=True,
             timeout=20,
-            env={**os.environ, "TTRPC_ADDRESS": ""},
+            env={**os.environ, "TTRPC_ADDRESS": "", "KATA_SHIM_ZYGOTE": "" if zygote else "off"},
         )
         took = (time.perf_counter() - begin) * 1000
-        asyncio.run(_shut_down(done.stdout.decode().strip(), container))
+        address = done.stdout.decode().strip()
+        if answer:
+            took = asyncio.run(_answered(address)) - begin * 1000
+        if Path(bundle, "shim.pid").exists():
+            words = Path("/proc", Path(bundle, "shim.pid").read_text(), "cmdline").read_bytes().split(b"\0")
+            assert (words[0] == os.fsencode(binary)) == zygote, words
+        asyncio.run(_shut_down(address, container))
         os.close(log)
     finally:
         shutil.rmtree(bundle, ignore_errors=True)
     return took
+
+
+async def _answered(address: str) -> float:
+    """When the daemon had answered a first call, in milliseconds of `time.perf_counter`."""
+    client = await ttrpc.Client.connect_unix(address.removeprefix("unix://"), timeout=10)
+    method = task_v2_pb2.DESCRIPTOR.services_by_name["Task"].methods_by_name["State"]
+    with contextlib.suppress(ttrpc.RpcError):  # there is no such container
+        await client.call(method, task_v2_pb2.StateRequest(id="none"), timeout=10)
+    when = time.perf_counter() * 1000
+    await client.close()
+    return when
+
+
+@contextlib.contextmanager
+def _zygote(containerd: Containerd) -> Iterator[None]:
+    """A zygote for the shims of this containerd."""
+    program = containerd.root / "bin" / "containerd-shim-kata-v2"
+    place = re.search(rb"/run/kata-shim-zygote/[0-9a-f]+", program.read_bytes())
+    assert place is not None, "the client is not compiled; try: make setup"
+    path = Path(os.fsdecode(place[0]))
+    with subprocess.Popen([str(program), "zygote"], env=containerd.environment) as process:
+        try:
+            until = time.monotonic() + 20
+            while not path.exists():
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            yield
+        finally:
+            process.terminate()
+    path.unlink(missing_ok=True)
 
 
 async def _shut_down(address: str, container: str) -> None:
@@ -84,26 +124,37 @@ async def _shut_down(address: str, container: str) -> None:
 
 
 def start(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
-    """(a) `start` of our shim against runc's."""
+    """(a) `start` of our shim, and `start` to its first answer, with a zygote and without, against runc's."""
     ours = str(containerd.root / "bin" / "containerd-shim-kata-v2")
     runc = shutil.which("containerd-shim-runc-v2") or "containerd-shim-runc-v2"
-    series = _alternate(
-        rounds,
-        {
-            "kata-shim": lambda: _start_once(ours, containerd.address),
-            "runc's shim": lambda: _start_once(runc, containerd.address),
-        },
-        say,
-    )
+    grpc = containerd.address
+    contenders: dict[str, Callable[[], float]] = {
+        "kata-shim": lambda: _start_once(ours, grpc),
+        "runc's shim": lambda: _start_once(runc, grpc),
+        "kata-shim, zygote": lambda: _start_once(ours, grpc, zygote=True),
+        "kata-shim, zygote, answer": lambda: _start_once(ours, grpc, zygote=True, answer=True),
+        "runc's shim, answer": lambda: _start_once(runc, grpc, answer=True),
+        "kata-shim, answer": lambda: _start_once(ours, grpc, answer=True),
+    }
+    with _zygote(containerd):
+        _start_once(ours, grpc, zygote=True)
+        series = _alternate(rounds, contenders, say)
+    rows = [
+        ("a1", "start, without a zygote", "kata-shim", "", 1.6),
+        ("a2", "start, with a zygote", "kata-shim, zygote", "", 0.6),
+        ("a3", "start to the first answer, with a zygote", "kata-shim, zygote, answer", ", answer", 2.0),
+        ("a4", "start to the first answer, without", "kata-shim, answer", ", answer", None),
+    ]
     return [
         Row(
-            key="a",
-            title="start",
+            key=key,
+            title=title,
             unit="ms",
-            ours=series["kata-shim"],
-            peer=series["runc's shim"],
-            target=4.0,
+            ours=series[name],
+            peer=series[f"runc's shim{peer}"],
+            target=target,
         )
+        for key, title, name, peer, target in rows
     ]
 
 
@@ -276,7 +327,7 @@ def _pss_by_program(containerd: Containerd, name: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for process in _processes(containerd, name):
         # The shim is an interpreter with a script; the others are themselves.
-        programs = [os.path.basename(word) for word in process.argv[:3]]
+        programs = [os.path.basename(word) for word in process.argv[:4]]
         kinds = ("qemu-system", "virtiofsd", "vhost-device-vsock", "containerd-shim")
         kind = next((k for k in kinds if any(program.startswith(k) for program in programs)), "")
         if kind:
@@ -314,6 +365,42 @@ def memory(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
             peer=Series("QEMU alone", series["qemu-system"].samples),
             notes=notes,
         ),
+    ]
+
+
+# --- (h) memory of each further shim
+
+_SHIMS = 4  # pods at once
+
+
+def further(containerd: Containerd, _rounds: int, say: Progress) -> list[Row]:
+    """(h) PSS of several pods' shims with a zygote, against runc's: at rest, and after work in one of them."""
+
+    def shims(names: list[str]) -> list[float]:
+        return [_pss_by_program(containerd, name)["containerd-shim"] for name in names]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_zygote(containerd))
+        kata = [stack.enter_context(_detached(containerd, KATA)) for _ in range(_SHIMS)]
+        runc = [stack.enter_context(_detached(containerd, RUNC)) for _ in range(_SHIMS)]
+        time.sleep(3)  # what a start has left to do
+        rest, peers = shims(kata), shims(runc)
+        say("at rest: " + ", ".join(f"{value:.1f}" for value in [*rest, *peers]))
+        for number in range(20):
+            containerd.ctr("task", "exec", "--exec-id", f"e{number}", kata[-1], "true", timeout=60)
+        command = ("dd", "if=/dev/zero", "bs=65536", "count=1280")
+        argv = containerd.ctr_argv("task", "exec", "--exec-id", "out", kata[-1], *command)
+        done = subprocess.run(argv, capture_output=True, check=True, timeout=200, env=containerd.environment)
+        assert len(done.stdout) == 80 << 20
+        worked = shims(kata[-1:])
+        say(f"after 20 execs and 80 MiB of stdout: {worked[0]:.1f}")
+    peer = Series("runc's shim", tuple(peers))
+    return [
+        Row(key=key, title=f"PSS of each of {_SHIMS} shims, {when}", unit="MB", ours=ours, peer=peer)
+        for key, when, ours in (
+            ("h1", "at rest", Series("kata-shim, zygote", tuple(rest))),
+            ("h2", "after 20 execs and 80 MiB", Series("kata-shim, zygote", tuple(worked))),
+        )
     ]
 
 
