@@ -23,6 +23,7 @@ from proto import health_pb2, task_v2_pb2
 from testing import leaks
 from testing.containerd import KATA, RUNC, Containerd
 from testing.guest import GUEST, PROJECT
+from testing.zygote import zygote_of
 from tests.bench.figures import Row, Series
 
 __all__ = ["boot", "execs", "further", "memory", "round_trip", "start", "stdout"]
@@ -91,26 +92,6 @@ async def _answered(address: str) -> float:
     return when
 
 
-@contextlib.contextmanager
-def _zygote(containerd: Containerd) -> Iterator[None]:
-    """A zygote for the shims of this containerd."""
-    program = containerd.root / "bin" / "containerd-shim-kata-v2"
-    place = re.search(rb"/run/kata-shim-zygote/[0-9a-f]+", program.read_bytes())
-    assert place is not None, "the client is not compiled; try: make setup"
-    path = Path(os.fsdecode(place[0]))
-    with subprocess.Popen([str(program), "zygote"], env=containerd.environment) as process:
-        try:
-            until = time.monotonic() + 20
-            while not path.exists():
-                assert process.poll() is None
-                assert time.monotonic() < until
-                time.sleep(0.01)
-            yield
-        finally:
-            process.terminate()
-    path.unlink(missing_ok=True)
-
-
 async def _shut_down(address: str, container: str) -> None:
     """Task.Shutdown, and wait until the daemon is gone: the next start shall have the machine alone."""
     assert address.startswith("unix://"), address
@@ -136,7 +117,7 @@ def start(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
         "runc's shim, answer": lambda: _start_once(runc, grpc, answer=True),
         "kata-shim, answer": lambda: _start_once(ours, grpc, answer=True),
     }
-    with _zygote(containerd):
+    with zygote_of(containerd):
         _start_once(ours, grpc, zygote=True)
         series = _alternate(rounds, contenders, say)
     rows = [
@@ -374,13 +355,13 @@ _SHIMS = 4  # pods at once
 
 
 def further(containerd: Containerd, _rounds: int, say: Progress) -> list[Row]:
-    """(h) PSS of several pods' shims with a zygote, against runc's: at rest, and after work in one of them."""
+    """(h) PSS of several pods' shims with a zygote against runc's: at rest, and after work in one of them."""
 
     def shims(names: list[str]) -> list[float]:
         return [_pss_by_program(containerd, name)["containerd-shim"] for name in names]
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_zygote(containerd))
+        stack.enter_context(zygote_of(containerd))
         kata = [stack.enter_context(_detached(containerd, KATA)) for _ in range(_SHIMS)]
         runc = [stack.enter_context(_detached(containerd, RUNC)) for _ in range(_SHIMS)]
         time.sleep(3)  # what a start has left to do

@@ -24,9 +24,9 @@ from ttrpc import Client, Code, RpcError
 _KEY = "io.kubernetes.cri."
 
 
-@pytest.fixture
-def shims() -> Iterator[Shims]:
-    yield from shims_fixture()
+@pytest.fixture(params=["launcher", "zygote"])
+def shims(request: pytest.FixtureRequest) -> Iterator[Shims]:
+    yield from shims_fixture(zygote=request.param == "zygote")
 
 
 async def _create(bundle: Bundle, *, helper: bool = True) -> int:
