@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -41,7 +42,13 @@ def test_install_and_uninstall(tmp_path: Path) -> None:
     etc = tmp_path / "etc/kata-containers/configuration.toml"
     share = tmp_path / "opt/kata-shim/share"
     assert os.access(shim, os.X_OK)
-    assert str(tmp_path) not in shim.read_text() + (tmp_path / "usr/local/bin/kata-ctl").read_text()
+    units = [tmp_path / "lib/systemd/system" / f"kata-shim-zygote.{kind}" for kind in ("socket", "service")]
+    for path in (shim, tmp_path / "usr/local/bin/kata-ctl", *units):
+        assert os.fsencode(tmp_path) not in path.read_bytes()
+    # Client and socket unit name the same place.
+    place = re.search(r"(?m)^ListenStream=(/run/kata-shim-zygote/\d+)$", units[0].read_text())
+    assert place is not None
+    assert place[1].encode() in shim.read_bytes()
     assert {path.name for path in guest_files().values()} <= {
         path.name for path in (share / "kata-containers").iterdir()
     }
