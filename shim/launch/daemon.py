@@ -116,6 +116,8 @@ class _Place:
 def _prepare_process(takeover: Order | None) -> tuple[int | None, KataError | None]:
     """A descriptor of the mount namespace that was left, if it was; why nothing can be served, if so."""
     os.umask(0o077)
+    with contextlib.suppress(OSError), open("/proc/self/comm", "wb", 0) as name:
+        name.write(b"containerd-shim")  # what ps shows; executed by the client, it would be "python3"
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     syscalls.set_child_subreaper()

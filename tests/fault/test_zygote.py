@@ -60,6 +60,8 @@ async def test_its_death_harms_no_pod(shims: Shims) -> None:
     assert await first.serving() == pid
     assert shims.start(second).returncode == 0
     assert (came_from(first), came_from(second)) == ("zygote", "launcher")
+    assert await second.serving() == second.pid
+    assert Path(f"/proc/{second.pid}/comm").read_text() == "containerd-shim\n"
     for bundle in (first, second):
         assert shims.delete(bundle).returncode == 0
 

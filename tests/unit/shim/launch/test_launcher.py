@@ -54,6 +54,7 @@ async def test_start(shims: Shims) -> None:
     proc = Path(f"/proc/{bundle.pid}")
     assert os.getsid(bundle.pid) == bundle.pid
     assert (proc / "cwd").readlink() == bundle.path
+    assert (proc / "comm").read_text() == "containerd-shim\n"
     fds = {int(fd.name): os.readlink(fd) for fd in (proc / "fd").iterdir()}
     assert (fds[0], fds[1], fds[2]) == ("/dev/null", "/dev/null", str(bundle.path / "log"))
     assert leaked not in fds.values()
