@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import struct
@@ -120,6 +121,34 @@ async def test_one_that_is_stopped(shims: Shims, whom: str) -> None:
     assert await bundle.serving() == daemon == bundle.pid
     for each in (bundle, late):
         assert shims.delete(each).returncode == 0
+
+
+def test_systemd_passes_the_socket(shims: Shims) -> None:
+    """By sd_listen_fds(3). Whoever woke it runs the launcher, and does not wait for its imports; the next
+    goes through it. At its end the socket stays."""
+    first, second = shims.bundle("c1"), shims.bundle("c2")
+    shims.place.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(shims.place))
+        listener.listen(16)
+        with subprocess.Popen(shims.argv(first, "start"), cwd=first.path, env=shims.env) as waking:
+            assert select.select([listener], [], [], 20)[0]
+            script = 'exec 3<&"$1"; export LISTEN_PID=$$ LISTEN_FDS=1; exec "$0" zygote'
+            zygote = subprocess.Popen(
+                ["bash", "-c", script, str(shims.program), str(listener.fileno())],
+                env=shims.env,
+                pass_fds=(listener.fileno(),),
+            )
+            assert waking.wait(30) == 0
+        assert came_from(first) == "launcher"
+        wait_for(lambda: children(zygote.pid))
+        assert shims.start(second).returncode == 0
+        assert came_from(second) == "zygote"
+        zygote.kill()
+        zygote.wait()
+        assert shims.place.exists()
+    for bundle in (first, second):
+        assert shims.delete(bundle).returncode == 0
 
 
 class Liar:
