@@ -19,12 +19,12 @@ from tests.e2e.conftest import BUSYBOX
 pytestmark = pytest.mark.kata_only
 
 
-def shims_of(zygote: int) -> list[int]:
-    """Its children that have a sandbox."""
+def shims_of(zygote: int, name: str) -> list[int]:
+    """Its children that were started for this container."""
     found = []
     for word in Path(f"/proc/{zygote}/task/{zygote}/children").read_text().split():
         with contextlib.suppress(OSError):
-            if b"start" in Path(f"/proc/{word}/cmdline").read_bytes().split(b"\0"):
+            if name.encode() in Path(f"/proc/{word}/cmdline").read_bytes().split(b"\0"):
                 found.append(int(word))
     return found
 
@@ -38,7 +38,7 @@ def test_lives_of_pods_through_the_zygote(containerd: Containerd) -> None:
         name = containerd.new_id("zygote")
         containerd.ctr("run", "-d", "--runtime", KATA, BUSYBOX, name, "sleep", "1000", timeout=120)
         try:
-            (shim,) = shims_of(zygote)
+            (shim,) = shims_of(zygote, name)
             traced = subprocess.run(
                 [str(PROJECT / ".venv/bin/kata-ctl"), "trace", name],
                 capture_output=True,
