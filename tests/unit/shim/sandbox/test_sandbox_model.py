@@ -6,7 +6,7 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from devices.errors import KataError
@@ -44,6 +44,8 @@ async def _step(shim: Client, model: _Model, step: str) -> None:
         shim.sandbox.die()
         await shim.rpc("WaitSandbox")
         model.state = "died"
+        for name in [name for name, running in model.containers.items() if running]:
+            await shim.wait(name)  # who deletes it waits for its exit, which comes a moment later
         model.containers = dict.fromkeys(model.containers, False)
     elif step == "exit":
         for name in [name for name, running in model.containers.items() if running][:1]:
@@ -97,6 +99,7 @@ def _holds(shim: Client, model: _Model) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(_STEPS)
+@example(["CreateSandbox", "StartSandbox", "container", "die", "delete"])
 def test_any_order(steps: list[str]) -> None:
     async def play() -> None:
         with tempfile.TemporaryDirectory() as directory:
