@@ -181,7 +181,8 @@ class GuestContract(Contract):
         for kind in KINDS:
             plugged = await guest.world.make(kind) if guest.can.can(kind, Op.HOT) else None
             if plugged is not None:
-                await _is_where(guest, plugged, await guest.plug(plugged))
+                before = await guest.count(plugged)
+                await _is_where(guest, plugged, await guest.plug(plugged), before)
                 if guest.can.can(kind, Op.UNPLUG):
                     await guest.manager.try_remove_device(plugged.id, guest.vm)
 
@@ -395,8 +396,9 @@ async def _grows(guest: Booted, device: DeviceConfig) -> None:
     await until(lambda: _has_size(guest, device, 2 * DISK_SIZE), f"{device.id} has grown")
 
 
-async def _is_where(guest: Booted, device: DeviceConfig, said: str) -> None:
-    await until(lambda: _counts_some(guest, device), f"the guest has {device.id}")
+async def _is_where(guest: Booted, device: DeviceConfig, said: str, before: int = 0) -> None:
+    """`before`: how many such the guest had before this one was plugged."""
+    await until(lambda: _counts_above(guest, device, before), f"the guest has {device.id}")
     true = await guest.places(device)
     assert said in true, (
         f"{device.id} ({device.kind.value}) is at {true} in the guest, and was said at {said!r}"
@@ -424,8 +426,8 @@ async def _counts(guest: Booted, device: DeviceConfig, wanted: int) -> bool:
     return await guest.count(device) == wanted
 
 
-async def _counts_some(guest: Booted, device: DeviceConfig) -> bool:
-    return await guest.count(device) > 0
+async def _counts_above(guest: Booted, device: DeviceConfig, before: int) -> bool:
+    return await guest.count(device) > before
 
 
 async def _has_size(guest: Booted, device: DeviceConfig, size: int) -> bool:
