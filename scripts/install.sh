@@ -26,7 +26,9 @@ ZYGOTE=/run/kata-shim-zygote/$(cksum <<<"$PREFIX" | cut -d" " -f1)
 TARGET=$DESTDIR$PREFIX
 GUEST=$TARGET/share/kata-containers
 SHIPPED=$TARGET/share/defaults/kata-containers/configuration.toml
-SHIPPED_OTHERS=(fc clh)  # runtime classes with a file of their own
+CLASSES=(fc clh) # runtime classes with a file of their own
+SHIPPED_OTHERS=("${CLASSES[@]/#/${SHIPPED%.toml}-}")
+SHIPPED_OTHERS=("${SHIPPED_OTHERS[@]/%/.toml}")
 GUEST_FILES=(vmlinux initrd.img rootfs.img manifest.json)
 
 say() { printf '[install] %s\n' "$*"; }
@@ -106,7 +108,7 @@ install_configuration() {
     fi
     chmod 0644 "$SHIPPED"
     local class
-    for class in "${SHIPPED_OTHERS[@]}"; do
+    for class in "${CLASSES[@]}"; do
         sed -e "s|/opt/kata-shim/share|$PREFIX/share|g" "config/configuration-$class.toml" >"${SHIPPED%.toml}-$class.toml"
         chmod 0644 "${SHIPPED%.toml}-$class.toml"
     done
@@ -133,7 +135,7 @@ do_install() {
 do_uninstall() {
     local file
     if etc_is_ours; then rm -f "$DESTDIR$ETC"; elif [[ -e $DESTDIR$ETC ]]; then say "kept: $ETC, which was changed"; fi
-    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "${SHIPPED_OTHERS[@]/#/${SHIPPED%.toml}-}" "$TARGET/libexec/vhost-device-vsock"
+    rm -f "$DESTDIR$BIN/containerd-shim-kata-v2" "$DESTDIR$BIN/kata-ctl" "$SHIPPED" "${SHIPPED_OTHERS[@]}" "$TARGET/libexec/vhost-device-vsock"
     rm -f "$DESTDIR$UNITS"/kata-shim-zygote.{socket,service}
     for file in "${GUEST_FILES[@]}"; do rm -f "$GUEST/$file"; done
     rm -rf "$TARGET/venv"
