@@ -49,7 +49,7 @@ def _pid(containerd: Containerd, name: str, program: str) -> int:
         # The shim itself has the id as a word of its own, its helpers have our directory in a path.
         helper = f"/{containerd.key(name)}/" in words or f" sandbox-{name}," in words
         mine = f"-id {name} " in words if program == "containerd-shim" else helper
-        if not mine or not any(os.path.basename(word).startswith(program) for word in process.argv[:3]):
+        if not mine or not any(os.path.basename(word).startswith(program) for word in process.argv[:4]):
             continue
         with contextlib.suppress(ProcessLookupError):
             # `start` has the same command line; the daemon that it forks leads a session.
