@@ -325,7 +325,7 @@ def test_other_models_and_machines(start: Start, plain: Containerd, lab: NetLab,
 @pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
 def test_rates_are_limited(start: Start, plain: Containerd, lab: NetLab, model: str) -> None:
     """Neither way is faster than it may be: what came, less what may come at once, in the time it took."""
-    rate, size, burst = 8_000_000, 3_000_000, 200_000  # bits a second, bytes, bytes
+    rate, size, burst = 8_000_000, 1_200_000, 200_000  # bits a second, bytes, bytes
     limits: dict[str, Value | None] = {"rx_rate_limiter_max_rate": rate, "tx_rate_limiter_max_rate": rate}
     name = start(hypervisor__qemu=limits, runtime={"internetworking_model": model})
     run = _sh(plain, name)

@@ -109,8 +109,9 @@ def test_files_written_in_the_container_are_on_its_snapshot(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_twenty_runs_leave_nothing_behind(run: Run, runtime: str, no_leaks: Callable[[], None]) -> None:
-    outputs = {run("uname", "-r").text for _ in range(20)}
+def test_runs_leave_nothing_behind(run: Run, runtime: str, no_leaks: Callable[[], None]) -> None:
+    """Hundreds are `make storm`'s."""
+    outputs = {run("uname", "-r").text for _ in range(8)}
     assert len(outputs) == 1
     if runtime == KATA:
         assert outputs != {os.uname().release}
