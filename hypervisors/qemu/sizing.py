@@ -167,6 +167,7 @@ class Sizer:
         async with self._lock:
             dimms = [] if plan.virtio_mem is not None else await self._dimms()
             await self._sweep(dimms)
+            self._last_dimm = max([self._last_dimm, *(dimm.number for dimm in dimms)])  # by another process
             leaving = [dimm for dimm in dimms if dimm.name in self._leaving]
             present = await self._memory() - sum(dimm.mib for dimm in leaving)
             if mib == present:
@@ -236,7 +237,8 @@ class Sizer:
             await self._drop_back_end(name)
 
     async def _drop_back_end(self, name: str) -> None:
-        back_end = self._back_ends[name]
+        # Of a DIMM that another process plugged (`adopt`) only the name is known.
+        back_end = self._back_ends.get(name) or _BackEnd(f"{_BACK_END}{name}", 0, used=True)
         if self._keeps and back_end.used:
             self._spare.append(back_end)
         else:
@@ -245,7 +247,7 @@ class Sizer:
             except QmpError as error:
                 if "not found" not in error.cause:
                     raise error.with_context(phase="sizing") from None
-        del self._back_ends[name]
+        self._back_ends.pop(name, None)
 
     async def _plug_dimm(self, dimm: _Dimm) -> None:
         name = dimm.name

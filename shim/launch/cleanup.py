@@ -76,15 +76,28 @@ def sandbox(
         if os.path.lexists(directory) or os.path.lexists(share):
             pid = _undo(identity, directory, share, until, problems) or pid
     if os.path.lexists(socket) or os.path.islink(identity.link):
-        from shim.state.names import remove_link, unlink_dead
+        from shim.state.names import remove_link
 
         try:
-            if not unlink_dead(socket):
+            if not _unlinked(socket, until):
                 problems.append(f"somebody listens on {socket}")
             remove_link(identity.link, identity.state_dir)
         except OSError as error:
             problems.append(f"cannot remove {error.filename}: {error.strerror}")
     return pid
+
+
+def _unlinked(socket: str, until: float) -> bool:
+    """Remove the socket of a daemon that is dead, or dying: its memory, and with it what tells whose it is,
+    goes before its descriptors, so that nothing but the socket is left to wait for."""
+    from shim.state.names import unlink_dead
+
+    until = time.monotonic() + _left(until, _WAIT_FOR_END)
+    while not unlink_dead(socket):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _undo(identity: Identity, directory: str, share: str, until: float, problems: list[str]) -> int:

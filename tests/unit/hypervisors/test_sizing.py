@@ -214,6 +214,20 @@ async def test_under_tcg_what_no_dimm_ever_had_goes(machine: Machine, make: Make
     assert machine.objects == {}
 
 
+async def test_what_another_process_plugged_goes_too_and_its_names_are_taken(
+    machine: Machine, make: Make
+) -> None:
+    """A shim that takes over a VM knows its DIMMs by QEMU's word only."""
+    sizer = await make(kvm=True)
+    await sizer.resize_memory(256 + 128)
+    heir = Sizer(sizer._plan, sizer._qmp)
+
+    assert await heir.resize_memory(256 + 128 + 256) == 256 + 128 + 256
+    assert sorted(machine.devices) == ["dimm0", "dimm1"]
+    assert await heir.resize_memory(256) == 256
+    assert (machine.devices, machine.objects) == ({}, {})
+
+
 async def test_of_equal_dimms_the_last_one_goes(machine: Machine, make: Make) -> None:
     sizer = await make()
     for mib in (384, 512, 640):
