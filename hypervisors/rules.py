@@ -24,6 +24,7 @@ __all__ = [
     "check_sandbox_section",
     "check_users",
     "check_word",
+    "guest_words",
     "wrong",
 ]
 
@@ -151,3 +152,10 @@ def check_word(name: str, key: str, value: str, allowed: Sequence[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise wrong(name, key, value, f"is not allowed; allowed: {', '.join(allowed)}")
+
+
+def guest_words(image: str, rootfs_type: str, home_port: int) -> list[str]:
+    """What our guest reads on its kernel's command line, whatever VMM runs it: where its root is, if it has an
+    image, and the port of the host's that its agent calls (0: none)."""
+    words = ["root=/dev/vda", f"rootfstype={rootfs_type}", "ro"] if image else []
+    return [*words, f"agent.home_vport={home_port}"] if home_port else words

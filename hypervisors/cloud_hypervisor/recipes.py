@@ -29,6 +29,7 @@ from devices.errors import BugError, UnsupportedByHypervisor
 from hypervisors.cloud_hypervisor.abilities import max_memory, vcpus
 from hypervisors.cloud_hypervisor.config import ClhConfig
 from hypervisors.rate_limits import rate_limiter
+from hypervisors.rules import guest_words
 
 __all__ = ["GUEST_CID", "arguments", "command_line", "machine", "plug"]
 
@@ -57,10 +58,7 @@ def command_line(section: ClhConfig, *, console: bool, home_port: int) -> str:
         words.append("quiet")
     if max_memory(section) > section.default_memory:
         words += ["memhp_default_state=online", "memory_hotplug.online_policy=auto-movable"]
-    if section.image:
-        words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
-    if home_port:
-        words.append(f"agent.home_vport={home_port}")
+    words += guest_words(section.image, section.rootfs_type, home_port)
     if section.kernel_params:
         words.append(section.kernel_params)
     return " ".join(words)

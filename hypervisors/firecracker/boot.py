@@ -14,6 +14,7 @@ from typing import Any
 
 from hypervisors.firecracker.config import FirecrackerConfig
 from hypervisors.rate_limits import rate_limiter
+from hypervisors.rules import guest_words
 
 __all__ = [
     "API_SOCKET",
@@ -72,10 +73,7 @@ def kernel_command_line(section: FirecrackerConfig, *, console: bool, home_port:
     words.insert(0, "console=ttyS0" if console else "8250.nr_uarts=0")
     if not section.enable_debug:
         words.append("quiet")
-    if section.image:
-        words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
-    if home_port:
-        words.append(f"agent.home_vport={home_port}")
+    words += guest_words(section.image, section.rootfs_type, home_port)
     if section.kernel_params:
         words.append(section.kernel_params)
     return " ".join(words)

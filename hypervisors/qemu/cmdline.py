@@ -19,6 +19,7 @@ from devices.config import ConsoleConfig, ProtectionConfig, VfioConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.recipes import IO_THREAD, Placed, argv, protection_object, recipe, scsi_controller
+from hypervisors.rules import guest_words
 
 __all__ = ["MICROVM", "PMEM_DRIVER", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
 
@@ -101,10 +102,7 @@ def kernel_command_line(plan: Plan) -> str:
         words.append(f"maxcpus={plan.vcpus}")
     if section.enable_iommu:
         words += ["intel_iommu=on", "iommu=pt"]
-    if section.image:
-        words += ["root=/dev/vda", f"rootfstype={section.rootfs_type}", "ro"]
-    if plan.home_port:
-        words.append(f"agent.home_vport={plan.home_port}")
+    words += guest_words(section.image, section.rootfs_type, plan.home_port)
     if plan.tsc_khz:
         words += [f"tsc_early_khz={plan.tsc_khz}", "tsc=reliable"]
     if section.kernel_params:
