@@ -155,7 +155,7 @@ def check_word(name: str, key: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def guest_words(image: str, rootfs_type: str, home_port: int) -> list[str]:
-    """What our guest reads on its kernel's command line, whatever VMM runs it: where its root is, if it has an
-    image, and the port of the host's that its agent calls (0: none)."""
+    """What our guest reads on its kernel's command line, whatever VMM runs it: where its root is, if it has
+    an image, and the port of the host's that its agent calls (0: none)."""
     words = ["root=/dev/vda", f"rootfstype={rootfs_type}", "ro"] if image else []
     return [*words, f"agent.home_vport={home_port}"] if home_port else words

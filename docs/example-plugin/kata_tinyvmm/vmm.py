@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import os
 import socket
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from devices.addresses import PciTopology, Port
+from devices.addresses import PciTopology
 from devices.child import Child, process_memory, process_start_time, process_stat, thread_ids
 from devices.config import (
     BlockConfig,
@@ -37,6 +36,8 @@ from devices.vsock_daemon import VsockDaemon
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds, VmExit
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
+from kata_tinyvmm.arguments import machine, node, root_port
+from kata_tinyvmm.plugged import Plugged
 
 if TYPE_CHECKING:
     from kata_tinyvmm.plugin import TinyConfig
@@ -50,7 +51,6 @@ DEVICES = {
     for kind in (Kind.VSOCK, Kind.SHARE_FS, Kind.RNG, Kind.CONSOLE, Kind.VCPU)
 } | {Kind.BLK: Support(cold=YES, hot=YES, unplug=YES, resize=YES)}
 _PORTS = 8  # disks that can be plugged while it runs
-_UNPLUG = 30.0  # seconds in which the guest lets go of a disk
 _GATHER = 0.25  # seconds in which QEMU follows a daemon into death, or the other way round
 
 
@@ -67,10 +67,9 @@ class TinyVm:
         self._argv: dict[str, list[str]] = {}  # of each device, by its id
         self._fds: list[int] = []  # that QEMU inherits
         self._disks: dict[str, Bind] = {}  # files that QEMU opens itself, likewise
-        self._plugged: dict[str, int] = {}  # disks that came later, with the set of their descriptor
-        self._sets = itertools.count(1)
         self._topology = PciTopology()
         self._topology.add_root_ports(_PORTS)
+        self._plugged = Plugged(self._topology, self._control)
         self._vsock: VsockDaemon | None = None
         self._vsock_device = ""
         self._vhost_fd = -1
@@ -100,11 +99,11 @@ class TinyVm:
         slots of its place, which are chosen here, so that the guest finds it there."""
         hot = self._ended is not None
         (await self.capabilities()).require("tiny", device.kind, Op.HOT if hot else Op.COLD)
-        if device.id in self._argv or device.id in self._plugged:
+        if device.id in self._argv or device.id in self._plugged.ids:
             raise BugError(f"there is a device {device.id} already")
         if hot:
             assert isinstance(device, BlockConfig)  # by its capabilities
-            return await self._plug(device)
+            return await self._plugged.add(device)
         if isinstance(device, ConsoleConfig):  # on no bus
             self._console = Console()
             self._fds.append(self._console.guest_end)
@@ -124,7 +123,7 @@ class TinyVm:
         match device:
             case BlockConfig():
                 self._disks[device.id] = Bind(path=device.path, writable=not device.read_only)
-                argv = ["-blockdev", json.dumps(_node(device, device.path))]
+                argv = ["-blockdev", json.dumps(node(device, device.path))]
                 return [*argv, "-device", f"virtio-blk-pci,id={device.id},drive=node-{device.id},{at}"]
             case VsockConfig():
                 return await self._add_vsock(device, at)
@@ -216,24 +215,13 @@ class TinyVm:
             del self._argv[device_id], self._disks[device_id]
             self._topology.release(device_id)
             return
-        if device_id not in self._plugged:
+        if device_id not in self._plugged.ids:
             self._cannot(f"taking {device_id} away")
-        qmp = self._control()
-        with qmp.expect(lambda event: _is_gone(event, device_id)) as gone:
-            await qmp.execute("device_del", {"id": device_id})
-            try:
-                await asyncio.wait_for(gone, _UNPLUG)
-            except TimeoutError:
-                raise HypervisorError(
-                    f"the guest did not let go of {device_id} within {_UNPLUG:g} s",
-                    phase="devices",
-                    code="DEADLINE_EXCEEDED",
-                ) from None
-        await self._drop(device_id, self._plugged.pop(device_id))
+        await self._plugged.remove(device_id)
 
     async def update_device(self, device: DeviceConfig) -> None:
         """A disk has the size now that its file has."""
-        if not isinstance(device, BlockConfig) or device.id not in {*self._disks, *self._plugged}:
+        if not isinstance(device, BlockConfig) or device.id not in {*self._disks, *self._plugged.ids}:
             self._cannot(f"an update of {device.id}")
         size = device.size or (await look(os.stat, device.path)).st_size
         await self._control().execute("block_resize", {"node-name": f"node-{device.id}", "size": size})
@@ -325,35 +313,11 @@ class TinyVm:
     # --- how it is done
 
     def _arguments(self, monitor_fd: int) -> list[str]:
-        section, channel = self._section, self._channel
-        vcpus = max(1, -int(-section.default_vcpus // 1))  # a fraction is rounded up
-        kernel = (
-            "reboot=t panic=-1 no_timer_check swiotlb=noforce console=ttyS0 root=/dev/vda rootfstype=ext4 ro"
-        )
-        kernel += "" if section.enable_debug else " quiet"
-        # The guest's agent calls this port of ours when it listens, so nobody has to poll it.
-        kernel += f" agent.home_vport={channel.home_port}" if channel and channel.home_port else ""
-        # Shared, because virtiofsd and the vsock daemon map the guest's memory.
-        memory = f"memory-backend-memfd,id=mem,size={section.default_memory}M,share=on"
-        argv = ["-name", f"tiny-{self._sandbox_id},debug-threads=on", "-nodefaults", "-no-user-config"]
-        argv += [
-            "-no-reboot",
-            "-display",
-            "none",
-            "-machine",
-            f"q35,accel={self._accelerator},memory-backend=mem",
-        ]
-        argv += ["-cpu", section.cpu_model, "-smp", str(vcpus), "-m", f"{section.default_memory}M"]
-        argv += ["-object", memory, "-kernel", section.kernel]
-        argv += ["-initrd", section.initrd] if section.initrd else []
-        argv += ["-append", f"{kernel} {section.kernel_params}".strip()]
+        home_port = self._channel.home_port if self._channel is not None else 0
         return [
-            *argv,
-            "-chardev",
-            f"socket,id=mon,fd={monitor_fd}",
-            "-mon",
-            "chardev=mon,mode=control",
-            *(word for port in self._topology.ports for word in ("-device", _root_port(port))),
+            *machine(self._section, self._sandbox_id, self._accelerator, home_port),
+            *("-chardev", f"socket,id=mon,fd={monitor_fd}", "-mon", "chardev=mon,mode=control"),
+            *(word for port in self._topology.ports for word in ("-device", root_port(port))),
             *(word for words in self._argv.values() for word in words),
         ]
 
@@ -453,36 +417,6 @@ class TinyVm:
         if event["event"] == "SHUTDOWN" and isinstance(data, dict) and data.get("guest"):
             self._guests_end = f"the guest ended the VM ({str(data.get('reason'))[:50]})"
 
-    async def _plug(self, device: BlockConfig) -> str:
-        """QEMU has only the files in its view that it began with: it gets this one open."""
-        qmp, number = self._control(), next(self._sets)
-        place = self._topology.allocate(device.id, hotplug=True)
-        self._plugged[device.id] = number
-        try:
-            flags = os.O_RDONLY if device.read_only else os.O_RDWR
-            fd = await look(os.open, device.path, flags | os.O_CLOEXEC)
-            try:
-                await qmp.execute("add-fd", {"fdset-id": number}, fds=[fd])
-            finally:
-                os.close(fd)
-            await qmp.execute("blockdev-add", _node(device, f"/dev/fdset/{number}"))
-            front = {"driver": "virtio-blk-pci", "id": device.id, "drive": f"node-{device.id}"}
-            await qmp.execute("device_add", {**front, **place.properties})
-        except BaseException:
-            await self._drop(device.id, self._plugged.pop(device.id))
-            raise
-        return place.guest_path
-
-    async def _drop(self, device_id: str, number: int) -> None:
-        """What a disk stands on, as far as it is there."""
-        for command, arguments in (
-            ("blockdev-del", {"node-name": f"node-{device_id}"}),
-            ("remove-fd", {"fdset-id": number}),
-        ):
-            with contextlib.suppress(HypervisorError):
-                await self._control().execute(command, arguments)
-        self._topology.release(device_id)
-
     async def _add_vsock(self, device: VsockConfig, at: str) -> list[str]:
         """The kernel's where there is one, else a daemon's, whose socket comes in `_start`."""
         if os.path.exists(VHOST_VSOCK):
@@ -530,20 +464,3 @@ class TinyVm:
 
     def _cannot(self, what: str) -> NoReturn:
         raise UnsupportedByHypervisor("tiny", what)
-
-
-def _node(device: BlockConfig, path: str) -> dict[str, Any]:
-    """A disk's file, as QEMU calls it."""
-    file = {"driver": "file", "filename": path, "read-only": device.read_only}
-    return {"driver": "raw", "node-name": f"node-{device.id}", "read-only": device.read_only, "file": file}
-
-
-def _root_port(port: Port) -> str:
-    """An empty seat for a disk."""
-    at = f"bus={port.place.bus},addr={port.place.slot:#x}"
-    return f"pcie-root-port,id={port.name},chassis={port.number + 1},{at}"
-
-
-def _is_gone(event: QmpEvent, device_id: str) -> bool:
-    data = event.get("data")
-    return event["event"] == "DEVICE_DELETED" and isinstance(data, dict) and data.get("device") == device_id
