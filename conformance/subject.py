@@ -62,7 +62,8 @@ class Subject:
         yield VsockConfig(daemon=self.vsock_daemon)
         if self.plugin.capabilities.can(Kind.SHARE_FS, Op.COLD) and section.shared_fs != "none":
             yield ShareFsConfig(source=str(share))
-        yield RngConfig()
+        if self.plugin.capabilities.can(Kind.RNG, Op.COLD):
+            yield RngConfig()
         yield ConsoleConfig()
 
 

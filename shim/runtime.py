@@ -251,7 +251,8 @@ class VirtContainer:
             static=config.runtime.static_sandbox_resource_mgmt,
             pod=container_type(spec) != SINGLE,
         )
-        hypervisor = get_plugin(config.hypervisor_name).create(
+        plugin = get_plugin(config.hypervisor_name)
+        hypervisor = plugin.create(
             section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
         )
         settings = SandboxSettings(
@@ -266,7 +267,9 @@ class VirtContainer:
             shm_size=shm_size,
             shm_source=own_shm(spec) if container_type(spec) == OWN else "",
             share_path=context.share_dir,
-            devices=cold_devices(config, section, context.share_dir),
+            devices=cold_devices(
+                config, section, context.share_dir, rng=plugin.capabilities.can(Kind.RNG, Op.COLD)
+            ),
             deadlines=Deadlines(
                 boot=agent.boot_deadline, request=agent.request_deadline, kill=agent.kill_timeout
             ),

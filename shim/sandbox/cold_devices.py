@@ -32,15 +32,17 @@ __all__ = ["cold_devices", "key", "swap", "with_agent_params"]
 _DEFAULTS = HypervisorConfig()
 
 
-def cold_devices(config: Config, section: Any, share: str) -> list[DeviceConfig]:
-    """What every sandbox is cold-plugged with, in the order of the guest's PCI slots."""
+def cold_devices(config: Config, section: Any, share: str, *, rng: bool = True) -> list[DeviceConfig]:
+    """What every sandbox is cold-plugged with, in the order of the guest's PCI slots. `rng`: its VMM has
+    one; the guest of another has its entropy from the processor."""
     devices: list[DeviceConfig] = []
     if section.image:
         devices.append(BlockConfig(id="image", path=section.image, read_only=True, ours=True))
     devices.append(VsockConfig(home_call=config.agent.home_call, daemon=key(section, "vsock_daemon")))
     if key(section, "shared_fs") != "none":
         devices += _shares(section, share)
-    devices.append(RngConfig(source=key(section, "entropy_source")))
+    if rng:
+        devices.append(RngConfig(source=key(section, "entropy_source")))
     if key(section, "reclaim_guest_freed_memory"):
         devices.append(BalloonConfig())
     devices.append(ConsoleConfig())
