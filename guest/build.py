@@ -1,8 +1,8 @@
 """`python -m guest.build`: kernel, initramfs and root image from Debian packages, cached by their inputs.
 
 What: five stages, each a directory below OUT/cache named by the hash of all that goes into it: unpacked
-packages, kernel, compiled Python, compiled agent; then the image. OUT gets vmlinux, initrd.img,
-rootfs.img and manifest.json.
+packages, kernel, compiled Python, compiled agent; then the image. OUT gets vmlinux, vmlinux.acpi (the
+same with ACPI tables), initrd.img, rootfs.img and manifest.json.
 Why stages: a change of the agent alone rebuilds in seconds; nothing changed is noticed in half a second.
 Invariants: equal inputs give equal files, byte for byte, wherever and whenever they are built; OUT never
 holds a mixture of two builds that the manifest calls complete; only the building of one OUT at a time.
@@ -25,6 +25,7 @@ from typing import Any
 from devices.errors import KataError
 
 from . import contents, cpio, debian
+from .acpi import with_tables
 from .bundle import make_bundles
 from .image import write_ext4
 from .kernel import ModuleTree, extract_vmlinux, kernel_files
@@ -32,7 +33,7 @@ from .tools import run_tool
 
 __all__ = ["OUTPUTS", "build", "main"]
 
-OUTPUTS = ("vmlinux", "initrd.img", "rootfs.img")
+OUTPUTS = ("vmlinux", "vmlinux.acpi", "initrd.img", "rootfs.img")
 FORMAT = 1  # of the manifest
 # The time of every file in the guest: like SOURCE_DATE_EPOCH, but nothing here depends on its value.
 EPOCH = 1_767_225_600  # 2026-01-01
@@ -202,7 +203,9 @@ class Builder:
 
         def make(directory: str) -> None:
             with open(image, "rb") as stream:
-                _write(f"{directory}/vmlinux", extract_vmlinux(stream.read()))
+                vmlinux = extract_vmlinux(stream.read())
+            _write(f"{directory}/vmlinux", vmlinux)
+            _write(f"{directory}/vmlinux.acpi", with_tables(vmlinux))
             init = f"{directory}/init"
             own = os.path.dirname(os.path.abspath(__file__))
             run_tool(["gcc", *_CFLAGS, "-o", init, f"{own}/init.c"])
@@ -261,7 +264,7 @@ class Builder:
             modules = ModuleTree(folder)
             tree = contents.assemble(root, modules, compiled, agent, kernel)
             write_ext4(tree, f"{work}/rootfs.img", time=EPOCH)
-        for name in ("vmlinux", "initrd.img"):
+        for name in ("vmlinux", "vmlinux.acpi", "initrd.img"):
             shutil.copyfile(f"{kernel}/{name}", f"{work}/{name}")
         manifest = {
             "format": FORMAT,

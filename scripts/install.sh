@@ -3,7 +3,7 @@
 #
 # What goes where (all below $DESTDIR):
 #   $PREFIX/venv                                          the shim and what it imports, locked versions
-#   $PREFIX/share/kata-containers/                        the guest: vmlinux, initrd.img, rootfs.img
+#   $PREFIX/share/kata-containers/                        the guest: vmlinux, vmlinux.acpi, initrd.img, rootfs.img
 #   $PREFIX/share/defaults/kata-containers/               the configurations as shipped
 #   $PREFIX/libexec/vhost-device-vsock                    for hosts without /dev/vhost-vsock
 #   /usr/local/bin/{containerd-shim-kata-v2,kata-ctl}     where containerd and people find them
@@ -26,10 +26,10 @@ ZYGOTE=/run/kata-shim-zygote/$(cksum <<<"$PREFIX" | cut -d" " -f1)
 TARGET=$DESTDIR$PREFIX
 GUEST=$TARGET/share/kata-containers
 SHIPPED=$TARGET/share/defaults/kata-containers/configuration.toml
-CLASSES=(fc clh) # runtime classes with a file of their own
+CLASSES=(fc clh dragonball) # runtime classes with a file of their own
 SHIPPED_OTHERS=("${CLASSES[@]/#/${SHIPPED%.toml}-}")
 SHIPPED_OTHERS=("${SHIPPED_OTHERS[@]/%/.toml}")
-GUEST_FILES=(vmlinux initrd.img rootfs.img manifest.json)
+GUEST_FILES=(vmlinux vmlinux.acpi initrd.img rootfs.img manifest.json)
 
 say() { printf '[install] %s\n' "$*"; }
 die() { printf '[install] error: %s\n' "$*" >&2; exit 1; }
