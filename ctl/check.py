@@ -183,6 +183,8 @@ def _virtiofsd(config: Config | None, able: Capabilities) -> Finding:
         return _ok("virtiofsd", "not needed: the VMM shares no directories")
     if getattr(section, "shared_fs", "") == "none":
         return _ok("virtiofsd", 'not needed: shared_fs = "none"')
+    if section is not None and not hasattr(section, "virtio_fs_daemon"):
+        return _ok("virtiofsd", "not needed: the VMM serves shared directories itself")
     from devices.share_fs import find_virtiofsd
 
     try:

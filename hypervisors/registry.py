@@ -29,6 +29,7 @@ __all__ = [
 GROUP = "kata_shim.hypervisors"
 _BUILT_IN = {
     "clh": "hypervisors.cloud_hypervisor.plugin:plugin",
+    "dragonball": "hypervisors.dragonball.plugin:plugin",
     "firecracker": "hypervisors.firecracker.plugin:plugin",
     "qemu": "hypervisors.qemu.plugin:plugin",
 }

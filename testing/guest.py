@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["PROJECT", "Value", "guest_files", "write_configuration"]
+__all__ = ["GUEST", "PROJECT", "Value", "guest_files", "write_configuration"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 GUEST = PROJECT / "build" / "guest"

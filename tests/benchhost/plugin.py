@@ -25,7 +25,7 @@ from .machine import Event, Result, Settings
 __all__ = ["BenchHostPlugin", "Inside"]
 
 _INSIDE = "KATA_BENCH_HOST"
-_TOLD = ("KATA_CLH",)  # environment that tests in there need: paths of what no registry has
+_TOLD = ("KATA_CLH", "KATA_DRAGONBALL")  # environment that tests in there need: paths of what no registry has
 _LIMIT = float(os.environ.get("KATA_BENCH_HOST_LIMIT", "3000"))  # seconds for all tests of one machine
 _QUIET = ("-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-o", "timeout=900")
 

@@ -255,6 +255,10 @@ _SEEDS: dict[str, Callable[[], list[bytes]]] = {
         '{\n  "source": "vm",\n  "event": "device-removed",\n  "properties": {\n    "id": "disk"\n  }\n}\n\n',
         '{\n  "source": "vm",\n  "event": "booted",\n  "properties": null\n}\n\n',
     ),
+    "dragonball": _text(
+        '{"event": "hello", "protocol": 1}\n{"id": 1, "ok": null}\n{"event": "exit", "reason": "reset"}',
+        '{"event": "hello", "protocol": 1}\n{"id": 1, "error": {"kind": "Block", "causes": ["a", "b"]}}',
+    ),
     "firecracker-metrics": _text('{"utc_timestamp_ms": 5, "vsock": {"rx_bytes_count": 7, "x": 1.5}}'),
     "config-json": _specs,
     "spec-values": lambda: (

@@ -47,6 +47,7 @@ def test_what_the_issue_names_has_its_target() -> None:
         "QMP": {"qmp", "qmp-answers"},
         "Firecracker replies": {"firecracker", "firecracker-metrics"},
         "Cloud Hypervisor's events": {"clh-events"},
+        "Dragonball's answers and events": {"dragonball"},
         "config.json": {"config-json", "spec-values", "exec-process", "update-resources"},
         "configuration": {"configuration"},
         "annotations": {"pod-annotations"},

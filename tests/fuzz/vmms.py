@@ -22,6 +22,7 @@ from devices.errors import KataError
 from devices.vsock import HybridVsock
 from hypervisors.cloud_hypervisor.events import LIMIT, Events
 from hypervisors.config import HypervisorConfig
+from hypervisors.dragonball.talk import Talk
 from hypervisors.firecracker.report import Report
 from hypervisors.http_api import HttpApi
 from hypervisors.qemu import events
@@ -206,6 +207,34 @@ async def _clh_events(data: bytes) -> None:
     finally:
         stream.close()
         os.close(writer)
+
+
+@target
+def dragonball(data: bytes) -> None:
+    """What the process around Dragonball says, in two pieces, while an action waits for its answer."""
+    run(_dragonball(data))
+
+
+async def _dragonball(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    talk = Talk(ours, lambda content: None)
+    asked = asyncio.create_task(talk.ask("PauseMicroVm", timeout=5.0))
+    try:
+        await asyncio.sleep(0)
+        for piece in (data[:7], data[7 : 60 << 10], b"\n"):
+            with contextlib.suppress(BrokenPipeError):  # it has heard enough
+                theirs.sendall(piece)
+            talk.read()
+            await asyncio.sleep(0)
+        theirs.close()
+        with contextlib.suppress(KataError):
+            await asked
+        with contextlib.suppress(KataError):
+            await talk.hello(5.0)
+    finally:
+        asked.cancel()
+        await talk.close()
+        theirs.close()
 
 
 _vsock: socket.socket | None = None

@@ -19,6 +19,8 @@ from devices.errors import ConfigError
 from hypervisors.cloud_hypervisor.config import ClhConfig
 from hypervisors.cloud_hypervisor.plugin import ClhPlugin
 from hypervisors.config import HypervisorConfig
+from hypervisors.dragonball.config import DragonballConfig
+from hypervisors.dragonball.plugin import DragonballPlugin
 from hypervisors.qemu.plugin import QemuPlugin
 from shim.config import ConfigFileError, load_config
 from shim.config.fill import known_keys
@@ -177,6 +179,26 @@ def test_katas_file_for_cloud_hypervisor_loads_with_our_plugin(place: Callable[[
     active = names(RuntimeConfig) | names(AgentConfig) | names(ClhConfig) | names(AnnotationPolicy)
     inactive = {each.key for each in config.inactive}
     for table in _tables(tomllib.loads((FILES / "configuration-clh.toml").read_text())):
+        for key in table:
+            assert (key in active) or (key in inactive), key
+
+
+def test_katas_file_for_dragonball_loads_with_our_plugin(
+    place: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its `path` is empty, since Kata's shim has the library in itself; here it is found by its name."""
+    program = tmp_path / "dragonball-process"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    config = load_config(place("configuration-dragonball.toml"), get_plugin=lambda _: DragonballPlugin())
+    section = config.hypervisor
+    assert (config.hypervisor_name, type(section)) == ("dragonball", DragonballConfig)
+    assert (section.block_device_driver, section.shared_fs) == ("virtio-blk-mmio", "inline-virtio-fs")
+    assert section.path == str(program)
+    active = names(RuntimeConfig) | names(AgentConfig) | names(DragonballConfig) | names(AnnotationPolicy)
+    inactive = {each.key for each in config.inactive}
+    for table in _tables(tomllib.loads((FILES / "configuration-dragonball.toml").read_text())):
         for key in table:
             assert (key in active) or (key in inactive), key
 

@@ -13,6 +13,7 @@ import pytest
 from devices.errors import BugError
 from hypervisors.cloud_hypervisor.config import ClhConfig
 from hypervisors.config import HypervisorConfig
+from hypervisors.dragonball.config import DragonballConfig
 from hypervisors.firecracker.config import FirecrackerConfig
 from shim.config import Config
 from shim.config import load as load_module
@@ -131,12 +132,20 @@ def test_the_one_for_cloud_hypervisor_does_too(monkeypatch: pytest.MonkeyPatch) 
     assert config.hypervisor.default_memory == 256
 
 
+def test_the_one_for_dragonball_does_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_shipped(monkeypatch, "configuration-dragonball.toml", DragonballConfig)
+    assert config.inactive == ()
+    assert config.hypervisor_name == "dragonball"
+    assert config.hypervisor.default_memory == 256
+
+
 SHIPPED = pytest.mark.parametrize(
     ("file", "section", "schema"),
     [
         ("configuration-qemu.toml", "qemu", HypervisorConfig),
         ("configuration-fc.toml", "firecracker", FirecrackerConfig),
         ("configuration-clh.toml", "clh", ClhConfig),
+        ("configuration-dragonball.toml", "dragonball", DragonballConfig),
     ],
 )
 
