@@ -12,7 +12,7 @@ FUZZ_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-liars test-containerds containerd-2.3 test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-liars test-containerds containerd-2.3 test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-vmms bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,6 +92,9 @@ proto: ## generate the modules of proto/ from its .proto files
 
 guest: ## build the guest's kernel and image into build/guest; KERNEL=trixie takes that release's kernel
 	@scripts/setup.sh packages venv guest
+
+bench-vmms: setup ## what each VMM costs, in the bench host, as ratios to QEMU's q35 (KATA_CLH=FILE: Cloud Hypervisor too); BENCH_ARGS=--help
+	@$(PY) -m tests.bench.vmms $(BENCH_ARGS)
 
 bench: setup ## measure against runc, a bare QEMU and Go's ttrpc: table, JSON and docs/bench.svg
 	@$(PY) -m tests.bench
