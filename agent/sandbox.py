@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agent import log, memory_limits
@@ -58,6 +58,8 @@ class Sandbox:
         os.makedirs(ROOT, mode=0o700, exist_ok=True)
         self.id = ""
         self.containers: dict[str, Container] = {}
+        self.on_start: Callable[[], None] = _nothing
+        """Called with each process that was started."""
         self.storages = Storages(reaper)
         self._mounted: dict[str, list[str]] = {}  # container id ("" = the sandbox) -> mount points
         self._huge: dict[str, Reserved] = {}  # container id -> huge pages set aside for it
@@ -260,6 +262,10 @@ class Sandbox:
         self._held.clear()
         self._namespaces.clear()
         self.id = ""
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _clear_run_dir() -> None:

@@ -180,6 +180,7 @@ class AgentService:
         container = self._container(request)
         async with container.lock:
             await container.start()
+        self.sandbox.on_start()
         return Empty()
 
     async def remove_container(self, _: CallContext, request: agent_pb2.RemoveContainerRequest) -> Empty:
@@ -225,6 +226,7 @@ class AgentService:
         ports = (request.stdin_port, request.stdout_port, request.stderr_port)
         name = check_id(request.exec_id, "exec")
         await self._container(request).exec(name, request.process, ports, beyond(ctx.metadata))
+        self.sandbox.on_start()
         return Empty()
 
     async def signal_process(self, _: CallContext, request: agent_pb2.SignalProcessRequest) -> Empty:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ttrpc import CallContext, Code, RpcError, Server
 
 if TYPE_CHECKING:
-    from agent.network.loopback import Dialler
+    from agent.network.loopback import Dialler, Watch
     from agent.sandbox import Sandbox
     from agent.stdio.streams import StreamListener
     from proto import loopback_pb2, recovery_pb2
@@ -45,17 +45,17 @@ class LoopbackService:
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._dialler: Dialler | None = None
+        self._watch: Watch | None = None
         self._own_ports: set[int] = set()
 
     async def listening(
         self, _: CallContext, request: loopback_pb2.ListeningRequest
     ) -> loopback_pb2.ListeningResponse:
         """The ports of the guest's loopback, once they are others than those known."""
-        from agent.network.loopback import wait
         from proto import loopback_pb2
 
         known = frozenset(request.known.v4), frozenset(request.known.v6)
-        v4, v6 = await wait(known, request.wait_ms / 1000, self._own_ports)
+        v4, v6 = await self._watcher().wait(known, request.wait_ms / 1000)
         ports = loopback_pb2.LoopbackPorts(v4=sorted(v4), v6=sorted(v6))
         return loopback_pb2.ListeningResponse(ports=ports)
 
@@ -65,7 +65,7 @@ class LoopbackService:
         from proto import loopback_pb2
 
         if self._dialler is None:
-            self._dialler = Dialler(self._streams())
+            self._dialler = Dialler(self._streams(), self._watcher().stir)
         await self._dialler.dial(request.port, request.v6, request.stream)
         return loopback_pb2.DialResponse()
 
@@ -87,6 +87,15 @@ class LoopbackService:
             raise
         self._own_ports.update(resolver.ports)
         return loopback_pb2.ResolveResponse()
+
+    def _watcher(self) -> Watch:
+        """The one that looks for ports, woken by each process that starts."""
+        from agent.network.loopback import Watch
+
+        if self._watch is None:
+            self._watch = Watch(self._own_ports)
+            self._sandbox.on_start = self._watch.stir
+        return self._watch
 
     def _streams(self) -> StreamListener:
         """Where the host's streams arrive. Raises RpcError."""

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ import grpc
 
 from testing.api import message, method
 from testing.containerd import Containerd
+from testing.guest import PROJECT
 
 __all__ = ["HANDLER", "NAMESPACE", "Cri", "Pod"]
 
@@ -173,6 +176,20 @@ class Pod:
         done = self.exec(container, "sh", "-c", script)
         assert done.exit_code == 0, f"{script}: exit {done.exit_code}: {done.stdout!r} {done.stderr!r}"
         return str(done.stdout.decode().strip())
+
+    def forward(self, port: int, data: bytes, timeout: float = 60) -> tuple[bytes, str]:
+        """PortForward, as `kubectl port-forward` does it: what an echo at this port of the pod answers to
+        `data`, or the error's text."""
+        url = self.cri.call("PortForward", pod_sandbox_id=self.id, port=[port]).url
+        done = subprocess.run(
+            self.cri.containerd.in_network(sys.executable, "-m", "testing.portforward", url),
+            check=False,
+            capture_output=True,
+            timeout=timeout,
+            input=data,
+            cwd=PROJECT,
+        )
+        return done.stdout, done.stderr.decode()
 
     def status(self, container: str) -> Any:
         """The ContainerStatus."""

@@ -3,11 +3,13 @@
 What: the agent's network RPCs but for the routes, over `agent.network.rtnetlink`.
 Why replace and not add: the host sends the whole wanted state, and may send it again.
 Invariants: a link is found by its MAC address (the host cannot know the guest's names); loopback is
-never touched. An IPv4 address has the broadcast address of its network, as CNI's plugins give it.
+never touched. An IPv4 address has the broadcast address of its network, as CNI's plugins give it. IPv6
+addresses serve at once, the link's own too: it is the one that the host's link has had, by the same MAC.
 """
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from collections.abc import Iterable, Mapping
@@ -103,9 +105,16 @@ def _update_interface(
         if link.flags & _IFF_UP:
             _set_link(netlink, link.number, 0, b"")  # a link that is up cannot be renamed
         change += nl.attribute(_IFLA_IFNAME, wanted.name)
+    _trust_own_address(link.name)
     _set_link(netlink, link.number, 0 if change else _IFF_UP, change)
     _replace_addresses(netlink, link.number, wanted.IPAddresses, more)
     _set_link(netlink, link.number, _IFF_UP | (wanted.raw_flags & _IFF_NOARP), b"")
+
+
+def _trust_own_address(name: str) -> None:
+    """No look for a duplicate of the link-local address. A kernel without IPv6 has no such setting."""
+    with contextlib.suppress(OSError), open(f"/proc/sys/net/ipv6/conf/{name}/accept_dad", "w") as setting:
+        setting.write("0")
 
 
 def _set_link(netlink: nl.Netlink, index: int, flags: int, change: bytes) -> None:

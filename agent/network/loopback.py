@@ -1,10 +1,11 @@
 """The guest's end of what dials the pod's localhost: which ports are listened at, and connections to them.
 
-What: `wait` answers when other TCP ports than those known are listened at; `Dialler` connects to one, and
+What: `Watch` answers when other TCP ports than those known are listened at; `Dialler` connects to one, and
 joins that connection with a stream of the host (`agent.network.relay`).
 Why by looking at /proc/net/tcp: no event of the kernel tells of a listen(2). It names all listeners before
 the first connection, so a few KiB of it are read, however many connections there are. Nobody looks unless a
-host asks.
+host asks, and the longer nothing has happened, the seldomer: a pod at rest is looked at every `SELDOM`
+seconds, one in which a process was started, a port came or went, or a connection was refused, every `OFTEN`.
 Invariants: of the ports at most `PORTS` of a family are told, the lowest; at most `CONNECTIONS` connections
 exist.
 Source: proc(5), Linux's net/ipv4/tcp_ipv4.c (tcp_seq_start: listeners first).
@@ -15,16 +16,19 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from agent import log
 from agent.network.relay import relay
 from agent.stdio.streams import StreamListener
 from ttrpc import Code, RpcError
 
-__all__ = ["CONNECTIONS", "INTERVAL", "PORTS", "Dialler", "Ports", "listening", "wait"]
+__all__ = ["CONNECTIONS", "OFTEN", "PORTS", "SELDOM", "Dialler", "Ports", "Watch", "listening", "pause"]
 
-INTERVAL = 0.5  # seconds from one look to the next
+#: Seconds from one look to the next, at least and at most; between them a part of the time that nothing has
+#: happened for.
+OFTEN, SELDOM = 0.5, 5.0
+_PART = 8
 PORTS = 128
 CONNECTIONS = 256
 _CONNECT_TIME = 5.0  # seconds; the kernel answers for the loopback at once, unless a backlog is full
@@ -82,20 +86,50 @@ def _lines(path: str) -> Iterator[str]:
         os.close(fd)
 
 
-async def wait(known: Ports, seconds: float, own: Collection[int] = ()) -> Ports:
-    """Return when there are others than `known`, or after `seconds`."""
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while (now := listening(own=own)) == known and loop.time() < end:  # noqa: ASYNC110  (nothing tells of it)
-        await asyncio.sleep(INTERVAL)
-    return now
+def pause(quiet: float) -> float:
+    """Seconds to the next look, when nothing has happened for `quiet` seconds."""
+    return min(SELDOM, max(OFTEN, quiet / _PART))
+
+
+class Watch:
+    """Looks at the ports. `own`: the agent's, which are never told; they may become more."""
+
+    def __init__(self, own: Collection[int] = ()) -> None:
+        self._own = own
+        self._since = asyncio.get_running_loop().time()  # when something happened last
+        self._stirred = asyncio.Event()
+
+    def stir(self) -> None:
+        """Something has happened by which a port may come or go: look often again."""
+        self._stirred.set()
+
+    async def wait(self, known: Ports, seconds: float) -> Ports:
+        """Return when there are others than `known`, or after `seconds`."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while True:
+            now = listening(own=self._own)
+            if now != known:
+                self._since = loop.time()
+                return now
+            if (left := end - loop.time()) <= 0:
+                return now
+            try:
+                await asyncio.wait_for(self._stirred.wait(), min(left, pause(loop.time() - self._since)))
+            except TimeoutError:
+                continue
+            self._stirred.clear()
+            self._since = loop.time()
+            await asyncio.sleep(OFTEN)  # who stirs all the time is not looked at all the time
 
 
 class Dialler:
-    """Connections between the host's streams and the guest's loopback."""
+    """Connections between the host's streams and the guest's loopback. `refused` is called with each that
+    cannot be made: the host takes the port for one that is listened at."""
 
-    def __init__(self, streams: StreamListener) -> None:
+    def __init__(self, streams: StreamListener, refused: Callable[[], None] = lambda: None) -> None:
         self._streams = streams
+        self._refused = refused
         #: What runs, for whoever wants to see it end.
         self.relays: set[asyncio.Task[None]] = set()
         self._dialling = 0
@@ -130,6 +164,7 @@ class Dialler:
             raise RpcError(Code.DEADLINE_EXCEEDED, f"port {port} of the loopback does not answer") from None
         except OSError as error:
             inner.close()
+            self._refused()
             cause = os.strerror(error.errno or 0)
             raise RpcError(Code.FAILED_PRECONDITION, f"port {port} of the loopback: {cause}") from None
         except BaseException:

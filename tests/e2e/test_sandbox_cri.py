@@ -119,6 +119,13 @@ def test_a_pod_without_a_pause_container(cri: Cri, pid: str) -> None:
     for container in pair:
         assert pod.wait_output(container, "ready") == "ready\n"
 
+    # `kubectl port-forward`, by containerd's own stream.
+    pod.sh(pair[0], "nc -ll -p 8080 -e /bin/cat </dev/null >/dev/null 2>&1 &")
+    text = os.urandom(200_000)
+    wait_for(lambda: pod.forward(8080, text)[0] == text, "the port is not the guest's")
+    answer, error = pod.forward(8081, b"to nobody")
+    assert (answer, "refused" in error) == (b"", True), error
+
     stats = cri.call("ListContainerStats", filter={"pod_sandbox_id": pod.id}).stats
     assert {
         entry.attributes.id: entry.memory.working_set_bytes.value > 0 for entry in stats

@@ -67,6 +67,7 @@ made.IPAddresses.add(family=t.v6, address="fd00::2", mask="64")
 network.update_interface(made)
 text = ip("-6", "addr", "show", "eth0")
 assert "fd00::2/64 scope global nodad" in text, text
+assert open("/proc/sys/net/ipv6/conf/eth0/accept_dad").read() == "0\\n", "its own fe80:: neither"
 """
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.network import loopback
-from agent.network.loopback import PORTS, Dialler, Ports, listening, wait
+from agent.network.loopback import OFTEN, PORTS, SELDOM, Dialler, Ports, Watch, listening, pause
 from agent.network.relay import END, FRAME_MAX, RESET, relay
 from tests.unit.agent.conftest import Host
 from ttrpc import Code, RpcError
@@ -59,14 +59,14 @@ def test_many_are_cut_to_the_lowest(tmp_path: Path) -> None:
 async def test_a_port_that_comes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """By this kernel's own tables."""
     monkeypatch.setattr(loopback, "PORTS", 1 << 16)
-    monkeypatch.setattr(loopback, "INTERVAL", 0.01)
+    monkeypatch.setattr(loopback, "OFTEN", 0.01)
     with socket.socket() as one, socket.socket(socket.AF_INET6) as two:
         one.bind(("127.0.0.1", 0))
         two.bind(("::", 0))
         ports = one.getsockname()[1], two.getsockname()[1]
         known = listening()
         assert not known[0] & set(ports)
-        waiting = asyncio.create_task(wait(known, 60))
+        waiting = asyncio.create_task(Watch().wait(known, 60))
         await asyncio.sleep(0)
         one.listen()
         two.listen()
@@ -82,7 +82,27 @@ async def test_waiting_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loopback, "listening", lambda own: (frozenset({1}), frozenset()))
     known = frozenset({1}), frozenset[int]()
 
-    assert await wait(known, 0.01) == known
+    assert await Watch().wait(known, 0.01) == known
+
+
+def test_the_longer_nothing_happens_the_seldomer_it_is_looked() -> None:
+    assert [pause(quiet) for quiet in (0, 3, 8, 24, 40, 3600)] == [OFTEN, OFTEN, 1, 3, SELDOM, SELDOM]
+
+
+async def test_what_happens_has_it_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And often from then on."""
+    ports = [_ports({1}, set())]
+    monkeypatch.setattr(loopback, "listening", lambda own: ports[0])
+    monkeypatch.setattr(loopback, "OFTEN", 0.01)
+    monkeypatch.setattr(loopback, "pause", lambda quiet: 3600)
+    watch = Watch()
+    waiting = asyncio.create_task(watch.wait(ports[0], 3600))
+    await asyncio.sleep(0)
+    ports[0] = _ports({1, 2}, set())
+    watch.stir()
+
+    async with asyncio.timeout(60):
+        assert await waiting == _ports({1, 2}, set())
 
 
 # --- connections
@@ -132,15 +152,17 @@ async def test_a_stream_is_joined_with_a_connection(host: Host) -> None:
 
 
 async def test_nobody_listens(host: Host) -> None:
-    """It is an error, and the stream does not wait for anybody."""
+    """It is an error, the stream does not wait for anybody, and whoever looks for ports hears of it."""
+    refused: list[bool] = []
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         outer = host.open(7)
         await asyncio.sleep(0)
         with pytest.raises(RpcError, match="Connection refused") as caught:
-            await Dialler(host.listener).dial(bound.getsockname()[1], False, 7)
+            await Dialler(host.listener, lambda: refused.append(True)).dial(bound.getsockname()[1], False, 7)
         assert caught.value.code == Code.FAILED_PRECONDITION
         assert await _read(outer, 1) == b""
+        assert refused == [True]
 
 
 @pytest.mark.parametrize("port", [0, 1 << 16])
