@@ -6,6 +6,7 @@ build/hosts, a fresh clone of HEAD in it, and the suites run there in namespaces
 docs/hosts.md.
 Why not containers of an image: a host's set-up is a part of what is tried, and mounts, cgroups and processes
 have to be those of a host.
+Two releases at once: one command for each, in network namespaces of their own.
 Invariants: a release's root is new with each run (but with --keep); a user's machine gets nothing of this
 project from outside the clone. What this machine needs to reach a mirror and a package index (certificates,
 apt's and pip's settings) is laid into the root by `lend_network`, and is no part of the project.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -55,12 +57,13 @@ JOBS: dict[str, str] = {
     "ten": f"{_PYTEST} " + " ".join(f"tests/e2e/{name}" for name in _TEN),
     "unit": f'{_PYTEST} -m "not e2e"',
     "conformance": f"{_PYTEST} -vv tests/conformance",
-    "e2e": f'{_PYTEST} -vv tests/e2e tests/fault -m "e2e and not benchhost"',
+    "e2e": f'{_PYTEST} -vv tests/e2e -m "e2e and not benchhost"',
+    "fault": f'{_PYTEST} -vv tests/fault -m "e2e and not benchhost"',
 }
 """Each suite is one shell command in the clone; those before `unit` are the short form."""
 
 SHORT = ("demo", "check", "ten")
-LONG = ("demo", "check", "unit", "conformance", "e2e")
+LONG = ("demo", "check", "unit", "conformance", "e2e", "fault")
 # Settings of ours that a root needs to reach mirrors and indexes, and no others.
 _ENVIRONMENT = re.compile(r"(?i)(pip_.*|(http|https|ftp|no|all)_proxy|ssl_cert_(file|dir)|\w+_ca_bundle)")
 _VERSIONS = {
@@ -275,6 +278,22 @@ def _dated(result: Mapping[str, Any]) -> str:
     return f"{cell(result)} ({result['commit'][:7]})" if result else "-"
 
 
+def record(release: str, suites: Mapping[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
+    """Add to what is known of a release ("": nothing); all that is known. Another run may do so at once."""
+    file = OUT / "results.json"
+    with (OUT / "results.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        if release:
+            known = results.get(release, {"suites": {}})
+            results[release] = {
+                "suites": {**known["suites"], **suites},
+                "versions": {**known.get("versions", {}), **said},
+            }
+            file.write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
 def write_page(results: Mapping[str, Any]) -> None:
     """Put the table into docs/hosts.md."""
     begin, end = "<!-- make test-hosts -->\n", "<!-- end -->"
@@ -299,9 +318,7 @@ def main() -> int:
         return 1
     wanted = options.suite or (SHORT if options.short else LONG)
     OUT.mkdir(parents=True, exist_ok=True)
-    record = OUT / "results.json"
     bad = 0
-    results: dict[str, Any] = {}
     for release in options.release or [name for name in SUITES if name != own]:
         root = OUT / release
         if not (options.keep and (root / CLONE.lstrip("/")).exists()):
@@ -309,27 +326,17 @@ def main() -> int:
             clone(root)
         lend_network(root)
         head = _output(["git", "-C", str(root / CLONE.lstrip("/")), "rev-parse", "HEAD"])
-        suites = {}
         for name in wanted:
             result = run_suite(root, name, options)
             bad += not result["ok"]
             if name in JOBS:
-                suites[name] = {**result, "commit": head}
-        # Read again: another run may have written of another release meanwhile.
-        results = json.loads(record.read_text()) if record.exists() else {}
-        before = results.get(release, {"suites": {}})
-        known = {name: said for name, said in versions(root).items() if said != "-"}
-        results[release] = {
-            "suites": {**before["suites"], **suites},
-            "versions": {**before.get("versions", {}), **known},
-        }
-        record.write_text(json.dumps(results, indent=2) + "\n")
+                record(release, {name: {**result, "commit": head}}, {})
+        record(release, {}, {name: said for name, said in versions(root).items() if said != "-"})
         if not options.keep and bad == 0:
             remove_root(root)
-    if record.exists():
-        results = json.loads(record.read_text())
-        write_page(results)
-        print(table(results))
+    results = record("", {}, {})
+    write_page(results)
+    print(table(results))
     return 1 if bad else 0
 
 

@@ -195,7 +195,7 @@ class Pod:
         """The ContainerStatus."""
         return self.cri.call("ContainerStatus", container_id=container).status
 
-    def wait_exit(self, container: str, timeout: float = 60) -> Any:
+    def wait_exit(self, container: str, timeout: float = 180) -> Any:
         """The ContainerStatus once the container has exited. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while (status := self.status(container)).finished_at == 0:
@@ -212,7 +212,7 @@ class Pod:
             text += rest + ("\n" if tag == "F" else "")
         return text
 
-    def wait_output(self, container: str, needle: str, timeout: float = 60) -> str:
+    def wait_output(self, container: str, needle: str, timeout: float = 180) -> str:
         """Its output once it holds `needle`. Raises TimeoutError."""
         deadline = time.monotonic() + timeout
         while needle not in (text := self.output(container)):
