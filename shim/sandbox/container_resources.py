@@ -52,6 +52,8 @@ __all__ = ["ContainerResources"]
 
 _log = structlog.get_logger("sandbox")
 
+# Files that each container has from its caller: not what somebody calls his volumes.
+_USUAL = frozenset({"/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/dev/shm", "/dev/termination-log"})
 _DISK_DRIVERS = frozenset({"blk", "mmioblk", "scsi", "nvdimm"})  # the agent's words
 
 
@@ -125,7 +127,7 @@ class ContainerResources:
         volumes = [volume for volume in volumes if volume.index not in direct]
         own = await self._own.find(await self._files.name(volumes), spec)
         volumes = own.shared
-        await self._tell_groups(container_id, volumes, spec)
+        await self._tell_limits(container_id, volumes, spec)
         disks = [] if kind == OWN else await look(host_devices, spec)
         passed = await self._find_passed(spec) if kind != OWN else None
         root_path = os.path.join(bundle, (spec.get("root") or {}).get("path") or "rootfs")
@@ -186,10 +188,20 @@ class ContainerResources:
             },
         )
 
-    async def _tell_groups(self, name: str, volumes: Sequence[Volume], spec: Mapping[str, Any]) -> None:
-        """What of its volumes the container will find closed, although it has the group."""
+    async def _tell_limits(self, name: str, volumes: Sequence[Volume], spec: Mapping[str, Any]) -> None:
+        """What of its volumes is not as on a host: docs/limits.md has the whole list."""
         share = next((one for one in self._settings.devices if isinstance(one, ShareFsConfig)), None)
-        if share is None or not volumes or not spec.get("process", {}).get("user", {}).get("additionalGids"):
+        if share is None or not volumes:
+            return
+        if own := [volume.destination for volume in volumes if volume.destination not in _USUAL]:
+            _log.info(
+                "volumes are shared with the VM: locks and events of others do not reach it, and what they"
+                " change may be late (docs/limits.md)",
+                container=name,
+                volumes=own[:50],
+                cache=share.cache.value,
+            )
+        if not spec.get("process", {}).get("user", {}).get("additionalGids"):
             return
         from shim.resources.group_access import told
 

@@ -2,6 +2,7 @@
  * What busybox has no applet for: locks, inotify, threads, huge pages. Run in containers by the tests.
  *
  *   probe flock|fcntl FILE     take the lock without waiting: "granted", or why not
+ *   probe flock-wait|fcntl-wait FILE   the same, waiting for it
  *   probe watch DIRECTORY      print the names of what is made, moved in and removed, a line each, for ever
  *   probe threads COUNT        have so many threads at once: how many there were
  *   probe huge MEGABYTES       use so much memory in huge pages: "used", or why not
@@ -26,11 +27,13 @@ static int say(int failed, const char *good)
 static int lock(const char *how, const char *path)
 {
     struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    int fd = open(path, O_RDWR);
+    int fd = open(path, O_RDWR), wait = strstr(how, "-wait") != NULL;
 
     if (fd < 0)
         return say(1, "");
-    return say(strcmp(how, "flock") == 0 ? flock(fd, LOCK_EX | LOCK_NB) : fcntl(fd, F_SETLK, &whole), "granted");
+    if (strncmp(how, "flock", 5) == 0)
+        return say(flock(fd, wait ? LOCK_EX : LOCK_EX | LOCK_NB), "granted");
+    return say(fcntl(fd, wait ? F_SETLKW : F_SETLK, &whole), "granted");
 }
 
 static int watch(const char *path)

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -214,6 +215,16 @@ def test_what_is_told_of_a_running_one(docker: Docker, one: str) -> None:
 
 
 @FULL
+@pytest.mark.kata_only
+def test_top_has_the_hosts_processes(docker: Docker, one: str) -> None:
+    """Docker looks for the pids of the host that it was told: the VM's. Inside is what the container has."""
+    assert [line.split()[-1] for line in docker("top", one, "-eo", "pid,comm").text.splitlines()[1:]] == [
+        "qemu-system-x86"
+    ]
+    assert "httpd -h /www" in _sh(docker, one, "ps -o args")
+
+
+@FULL
 def test_a_published_port(docker: Docker, one: str) -> None:
     """By Docker's proxy (127.0.0.1), and by its rules (the bridge's address)."""
     for address in ("127.0.0.1", "10.87.0.1"):
@@ -339,9 +350,11 @@ def test_restarts(docker: Docker) -> None:
     os.kill(int(_state(docker, "again", "State.Pid")), signal.SIGKILL)
     _until(runs_for_the(2), "it has come again after its VM's end")
     docker("rm", "--force", "again")
-    docker("run", "--detach", "--name", "twice", "--restart", "on-failure:1", BUSYBOX, "sh", "-c", "exit 3")
+    options = ("--detach", "--name", "twice", "--restart", "on-failure:1", "--uts", "host")
+    docker("run", *options, BUSYBOX, "sh", "-c", "hostname; exit 3")
     _until(lambda: _state(docker, "twice", "State.Status") == "exited", "it is over")
     assert (_state(docker, "twice", "RestartCount"), docker("wait", "twice").text) == ("1", "3")
+    assert docker("logs", "twice").text.split() == [socket.gethostname()] * 2
     docker("rm", "twice")
 
 

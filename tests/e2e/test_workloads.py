@@ -212,6 +212,7 @@ def test_what_cannot_work_is_in_the_log(pod: Pod, box: str, tmp_path: Path) -> N
     )
     done = pod.exec(member, "sh", "-c", "id -G; touch /group/x")
     assert done.stdout.split() == [b"3000", b"2000"]
+    assert "'/group'" in log_of(pod, "volumes are shared with the VM")
     told = log_of(pod, "no files can be made by a supplemental group")
     if done.exit_code:
         assert f"/group ({group}, of group 2000)" in told
