@@ -28,6 +28,7 @@ from devices.errors import KataError
 from devices.kinds import Kind, Op
 from devices.plain import plain
 from hypervisors.base import Capabilities
+from hypervisors.config import HostedSection
 from hypervisors.registry import broken_plugins
 from shim.config import Config, load_config
 
@@ -89,8 +90,16 @@ def _ok(name: str, text: str) -> Finding:
     return Finding(Level.OK, name, text)
 
 
+def _hosted(config: Config | None) -> bool:
+    """Whether the VMs are on another machine: this one needs next to nothing for them."""
+    return config is not None and isinstance(config.hypervisor, HostedSection)
+
+
 def _guest(config: Config) -> Iterator[Finding]:
     section = config.hypervisor
+    if _hosted(config):
+        yield _ok("guest", "whoever makes the VM has its kernel and image")
+        return
     for key in ("kernel", "initrd", "image"):
         path = getattr(section, key, "")
         if path:
@@ -128,6 +137,8 @@ def _cpu(host: Host) -> Finding:
 
 def _kvm(host: Host, config: Config | None) -> Finding:
     """A VMM that can emulate does without; the others, and QEMU when it is told to use KVM, do not."""
+    if _hosted(config):
+        return _ok("kvm", "not needed: VMs are on another machine")
     wanted = getattr(config.hypervisor, "accelerator", "kvm") if config else "auto"
     level = Level.FAIL if wanted == "kvm" else Level.WARN
     device = host.at("/dev/kvm")
@@ -319,7 +330,7 @@ def _memory(host: Host, config: Config | None) -> Finding:
         free = facts["MemAvailable"] // 1024
     except (OSError, ValueError, IndexError, KeyError) as error:
         return Finding(Level.WARN, "memory", f"/proc/meminfo cannot be read: {error}")
-    needed = getattr(config.hypervisor, "default_memory", 0) if config else 0
+    needed = getattr(config.hypervisor, "default_memory", 0) if config and not _hosted(config) else 0
     if needed and free < needed:
         return Finding(
             Level.WARN,
@@ -433,6 +444,12 @@ def findings(
             found.append(_program(config.hypervisor_name, config.hypervisor.path))
         if getattr(config.hypervisor, "jailer_path", ""):
             found.append(_program("jailer", config.hypervisor.jailer_path))
+        if path := getattr(config.hypervisor, "remote_hypervisor_socket", ""):
+            from hypervisors.remote.plugin import answers
+
+            answer = answers(path)
+            level = Level.OK if answer.ok else Level.FAIL
+            found.append(Finding(level, answer.name, answer.text, answer.hint))
     able = _capabilities(config, get_plugin)
     own = [_cpu(host), _kvm(host, config), _vsock(host, config, able), _virtiofsd(config, able)]
     own += [

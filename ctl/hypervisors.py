@@ -1,7 +1,8 @@
 """`kata-ctl hypervisors`: which there are, and what each can do at most; made from the plugins themselves.
 
-What: one table for all, with a word for each operation that can be done; `--markdown`: one table for each,
-with the reason for what cannot. The latter stand in docs/hypervisors.md, where a test compares them.
+What: one table for all, with a word for each operation that can be done, and the versions that each was seen
+working with; `--markdown`: one table for each, with the reason for what cannot. The latter stand in
+docs/hypervisors.md, where a test compares them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from devices.plain import plain
 from hypervisors.base import Capabilities
 from hypervisors.registry import broken_plugins, load_plugins
 
-__all__ = ["device_table", "markdown", "run", "table"]
+__all__ = ["device_table", "markdown", "run", "seen", "seen_with", "table"]
 
 _WORDS = {Op.COLD: "start", Op.HOT: "plug", Op.UNPLUG: "unplug", Op.RESIZE: "resize"}
 MEANING = {
@@ -39,7 +40,19 @@ def table(plugins: Mapping[str, Any]) -> list[list[str]]:
         rows.append([kind.value, *(cell or "-" for cell in cells)])
     for name, meaning in MEANING.items():
         rows.append([meaning, *("yes" if getattr(one, name) else "-" for one in able)])
+    rows.append(["seen with", *(" ".join(seen_with(plugin)) or "-" for plugin in plugins.values())])
     return rows
+
+
+def seen_with(plugin: Any) -> tuple[str, ...]:
+    """Versions of the VMM that its author has seen working with the driver; none if he does not say."""
+    return tuple(map(plain, getattr(plugin, "seen_with", ())))
+
+
+def seen(plugin: Any) -> str:
+    """The same as a sentence."""
+    versions = ", ".join(seen_with(plugin))
+    return f"Seen with {versions}." if versions else "Seen with no released version."
 
 
 def device_table(able: Capabilities) -> list[list[str]]:
@@ -70,11 +83,14 @@ def run(*, as_json: bool = False, as_markdown: bool = False) -> int:
     plugins = dict(sorted(load_plugins().items()))
     broken = broken_plugins()
     if as_json:
-        able = {name: _as_data(plugin.capabilities) for name, plugin in plugins.items()}
+        able = {
+            name: {**_as_data(plugin.capabilities), "seen_with": seen_with(plugin)}
+            for name, plugin in plugins.items()
+        }
         print(json.dumps({"hypervisors": able, "broken": broken}, indent=2))
     elif as_markdown:
         for name, plugin in plugins.items():
-            print(f"### {name}\n\n{markdown(device_table(plugin.capabilities))}\n")
+            print(f"### {name}\n\n{seen(plugin)}\n\n{markdown(device_table(plugin.capabilities))}\n")
     else:
         rows = table(plugins)
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -52,7 +52,13 @@ def _hypervisors(arguments: argparse.Namespace) -> int:
 def _conformance(arguments: argparse.Namespace) -> int:
     from ctl.conformance import run
 
-    return run(arguments.name, config=arguments.config or "", only=arguments.only, first=arguments.first)
+    return run(
+        arguments.name,
+        config=arguments.config or "",
+        only=arguments.only,
+        first=arguments.first,
+        bench_host=arguments.bench_host,
+    )
 
 
 def _config_check(arguments: argparse.Namespace) -> int:
@@ -155,6 +161,9 @@ def parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="the configuration that chooses it; default: the shim's"
     )
     suite.add_argument("-k", dest="only", metavar="EXPRESSION", default="", help="only these: pytest's -k")
+    suite.add_argument(
+        "--bench-host", action="store_true", help="in a nested machine with KVM: needs kata-shim's checkout"
+    )
     suite.add_argument("-x", dest="first", action="store_true", help="stop at the first that fails")
     listing = add(commands, "list", _list, "List the sandboxes of this host.")
     for command in (check, env, listing):

@@ -76,9 +76,12 @@ def _read(found: Found) -> SandboxInfo | None:
     others = [(process, pid) for process, pid in alive if process not in _DAEMONS]
     shim = any(process == _SHIM for process, _ in others)
     vmm = next((pid for process, pid in reversed(others) if process != _SHIM), 0)
-    silence = healthfile.read(found.directory) if vmm else None
+    elsewhere = shim and any(record.kind == _REMOTE for record in records)
+    silence = healthfile.read(found.directory) if vmm or elsewhere else None
     if damaged:
         state = "damaged"
+    elif elsewhere:
+        state = "unresponsive" if silence else "running"
     elif vmm:
         state = "orphaned" if had_shim and not shim else "unresponsive" if silence else "running"
     elif shim:
@@ -105,6 +108,7 @@ def _read(found: Found) -> SandboxInfo | None:
 
 
 _SHIM = "shim"
+_REMOTE = "remote-vm"  # on another machine, without a process here
 _OF_A_VM = frozenset({"dir", "mount", "cgroups"})
 _DAEMONS = frozenset({"virtiofsd", "vhost-device-vsock", "vsock", "mounts"})
 

@@ -41,6 +41,7 @@ class UndoLog(Protocol):
     - `mount`: path. Released by umount2(MNT_DETACH | UMOUNT_NOFOLLOW).
     - `user`: uid, directory, mark: see `devices.users`.
     - `tap`: netns, namespace, link, index, devices, qdiscs: see `shim.resources.network.endpoint`.
+    - `remote-vm`: socket, vm: see `hypervisors.remote.vmm`.
     - `cgroup`, `cgroups`, ...: as their owners say.
     """
 

@@ -29,6 +29,7 @@ __all__ = [
     "Adopting",
     "Capabilities",
     "CheckResult",
+    "Hosted",
     "Hypervisor",
     "HypervisorPlugin",
     "HypervisorState",
@@ -258,11 +259,20 @@ class Restoring(Hypervisor, Protocol):
         ...
 
 
+class Hosted(Hypervisor, Protocol):
+    """What a hypervisor whose section is a `HostedSection` can do besides."""
+
+    async def for_pod(self, annotations: Mapping[str, str]) -> None:
+        """Before `prepare_vm`: what the spec of the pod's first container says of the pod."""
+        ...
+
+
 SectionT = TypeVar("SectionT")
 
 
 class HypervisorPlugin(Protocol[SectionT]):
-    """A kind of VMM. Found by entry point `kata_shim.hypervisors`; see hypervisors.registry."""
+    """A kind of VMM. Found by entry point `kata_shim.hypervisors`; see hypervisors.registry. It may have
+    `seen_with` besides, a tuple of texts: the versions of the VMM that it was seen working with."""
 
     @property
     def name(self) -> str:

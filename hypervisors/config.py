@@ -1,8 +1,8 @@
 """The [hypervisor.NAME] section: Kata's keys, Kata's defaults, and the few keys of our own.
 
 What: `SandboxSection`, the keys that the sandbox reads itself, whatever VMM runs it: a plugin's schema
-extends it, or `VhostUserSection`, where the VMM has these devices, and mixes in `GrowingSection` and
-`DiskSection` where it can do what they are about. `HypervisorConfig` is QEMU's.
+extends it, or `VhostUserSection`, where the VMM has these devices, and mixes in `GrowingSection`,
+`DiskSection` and `HostedSection` where what they are about is so. `HypervisorConfig` is QEMU's.
 Why: an existing configuration.toml must mean the same here (design D5).
 `enable_annotations` and the valid_* lists are the loader's (`shim.config.schema.AnnotationPolicy`): they hold
 for every plugin, whatever its schema.
@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["DiskSection", "GrowingSection", "HypervisorConfig", "SandboxSection", "VhostUserSection"]
+__all__ = [
+    "DiskSection",
+    "GrowingSection",
+    "HostedSection",
+    "HypervisorConfig",
+    "SandboxSection",
+    "VhostUserSection",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +98,16 @@ class DiskSection:
     disk_rate_limiter_ops_one_time_burst: int = 0
     enable_vhost_user_store: bool = False  # block devices 241:N of containers are vhost-user disks
     vhost_user_store_path: str = "/var/run/kata-containers/vhost-user"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedSection:
+    """Mixed into the section of a VMM whose VMs somebody else makes, on another machine. Nothing of this host
+    can be part of such a VM: whoever makes it is told the pod's network namespace and takes the network from
+    there, the guest pulls its images itself, and this host's size is no bound. Its hypervisor is a
+    `hypervisors.base.Hosted`. No slots: as `GrowingSection`."""
+
+    remote_hypervisor_timeout: int = 600  # seconds that a VM may take to be made and started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

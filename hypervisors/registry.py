@@ -32,6 +32,7 @@ _BUILT_IN = {
     "dragonball": "hypervisors.dragonball.plugin:plugin",
     "firecracker": "hypervisors.firecracker.plugin:plugin",
     "qemu": "hypervisors.qemu.plugin:plugin",
+    "remote": "hypervisors.remote.plugin:plugin",
 }
 
 # Names of one VMM in the files of Kata's two runtimes; the first is the plugin's.

@@ -14,16 +14,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from devices.errors import CallerError
+from devices.errors import CallerError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from devices.threads import acquire, look
 from devices.vsock import STREAM_PORT
+from hypervisors.config import HostedSection
 from hypervisors.registry import get_plugin, register_built_in
 from proto import task_v2_pb2, task_v3_pb2
 from shim.api.task_service import TaskService
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from shim.sandbox.pod_config import PodDefaults
     from shim.sandbox.pod_sandbox import PodSandbox
     from shim.sandbox.recovered import RecoveredSandbox
+    from shim.spec.guest_devices import HostDevice
+    from shim.spec.guest_spec import Volume
 
 __all__ = ["Service", "VirtContainer", "build_service"]
 
@@ -197,6 +200,10 @@ class VirtContainer:
         section = self._config.hypervisor
         oci_fields.check(spec, guest_selinux=not key(section, "disable_guest_selinux"))
         check_devices(spec)
+        if isinstance(section, HostedSection):
+            from shim.spec.guest_image import pulled_image
+
+            pulled_image(spec)
         if spec.get("hooks"):
             from shim.hooks.hook_process import read_hooks
 
@@ -210,12 +217,32 @@ class VirtContainer:
             return
         wanted = await look(host_devices, spec)
         volumes = plan_volumes(spec, self._context.id)
+        if isinstance(self._config.hypervisor, HostedSection):
+            await self._refuse_disks(wanted, volumes)
         if wanted:
             from shim.resources.container_devices import check
 
             await look(check, wanted, disk_style(self._config.hypervisor).store)
         if volumes:
             await look(check_direct, volumes)
+
+    async def _refuse_disks(self, wanted: Sequence[HostDevice], volumes: Sequence[Volume]) -> None:
+        """Raise UnsupportedByHypervisor for what a VM on another machine cannot have plugged."""
+        assert self._config is not None  # loaded by `_make`
+        from shim.resources.direct_volumes import find as find_direct
+
+        named = [device.path for device in wanted]
+        named += [volume.source for volume in (await look(find_direct, volumes)).values()]
+        if not named:
+            return
+        name = self._config.hypervisor_name
+        try:
+            get_plugin(name).capabilities.require(name, Kind.BLK, Op.COLD)
+        except UnsupportedByHypervisor as error:
+            error.cause = f"{', '.join(named)}: {error.cause}"
+            raise error.with_context(
+                phase="devices", hint="leave it out, or run the pod under a VMM of this host"
+            ) from None
 
     async def _passed(self, config: Config, spec: Mapping[str, Any]) -> Wanted | None:
         """The devices of VFIO that the VM starts with. Refuses what the first container cannot have, before
@@ -255,6 +282,7 @@ class VirtContainer:
         hypervisor = plugin.create(
             section, sandbox_id=context.sandbox_id, state_dir=context.state_dir, undo=context.undo
         )
+        hosted = isinstance(section, HostedSection)
         settings = SandboxSettings(
             sandbox_id=context.sandbox_id,
             key=context.key,
@@ -271,7 +299,9 @@ class VirtContainer:
                 config, section, context.share_dir, rng=plugin.capabilities.can(Kind.RNG, Op.COLD)
             ),
             deadlines=Deadlines(
-                boot=agent.boot_deadline, request=agent.request_deadline, kill=agent.kill_timeout
+                boot=max(agent.boot_deadline, section.remote_hypervisor_timeout if hosted else 0),
+                request=agent.request_deadline,
+                kill=agent.kill_timeout,
             ),
             health=HealthSettings(
                 agent.health_check_interval,
@@ -289,6 +319,8 @@ class VirtContainer:
             passed=passed,
             swap=swap(section),
             first_spec=None if container_type(spec) == OWN else spec,
+            hosted=hosted,
+            annotations=spec.get("annotations") or {} if hosted else {},
             host_mounts=context.host_mounts,
             cgroup=cgroup_settings(
                 spec,

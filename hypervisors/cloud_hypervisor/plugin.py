@@ -42,6 +42,7 @@ class ClhPlugin:
     name = "clh"
     section = ClhConfig
     capabilities = MOST
+    seen_with = ("53.0",)
 
     def adjust_config(self, section: ClhConfig) -> ClhConfig:
         """Kata's meanings of "", 0 and of values beyond this host. A card or a disk has at most as many

@@ -33,6 +33,7 @@ class FirecrackerPlugin:
 
     name = "firecracker"
     section = FirecrackerConfig
+    seen_with = ("1.12.1",)
     capabilities = Capabilities(
         devices=abilities(_MAX_SLOTS),
         tap_by_name=True,

@@ -60,6 +60,7 @@ class QemuPlugin:
 
     name = "qemu"
     section = HypervisorConfig
+    seen_with = ("7.2.22", "10.0.13", "11.1.3")  # Debian 12, 13 and sid: docs/hosts.md
     capabilities = Capabilities(devices=MOST, hybrid_vsock=True, pause=True, adopt=True)
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:

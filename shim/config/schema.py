@@ -230,6 +230,8 @@ AGENT_INACTIVE: Mapping[str, Any] = {
 
 HYPERVISOR_ALIASES: Mapping[str, str] = {
     "dbg_monitor_socket": "extra_monitor_socket",
+    "hypervisor_socket": "remote_hypervisor_socket",  # as Kata 4 reads it; its own file has the other
+    "hypervisor_timeout": "remote_hypervisor_timeout",
     "seccompsandbox": "seccomp_sandbox",  # as Kata's Go runtime spells it
 }
 
@@ -358,9 +360,7 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "snp_id_auth": "",
     "snp_id_block": "",
     "tdx_quote_generation_service_socket_port": 0,
-    # a remote hypervisor, by both spellings
-    "hypervisor_socket": "/run/peerpod/hypervisor.sock",
-    "hypervisor_timeout": 600,
+    # a remote hypervisor
     "remote_hypervisor_socket": "/run/peerpod/hypervisor.sock",
     "remote_hypervisor_timeout": 600,
 }

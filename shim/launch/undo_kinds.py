@@ -36,7 +36,18 @@ def _cgroups(facts: Facts, timeout: float) -> None:
     remove(facts, timeout)
 
 
-_KINDS = {**KINDS, "cgroups": _cgroups, "poststop": _poststop, "tap": _tap}
+def _remote_vm(facts: Facts, timeout: float) -> None:
+    """A VM on another machine."""
+    from devices.errors import HypervisorError
+    from hypervisors.remote.service import stop_blocking
+
+    try:
+        stop_blocking(str(facts["socket"]), str(facts["vm"]), timeout)
+    except HypervisorError as error:
+        raise releases.ReleaseError(str(error)) from error
+
+
+_KINDS = {**KINDS, "cgroups": _cgroups, "poststop": _poststop, "remote-vm": _remote_vm, "tap": _tap}
 
 
 def release(record: Record, timeout: float = 2.0) -> None:

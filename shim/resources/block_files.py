@@ -17,6 +17,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -33,6 +34,9 @@ from shim.resources.copied_volumes import FileCopier, copy_volume
 from shim.resources.disk_images import DATA_DIR, ImageStore, make_scratch, rootfs_digest
 from shim.resources.disks import DiskStyle
 from shim.spec.guest_spec import Volume, guest_rootfs
+
+if TYPE_CHECKING:
+    from shim.spec.guest_image import PulledImage
 
 __all__ = ["BlockFiles"]
 
@@ -102,7 +106,13 @@ class BlockFiles:
         return list(volumes)
 
     async def add(
-        self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
+        self,
+        container_id: str,
+        rootfs: Sequence[RootfsMount],
+        root_path: str,
+        volumes: Sequence[Volume],
+        *,
+        image: PulledImage | None = None,  # noqa: ARG002
     ) -> list[agent_pb2.Storage]:
         """See `ContainerFiles`."""
         async with self._lock:

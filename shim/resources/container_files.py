@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from devices.threads import acquire
 from proto import agent_pb2
 from shim.protocols import RootfsMount
 from shim.resources.shared_dir import ROOTS_TAG, SHARE_TAG, SharedDir
 from shim.spec.guest_spec import GUEST_ROOTS, GUEST_SHARE, Volume, guest_rootfs
+
+if TYPE_CHECKING:
+    from shim.spec.guest_image import PulledImage
 
 __all__ = ["ContainerFiles", "SharedFiles"]
 
@@ -44,11 +47,18 @@ class ContainerFiles(Protocol):
         ...
 
     async def add(
-        self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
+        self,
+        container_id: str,
+        rootfs: Sequence[RootfsMount],
+        root_path: str,
+        volumes: Sequence[Volume],
+        *,
+        image: PulledImage | None = None,
     ) -> list[agent_pb2.Storage]:
         """Bring one container's files in, by a running VM; what the agent must mount for it.
 
-        `rootfs` is containerd's list; if it is empty, the directory `root_path` counts. Raises KataError.
+        `rootfs` is containerd's list; if it is empty, the directory `root_path` counts. `image`: what the
+        guest is to fetch instead, where it does. Raises KataError.
         """
         ...
 
@@ -102,7 +112,13 @@ class SharedFiles:
             return await acquire(self._share.merge, volumes)
 
     async def add(
-        self, container_id: str, rootfs: Sequence[RootfsMount], root_path: str, volumes: Sequence[Volume]
+        self,
+        container_id: str,
+        rootfs: Sequence[RootfsMount],
+        root_path: str,
+        volumes: Sequence[Volume],
+        *,
+        image: PulledImage | None = None,  # noqa: ARG002
     ) -> list[agent_pb2.Storage]:
         """See `ContainerFiles`."""
         async with self._lock:

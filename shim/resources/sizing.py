@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,7 +32,7 @@ import structlog
 from devices.errors import CallerError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from hypervisors.base import Capabilities, Hypervisor
-from hypervisors.config import GrowingSection
+from hypervisors.config import GrowingSection, HostedSection
 from proto import oci_pb2
 from shim.spec.limits import Size, fold_unified, wanted
 from shim.spec.oci import resources_from_json
@@ -110,12 +111,14 @@ def sized(section: Any, spec: Mapping[str, Any], *, static: bool, pod: bool) -> 
     """A hypervisor's section with the size that the VM boots with, and the sizes that it can have.
 
     `static`: it never gets another; `pod`: `spec` is a pod's sandbox container's. A section that mixes in no
-    GrowingSection is of a VMM whose VMs do not grow.
+    GrowingSection is of a VMM whose VMs do not grow; one with a HostedSection is bounded elsewhere.
     """
     growing = section if isinstance(section, GrowingSection) else None
     base = Size(section.default_vcpus, section.default_memory << 20)
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
     overhead, ceiling = Size(0.0, 0), Size(float(len(os.sched_getaffinity(0))), host << 20)
+    if isinstance(section, HostedSection):
+        ceiling = Size(math.inf, sys.maxsize)
     if growing is not None:
         overhead = Size(growing.overhead_vcpus, growing.overhead_memory << 20)
         ceiling = Size(growing.default_maxvcpus, growing.default_maxmemory << 20)

@@ -20,7 +20,7 @@ from devices.config import (
     ShareFsConfig,
     VsockConfig,
 )
-from hypervisors.config import HypervisorConfig
+from hypervisors.config import HostedSection, HypervisorConfig
 from shim.config import Config
 from shim.resources.shared_dir import ROOTS, ROOTS_TAG
 
@@ -34,7 +34,10 @@ _DEFAULTS = HypervisorConfig()
 
 def cold_devices(config: Config, section: Any, share: str, *, rng: bool = True) -> list[DeviceConfig]:
     """What every sandbox is cold-plugged with, in the order of the guest's PCI slots. `rng`: its VMM has
-    one; the guest of another has its entropy from the processor."""
+    one; the guest of another has its entropy from the processor. A VM of somebody else's has what he gave
+    it, and the way to its agent."""
+    if isinstance(section, HostedSection):
+        return [VsockConfig(home_call=config.agent.home_call)]
     devices: list[DeviceConfig] = []
     if section.image:
         devices.append(BlockConfig(id="image", path=section.image, read_only=True, ours=True))

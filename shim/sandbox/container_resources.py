@@ -163,7 +163,12 @@ class ContainerResources:
         # Our agent has a pause of its own; another one needs the image's.
         if kind != OWN or not self._settings.direct_stdio:
             with self._trace.phase("rootfs", id=container_id):
-                storages = await self._files.add(container_id, rootfs, root_path, volumes)
+                image = None
+                if self._settings.hosted:
+                    from shim.spec.guest_image import pulled_image
+
+                    image = pulled_image(spec)
+                storages = await self._files.add(container_id, rootfs, root_path, volumes, image=image)
         self._own.begin(container_id, own)
         storages += own.storages
         if direct:

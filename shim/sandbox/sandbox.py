@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 
@@ -27,7 +27,7 @@ from devices.errors import BugError, GuestError, HostError, HypervisorError, Kat
 from devices.manager import DeviceManager
 from devices.threads import look
 from devices.undo import UndoLog
-from hypervisors.base import Hypervisor
+from hypervisors.base import Hosted, Hypervisor
 from proto import agent_pb2, oci_pb2
 from shim.protocols import GuestContainer, HostUsage, RootfsMount
 from shim.resources.container_files import ContainerFiles, SharedFiles
@@ -101,6 +101,10 @@ class VirtSandbox(RunningVm):
         shares = [device for device in settings.devices if isinstance(device, ShareFsConfig)]
         if shares:
             self._files = SharedFiles(SharedDir(settings.share_path, undo, roots_apart=len(shares) > 1))
+        elif settings.hosted:
+            from shim.resources.pulled_files import PulledFiles
+
+            self._files = PulledFiles(lambda: self.agent)
         else:
             from shim.resources.block_files import BlockFiles  # not on the usual start path
 
@@ -275,6 +279,8 @@ class VirtSandbox(RunningVm):
         if settings.network.dan:
             await self._attach_directly(settings.network.dan)
         with self._trace.phase("vmm.start"):
+            if settings.hosted:
+                await cast("Hosted", hypervisor).for_pod(settings.annotations)
             await hypervisor.prepare_vm(self.id, await self._network.open())
             for device in settings.devices:
                 await self._devices.try_add_device(device, hypervisor)

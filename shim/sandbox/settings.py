@@ -40,7 +40,8 @@ class SandboxSettings:
     `cgroup`: the host's; None leaves everything where it is.
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
     are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
-    starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
+    starts with. `hosted`: see `hypervisors.config.HostedSection`; `annotations`: what the maker of such a VM
+    learns of the pod. `pod`: what each container gets that does not bring it, with the Sandbox API.
     """
 
     sandbox_id: str
@@ -70,4 +71,6 @@ class SandboxSettings:
     swap: SwapSettings | None = None
     cgroup: CgroupSettings | None = None
     first_spec: Mapping[str, Any] | None = None
+    hosted: bool = False
+    annotations: Mapping[str, str] = field(default_factory=dict)
     host_mounts: int | None = None  # see `shim.protocols.DaemonContext`

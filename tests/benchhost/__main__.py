@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from devices.errors import KataError
 
@@ -19,6 +20,9 @@ def main() -> int:
     parser.add_argument("--disk", type=int, default=0, help="GiB of ext4 at /var/lib/containerd")
     parser.add_argument("--modules", default=" ".join(MODULES), help="kernel modules (default: %(default)s)")
     parser.add_argument("--append", default="", help="more words for the kernel command line")
+    parser.add_argument(
+        "--share", action="append", default=[], type=Path, metavar="DIR", help="also there, by its own name"
+    )
     parser.add_argument("--console", action="store_true", help="show the kernel's console at the end")
     options = parser.parse_args()
     command = " ".join(options.command).strip()
@@ -33,6 +37,7 @@ def main() -> int:
                 disk_gib=options.disk,
                 modules=options.modules.split(),
                 append=options.append,
+                shares=options.share,
                 interactive=not command,
             ),
         ) as machine:

@@ -23,6 +23,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from devices.plain import plain
 from devices.share_fs import find_virtiofsd
 from testing.guest import PROJECT
 
@@ -45,6 +47,7 @@ __all__ = [
     "events",
     "run",
     "soft_lockup",
+    "take_turn",
 ]
 
 MODULES = ("kvm_amd", "vhost_vsock", "vhost_net", "tun", "loop")
@@ -124,7 +127,8 @@ class Settings:
     """Of one machine. `limit`: the seconds that the job has; `memory` in MiB; `disk_gib`: a sparse ext4 disk
     at /var/lib/containerd, instead of a tmpfs; `modules` are loaded before the job; `interactive`: a shell on
     this process's terminal instead of the job; `extra`: more arguments for QEMU; `append`: more words for
-    the kernel."""
+    the kernel; `shares`: directories that are seen in there besides, by their own names: below /tmp, perhaps,
+    or on a file system of their own. `waits` is told for whom this one waits."""
 
     directory: Path = PROJECT
     limit: float = 300.0
@@ -135,6 +139,8 @@ class Settings:
     interactive: bool = False
     extra: Sequence[str] = ()
     append: str = ""
+    shares: Sequence[Path] = ()
+    waits: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
 
 
 _DEFAULT = Settings()
@@ -157,6 +163,7 @@ class BenchHost:
             "INTERACTIVE": "1" if settings.interactive else "0",
             "ROWS": str(rows),
             "COLUMNS": str(columns),
+            "SHARES": "\n".join(str(path.resolve()) for path in settings.shares),
             "JOB": job,
         }
         self._job = "".join(f"{name}={shlex.quote(value)}\n" for name, value in variables.items())
@@ -177,9 +184,7 @@ class BenchHost:
         self._stack.close()
 
     def _start(self, stack: contextlib.ExitStack) -> None:
-        lock = os.open(_LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        stack.callback(os.close, lock)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_turn(stack, self._settings.waits)
         for stale in Path("/tmp").glob(f"{_PREFIX}*/"):  # of one that was killed: the lock is ours
             _remove(stale)
         self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
@@ -220,7 +225,8 @@ class BenchHost:
         listener.listen(1)
         connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         connection.connect(path)  # waits in the backlog
-        mounts = [point for point in [_mount_point(PROJECT)] if point != "/"]
+        shares = {str(path.resolve()) for path in self._settings.shares}
+        mounts = sorted({_mount_point(PROJECT), *map(_mount_point, map(Path, shares))} - {"/"})
         log = stack.enter_context((self._directory / "share.log").open("w+b"))
         daemon = subprocess.Popen(
             [
@@ -360,6 +366,21 @@ def run(job: str, settings: Settings = _DEFAULT) -> Result:
     for _ in events(job, settings, results.append):
         pass
     return results[0]
+
+
+def take_turn(stack: contextlib.ExitStack, waits: Callable[[str], None], path: str = _LOCK) -> None:
+    """Return when no other machine runs; who has the turn says so in the file, for those who wait."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    stack.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        who = plain(os.pread(lock, 500, 0).decode(errors="replace")).strip() or "a process that does not say"
+        waits(f"bench host: waits for another one, of {who}")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    words = Path(f"/proc/{os.getpid()}/cmdline").read_bytes().replace(b"\0", b" ")[:400]
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"pid %d since %s: %s" % (os.getpid(), time.strftime("%T").encode(), words), 0)
 
 
 # ---- small things ----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 # The bench host's init on the real machine's file system: furnish, run the job, report, power off.
 #
-# /run/bench/job begins with the lines that machine.py puts there: MODULES, RELEASE, MODULE_TREE, INTERACTIVE.
+# /run/bench/job begins with the lines that machine.py puts there: MODULES, RELEASE, MODULE_TREE, SHARES,
+# INTERACTIVE.
 # Ports: fd 8 takes the job's output, fd 9 the control lines ("ready", "exit N", and whatever the job says).
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM=linux
 export KATA_BENCH_HOST=1
@@ -13,10 +14,30 @@ for port in /sys/class/virtio-ports/*; do
     esac
 done
 
+# What is asked for below a directory that gets a file system of its own, seen by its name all the same.
+keep_shares() {
+    local number=0
+    while read -r share; do
+        [[ -n $share ]] || continue
+        mkdir -p "/run/bench/share$((++number))"
+        mount --bind "$share" "/run/bench/share$number"
+    done <<<"$SHARES"
+}
+
+show_shares() {
+    local number=0
+    while read -r share; do
+        [[ -n $share ]] || continue
+        mkdir -p "$share"
+        mount --bind "/run/bench/share$((++number))" "$share"
+    done <<<"$SHARES"
+}
+
 furnish() {
     mkdir -p /dev/pts /dev/shm "/usr/lib/modules/$RELEASE"
     mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
     mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+    keep_shares
     mount -t tmpfs -o mode=1777 tmpfs /tmp
     mount -t tmpfs -o mode=1777 tmpfs /var/tmp
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -29,6 +50,7 @@ furnish() {
         mount -t tmpfs tmpfs /var/lib/containerd
     fi
     mount --bind "$MODULE_TREE/lib/modules/$RELEASE" "/usr/lib/modules/$RELEASE"
+    show_shares
     hostname bench-host
     ip link set lo up
     [[ -z $MODULES ]] || modprobe -a $MODULES

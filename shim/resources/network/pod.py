@@ -80,6 +80,10 @@ class PodNetwork:
                 _log.warning("the pod's network is the host's: the guest gets none", netns=settings.path)
                 return None
             refuse_used(settings.path)
+            if settings.hosted:
+                self._netns.close()
+                self._netns = None
+                return settings.path
             self._scanning = asyncio.create_task(self._look(), name="scan the network")
             return settings.path
         return None

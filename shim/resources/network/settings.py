@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hypervisors.config import VhostUserSection
+from hypervisors.config import HostedSection, VhostUserSection
 
 __all__ = ["MACVTAP", "MODELS", "NO_MODEL", "TCFILTER", "NetworkSettings", "network_settings"]
 
@@ -25,6 +25,7 @@ class NetworkSettings:
     container. `queues` of each card; `vhost`: use vhost-net where there is one. `receive` and `send` are the
     most bits a second to and from the guest, 0 for no limit, where it is not the VMM's own matter. `dan`: the
     path of a file that, if it is there, says which cards there are (`dan.DanNetwork`); "" for none.
+    `hosted`: whoever makes the VM is told the path, and the guest's network is his matter.
     """
 
     path: str = ""
@@ -35,6 +36,7 @@ class NetworkSettings:
     receive: int = 0
     send: int = 0
     dan: str = ""
+    hosted: bool = False
 
 
 def network_settings(
@@ -42,17 +44,22 @@ def network_settings(
 ) -> NetworkSettings:
     """From [runtime], the hypervisor's section, and `linux.namespaces` of the spec."""
     settings = _of_the_namespace(runtime, section, spec)
+    if settings.hosted:
+        return settings
     return replace(settings, dan=f"{runtime.dan_conf}/{sandbox_id}.json") if runtime.dan_conf else settings
 
 
 def _of_the_namespace(runtime: Any, section: Any, spec: Mapping[str, Any]) -> NetworkSettings:
-    if runtime.disable_new_netns:
+    hosted = isinstance(section, HostedSection)
+    if runtime.disable_new_netns and not hosted:
         return NetworkSettings()
     path, own = "", False
     for space in (spec.get("linux") or {}).get("namespaces") or []:
         if space.get("type") == "network":
             path = space.get("path", "")
             own = not path
+    if hosted:
+        return NetworkSettings(path=path, own=own, hosted=True)
     model = runtime.internetworking_model or TCFILTER
     if isinstance(section, VhostUserSection):
         return NetworkSettings(

@@ -15,6 +15,7 @@ from ctl.check import Finding, Host, Level, findings
 from ctl.vcpu import Measured
 from devices.errors import ConfigError
 from hypervisors.base import Capabilities, CheckResult
+from hypervisors.remote.plugin import RemotePlugin
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,3 +375,18 @@ def test_the_exit_code_and_the_lines(
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is False
     assert told["findings"][1] == {"level": "warn", "name": "bb", "text": "so so", "hint": "do this"}
+
+
+def test_a_remote_hypervisor_needs_its_service_and_nothing_of_this_host(world: World) -> None:
+    """Neither kernel nor KVM nor memory; the service is asked where the configuration has it."""
+    socket = world.root / "hypervisor.sock"
+    world.config.write_text(f'[hypervisor.remote]\nremote_hypervisor_socket = "{socket}"\n')
+    (world.root / "dev/kvm").unlink()
+    (world.root / "proc/meminfo").write_text("MemTotal: 4096 kB\nMemAvailable: 2048 kB\n")
+    found = findings(str(world.config), host=world.host(), get_plugin=lambda _: RemotePlugin(), plugins={})
+    by_name = {each.name: each for each in found}
+    assert [each.name for each in found if each.level is Level.FAIL] == ["remote"]
+    assert str(socket) in by_name["remote"].text
+    assert "cloud-api-adaptor" in by_name["remote"].hint
+    for name in ("guest", "kvm", "vsock", "virtiofsd", "memory"):
+        assert by_name[name].level is Level.OK, by_name[name]

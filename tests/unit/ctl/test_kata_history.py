@@ -8,6 +8,7 @@ import pytest
 
 from ctl.configuration import check
 
+FILES = Path(__file__).parents[2] / "data" / "kata"
 OLD = """
 [hypervisor.cloud-hypervisor]
 path = "{program}"
@@ -22,9 +23,11 @@ hotplug_vfio_on_root_bus = false
 measurement_algo = "sha384"
 [agent.kata]
 dial_timeout = 45
+cdh_api_timeout = 50
 [runtime]
 hypervisor_name = "cloud-hypervisor"
 disable_guest_empty_dir = false
+create_container_timeout = 60
 [factory]
 enable_template = false
 """
@@ -53,8 +56,10 @@ def test_what_kata_calls_otherwise_is_told_with_its_line(
         (11, "hotplug_vfio_on_root_bus is gone since; hot_plug_vfio says"),
         (12, "measurement_algo is gone since"),
         (14, "[agent.kata] dial_timeout is dial_timeout_ms since"),
-        (17, "[runtime] disable_guest_empty_dir is emptydir_mode since"),
-        (18, "[factory] is [hypervisor.NAME.factory] since"),
+        (15, "[agent.kata] cdh_api_timeout is cdh_api_timeout_ms since"),
+        (18, "[runtime] disable_guest_empty_dir is emptydir_mode since"),
+        (19, "[runtime] create_container_timeout is in [agent.NAME] since"),
+        (20, "[factory] is [hypervisor.NAME.factory] since"),
     ):
         assert any(
             text.startswith(f"note: {path}:{line}: ") and words in text for text in said.splitlines()
@@ -67,3 +72,19 @@ def test_of_a_newer_file_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureF
     path = _write(tmp_path, new + '[runtime]\nhypervisor_name = "clh"\nemptydir_mode = "shared-fs"\n')
     assert check(path) == 0
     assert "(Kata 4)" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["configuration-remote.toml", "configuration-remote-go.toml"])
+def test_a_remote_hypervisors_keys_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kata 4.1's own file among them: its Rust runtime looks for other names than that has."""
+    path = str(FILES / name)
+    assert check(path) == 0
+    said = capsys.readouterr().out
+    line = 4 if "go" in name else 3
+    assert (
+        f"{path}:{line}: [hypervisor.remote] remote_hypervisor_socket is hypervisor_socket since (Kata 4)"
+        in said
+    )
+    assert "remote_hypervisor_timeout is hypervisor_timeout since (Kata 4)" in said
+    assert ("create_container_timeout is in [agent.NAME] since" in said) == ("go" in name)
+    assert said.endswith("good, for remote\n")

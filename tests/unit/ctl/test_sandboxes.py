@@ -195,3 +195,15 @@ def test_an_ended_task_is_not_taken_for_a_running_one(tmp_path: Path) -> None:
         "asks QEMU for its version": ("starting", 0),
         "ended": ("stopped", 0),
     }
+
+
+def test_a_vm_on_another_machine_has_no_process_here(tmp_path: Path) -> None:
+    pid = os.getpid()
+    path = journal(tmp_path / "run", owner("far"), [("shim", pid, procfs.start_time(pid))])
+    (one,) = read_sandboxes(str(tmp_path / "run"), str(tmp_path / "none"), str(tmp_path / "none"))
+    assert one.state == "starting"
+    facts: dict[str, object] = {"socket": "/run/peerpod/hypervisor.sock", "vm": path.name}
+    with (path / "journal").open("ab") as file:
+        file.write(encode({"op": "record", "n": 2, "kind": "remote-vm", "facts": facts}))
+    (one,) = read_sandboxes(str(tmp_path / "run"), str(tmp_path / "none"), str(tmp_path / "none"))
+    assert (one.state, one.pid) == ("running", 0)

@@ -41,13 +41,13 @@ def test_somebody_elses_plugin_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     offer(monkeypatch, metadata.EntryPoint("acme", "acme_vmm:plugin", registry.GROUP))
 
     assert registry.get_plugin("acme") is module.plugin
-    assert sorted(registry.load_plugins()) == ["acme", "clh", "dragonball", "firecracker", "qemu"]
+    assert sorted(registry.load_plugins()) == ["acme", "clh", "dragonball", "firecracker", "qemu", "remote"]
 
 
 def test_a_broken_plugin_is_named_and_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, metadata.EntryPoint("bad", "no_such_module_here:plugin", registry.GROUP))
 
-    assert sorted(registry.load_plugins()) == ["clh", "dragonball", "firecracker", "qemu"]
+    assert sorted(registry.load_plugins()) == ["clh", "dragonball", "firecracker", "qemu", "remote"]
     with pytest.raises(ConfigError, match=r'"bad" cannot be loaded.*no_such_module_here'):
         registry.get_plugin("bad")
 
@@ -64,7 +64,7 @@ def test_an_object_that_is_no_plugin_is_told_what_it_lacks(monkeypatch: pytest.M
 
 def test_an_unknown_name_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch)
-    known = 'no hypervisor "qemuu"; the nearest is "qemu"; known: clh, dragonball, firecracker, qemu'
+    known = 'no hypervisor "qemuu"; the nearest is "qemu"; known: clh, dragonball, firecracker, qemu, remote'
     with pytest.raises(ConfigError, match=known):
         registry.get_plugin("qemuu")
 

@@ -6,13 +6,15 @@ import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from devices.errors import CallerError
+from devices.errors import CallerError, UnsupportedByHypervisor
 from devices.undo import MemoryUndo
+from hypervisors.remote.config import RemoteConfig
 from shim.protocols import DaemonContext
 from shim.runtime import VirtContainer
 from shim.sandbox.pod_config import PodDefaults
@@ -81,3 +83,19 @@ async def test_a_container_and_a_pod_at_once(tmp_path: Path, pod_first: bool) ->
         assert [isinstance(outcome, CallerError) for outcome in outcomes] == [False, True]
         assert len(handler.made) == 1
         assert os.listdir(tmp_path) == []
+
+
+async def test_a_vm_on_another_machine_gets_no_disks(tmp_path: Path) -> None:
+    """Refused, with what to do, before a VM is asked for."""
+    async with asyncio.TaskGroup() as tasks:
+        handler = VirtContainer(Handler(tmp_path, tasks)._context, tasks)
+        handler._config = SimpleNamespace(hypervisor=RemoteConfig(), hypervisor_name="remote")  # type: ignore[assignment]
+        rule = {"allow": True, "type": "b", "major": 7, "minor": 0, "access": "rw"}
+        disk = {"path": "/dev/disk", "type": "b", "major": 7, "minor": 0}
+        spec = {"linux": {"devices": [disk], "resources": {"devices": [rule]}}}
+        with pytest.raises(UnsupportedByHypervisor, match=r"/dev/disk: .*another machine") as caught:
+            await handler._check_disks(spec)
+        assert "under a VMM of this host" in caught.value.hint
+        await handler._check_disks({"mounts": [{"destination": "/x", "source": "/", "options": ["bind"]}]})
+        with pytest.raises(CallerError, match="no annotation of the container names one"):
+            handler._check({})

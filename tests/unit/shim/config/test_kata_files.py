@@ -22,6 +22,8 @@ from hypervisors.config import HypervisorConfig
 from hypervisors.dragonball.config import DragonballConfig
 from hypervisors.dragonball.plugin import DragonballPlugin
 from hypervisors.qemu.plugin import QemuPlugin
+from hypervisors.remote.config import RemoteConfig
+from hypervisors.remote.plugin import RemotePlugin
 from shim.config import ConfigFileError, load_config
 from shim.config.fill import known_keys
 from shim.config.schema import (
@@ -215,6 +217,49 @@ def test_a_section_of_either_age_loads(place: Callable[[str], str], name: str) -
     config = load_config(str(path), get_plugin=lambda _: ClhPlugin())
     assert config.hypervisor.default_memory <= 2048
     assert {"file_mem_backend", "msize_9p"} <= {each.key for each in config.inactive}
+
+
+@pytest.mark.parametrize(
+    ("name", "boot", "told"),
+    [
+        ("configuration-remote.toml", 30.0, set()),
+        ("configuration-remote-go.toml", 30.0, {"disable_guest_empty_dir"}),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["remote_hypervisor", "hypervisor"])
+def test_katas_files_for_a_remote_hypervisor_load(
+    place: Callable[[str], str], name: str, boot: float, told: set[str], spelling: str
+) -> None:
+    """As they are, and with the keys as Kata 4 reads them, which its own file does not have."""
+    path = Path(place(name))
+    path.write_text(path.read_text().replace("remote_hypervisor_", f"{spelling}_"))
+    config = load_config(str(path), get_plugin=lambda _: RemotePlugin())
+    section = config.hypervisor
+    assert (config.hypervisor_name, type(section)) == ("remote", RemoteConfig)
+    assert section.remote_hypervisor_socket == "/run/peerpod/hypervisor.sock"
+    assert (section.remote_hypervisor_timeout, section.default_memory) == (600, 2048)
+    assert (config.agent.home_call, config.runtime.use_passfd_io) == (False, False)
+    assert (config.agent.boot_deadline, config.agent.create_container_timeout) == (boot, 60.0)
+    inactive = {each.key for each in config.inactive}
+    assert told <= inactive
+    active = names(RuntimeConfig) | names(AgentConfig) | names(RemoteConfig) | names(AnnotationPolicy)
+    for table in _tables(tomllib.loads(path.read_text())):
+        for key in {HYPERVISOR_ALIASES.get(key, key) for key in table} - {"dial_timeout"}:
+            assert (key in active) or (key in inactive) or key == "create_container_timeout", key
+
+
+def test_a_pod_of_a_remote_hypervisor_may_ask_for_what_kata_lists(place: Callable[[str], str]) -> None:
+    asked = {
+        "machine_type": "t3.large",
+        "default_vcpus": "64",
+        "default_memory": "262144",
+        "default_gpus": "2",
+    }
+    annotations = {f"io.katacontainers.config.hypervisor.{key}": value for key, value in asked.items()}
+    path = place("configuration-remote.toml")
+    section = load_config(path, get_plugin=lambda _: RemotePlugin(), annotations=annotations).hypervisor
+    assert (section.machine_type, section.default_vcpus, section.default_gpus) == ("t3.large", 64, 2)
+    assert section.default_memory == 262144
 
 
 def _tables(table: dict[str, Any]) -> list[dict[str, Any]]:

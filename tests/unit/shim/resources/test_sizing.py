@@ -13,6 +13,7 @@ from devices.errors import CallerError, GuestError, HypervisorError, Unsupported
 from devices.kinds import YES, Kind, Support
 from hypervisors.base import Capabilities
 from hypervisors.config import HypervisorConfig
+from hypervisors.remote.config import RemoteConfig
 from proto import oci_pb2
 from shim.resources.sizing import Bounds, Sizing, boot_size, sized
 from shim.spec.limits import Size
@@ -177,6 +178,12 @@ def test_a_section_gets_the_size_that_the_vm_starts_with() -> None:
     other, bounds = sized(Fixed(), spec(memory=128), static=False, pod=False)
     assert other == Fixed(default_memory=384)
     assert bounds.boot == bounds.largest == Size(1.0, 384 * MIB)
+
+
+def test_a_vm_on_another_machine_is_not_bounded_by_this_one() -> None:
+    section, bounds = sized(RemoteConfig(), spec(cpus=999, memory=1 << 24), static=True, pod=False)
+    assert (section.default_vcpus, section.default_memory) == (999, 2048 + (1 << 24))
+    assert bounds.boot == bounds.largest
 
 
 # --- while it runs

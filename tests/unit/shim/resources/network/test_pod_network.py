@@ -303,6 +303,19 @@ async def test_a_path_that_leads_nowhere() -> None:
     assert await bench.network.close() == []
 
 
+async def test_a_vm_of_somebody_elses_gets_the_path_and_no_cards(lab: NetLab) -> None:
+    """Whoever makes it takes the network from there; nothing of the namespace is touched, now or later."""
+    before = _fds()
+    bench = Bench(NetworkSettings(path=lab.pod, hosted=True))
+    bench.hypervisor.support = Support()
+    assert await bench.boot() == lab.pod
+    await bench.rescan()
+    bench.network.follow(lambda: bench.agent)
+    assert (bench.hypervisor.cards, bench.agent.interfaces, bench.undo.entries) == ({}, [], [])
+    assert await bench.network.close() == []
+    assert _fds() == before
+
+
 @pytest.mark.parametrize(
     ("namespaces", "path", "own"),
     [
@@ -315,6 +328,7 @@ async def test_a_path_that_leads_nowhere() -> None:
 def test_what_the_spec_says(namespaces: list[Any], path: str, own: bool) -> None:
     from hypervisors.config import HypervisorConfig
     from hypervisors.firecracker.config import FirecrackerConfig
+    from hypervisors.remote.config import RemoteConfig
     from shim.config.schema import RuntimeConfig
 
     spec = {"linux": {"namespaces": namespaces}}
@@ -325,5 +339,7 @@ def test_what_the_spec_says(namespaces: list[Any], path: str, own: bool) -> None
     )
     jailed = network_settings(RuntimeConfig(), FirecrackerConfig(jailer_uid=5, jailer_gid=6), spec)
     assert jailed == NetworkSettings(path=path, own=own), "its limits are the VMM's matter"
-    runtime = RuntimeConfig(internetworking_model="none", disable_new_netns=True)
-    assert network_settings(runtime, keys, spec) == NetworkSettings()
+    runtime = RuntimeConfig(internetworking_model="none", disable_new_netns=True, dan_conf="/dans")
+    assert network_settings(runtime, keys, spec, "s") == NetworkSettings(dan="/dans/s.json")
+    hosted = network_settings(runtime, RemoteConfig(), spec)
+    assert hosted == NetworkSettings(path=path, own=own, hosted=True), "its maker is told in any case"
