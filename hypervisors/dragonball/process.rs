@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::error::Error;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{FromRawFd, IntoRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::RecvTimeoutError;
@@ -43,11 +44,9 @@ static WHY: Mutex<&str> = Mutex::new("reset");
 /// One line to the client; without one, or if it takes nothing, it is lost.
 fn say(value: &Value) {
     let mut client = CLIENT_NOW.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-    let written = match client.as_mut() {
-        Some(stream) => stream.write_all(format!("{value}\n").as_bytes()),
-        None => return,
-    };
-    if written.is_err() {
+    let Some(stream) = client.as_mut() else { return };
+    if stream.write_all(format!("{value}\n").as_bytes()).is_err() {
+        let _ = stream.shutdown(Shutdown::Both); // it is not heard any more, either
         *client = None;
     }
 }
