@@ -17,6 +17,7 @@ from types import ModuleType
 
 import conformance
 from devices.errors import HostError
+from hypervisors.config import HostedSection
 from hypervisors.registry import get_plugin
 
 __all__ = ["arguments", "in_bench_host", "run"]
@@ -87,6 +88,13 @@ def run(name: str, *, config: str = "", only: str = "", first: bool = False, ben
             code="FAILED_PRECONDITION",
         )
     plugin = get_plugin(name)
+    if issubclass(plugin.section, HostedSection):
+        raise HostError(
+            f"VMs of {name} are somebody else's, and boot his image: the suite's probe cannot be in it",
+            phase="conformance",
+            hint="the driver is tried against a service: docs/remote.md",
+            code="UNIMPLEMENTED",
+        )
     if bench_host:
         checkout, command = in_bench_host(name, config, plugin, only=only, first=first)
         return 1 if subprocess.run(command, cwd=checkout, check=False).returncode else 0

@@ -31,7 +31,7 @@ class RemotePlugin:
     name = "remote"
     section = RemoteConfig
     capabilities = MOST
-    seen_with = ()  # a fake only: tests/unit/hypervisors/remote/fake.py
+    seen_with = ()  # a stand-in only: tests/e2e/peer_pods.py
 
     def adjust_config(self, section: RemoteConfig) -> RemoteConfig:
         """Kata's meanings of "" and 0."""

@@ -20,10 +20,11 @@ from devices.plain import plain
 from proto import remote_pb2
 from ttrpc import Client, ConnectionClosed, RemoteProtocolError, RpcError
 
-__all__ = ["RefusedError", "Service", "stop_blocking"]
+__all__ = ["ANSWER_LIMIT", "RefusedError", "Service", "stop_blocking"]
 
 _SERVICE = remote_pb2.DESCRIPTOR.services_by_name["Hypervisor"]
-_MAX_ANSWER = 64 << 10  # bytes
+ANSWER_LIMIT = 64 << 10
+"""Bytes of an answer."""
 _MAX_WORDS = 1000
 _CONNECT = 5.0  # seconds
 _NO_ANSWER = frozenset({"UNAVAILABLE", "CANCELLED"})  # it may have done it, or may do so yet
@@ -68,7 +69,7 @@ class Service:
                         _SERVICE.methods_by_name[name],
                         request,
                         timeout=timeout if told else None,
-                        max_response=_MAX_ANSWER,
+                        max_response=ANSWER_LIMIT,
                     )
                 finally:
                     await client.close()

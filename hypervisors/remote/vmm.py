@@ -34,11 +34,12 @@ from hypervisors.remote.channel import MAX_PATH, ProxySocket
 from hypervisors.remote.config import RemoteConfig
 from hypervisors.remote.service import RefusedError, Service
 
-__all__ = ["UNDO_KIND", "RemoteVm"]
+__all__ = ["STOP_SECONDS", "UNDO_KIND", "RemoteVm"]
 
 UNDO_KIND = "remote-vm"
 _AT_ONCE = 0.9  # seconds of `stop_vm`
-_STOP = 30.0  # seconds for the service to end a VM
+STOP_SECONDS = 30
+"""For the service to end a VM."""
 _CHECK = 5.0
 _POD = {  # what is told: what containerd's CRI calls it, what CRI-O does
     "io.kubernetes.cri.sandbox-name": "io.kubernetes.cri-o.KubeName",
@@ -150,7 +151,7 @@ class RemoteVm:
 
     async def _stop(self, entry: Entry) -> None:
         assert self._creating is not None
-        await asyncio.wait({self._creating}, timeout=_STOP)
+        await asyncio.wait({self._creating}, timeout=STOP_SECONDS)
         answered = self._creating.done()
         if not answered:
             self._creating.cancel()
@@ -158,7 +159,7 @@ class RemoteVm:
             self._forget(entry)
             return
         try:
-            await self._service.stop(self._vm, _STOP)
+            await self._service.stop(self._vm, STOP_SECONDS)
         except RefusedError as error:
             if not answered:
                 raise  # it may be made yet

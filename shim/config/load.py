@@ -62,6 +62,7 @@ class Config:
     `path` is the base file, `files` all files that were read, `hypervisor` the plugin's section after
     adjust and validate, `policy` what a pod's annotations may change, `annotations` those that did,
     `inactive` the keys that have no effect yet, `source` the files' content, for who asks what came whence.
+    `stock_root`: the device that a stock image's root is on, "" if that is the image itself.
     """
 
     path: str
@@ -73,6 +74,7 @@ class Config:
     policy: AnnotationPolicy
     annotations: tuple[str, ...]
     inactive: tuple[Inactive, ...]
+    stock_root: str = ""
     source: Source = field(compare=False, repr=False)
 
 
@@ -254,8 +256,19 @@ def _check(
         policy=policy,
         annotations=tuple(pod.used) if pod else (),
         inactive=tuple(inactive),
+        stock_root="" if agent_config.home_call else _stock_root(getattr(section, "image", "")),
         source=source,
     )
+
+
+def _stock_root(image: str) -> str:
+    """Kata's images have a partition table, and their root in the first partition."""
+    try:
+        with open(image, "rb") as file:
+            sector = file.read(512)
+    except OSError:  # the plugin says it better
+        return ""
+    return "/dev/vda1" if sector[510:] == b"\x55\xaa" and sector[450] else ""
 
 
 @contextlib.contextmanager

@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["cold_devices", "key", "swap", "with_agent_params"]
 
 _DEFAULTS = HypervisorConfig()
+_STOCK = (
+    "systemd.unit=kata-containers.target",
+    "systemd.mask=systemd-networkd.service",
+    "systemd.mask=systemd-networkd.socket",
+)
 
 
 def cold_devices(config: Config, section: Any, share: str, *, rng: bool = True) -> list[DeviceConfig]:
@@ -81,8 +86,11 @@ def _shares(section: Any, share: str) -> list[DeviceConfig]:
 
 
 def with_agent_params(config: Config, stream_port: int) -> Any:
-    """The hypervisor's section with the kernel parameters that speak to the agent (kata.md 4.4)."""
-    params = []
+    """The hypervisor's section with the kernel parameters that speak to the agent (kata.md 4.4), and to the
+    init of a stock guest, which Kata's shims tell what to start."""
+    params = [] if config.agent.home_call else list(_STOCK)
+    if config.stock_root:
+        params.append(f"root={config.stock_root}")
     if config.agent.enable_debug:
         params.append("agent.log=debug")
     if stream_port:

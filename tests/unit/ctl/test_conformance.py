@@ -94,3 +94,9 @@ def test_without_the_checkout_there_is_no_bench_host(
     said = capsys.readouterr().err
     assert f"the bench host is part of kata-shim's checkout, and {tmp_path} is none" in said
     assert "leave --bench-host out" in said
+
+
+def test_a_vm_of_somebody_elses_cannot_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(HostError, match="VMs of remote are somebody else's"):
+        command.run("remote")

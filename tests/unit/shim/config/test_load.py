@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from devices.errors import ConfigError
+from hypervisors.config import HypervisorConfig
 from shim.config import ConfigFileError, load_config
 from shim.config import find as find_module
 from shim.config.find import find_config
+from shim.sandbox.cold_devices import with_agent_params
 
 if TYPE_CHECKING:
     from tests.unit.shim.config.conftest import Files
@@ -263,6 +266,29 @@ def test_the_agents_own_section_wins_over_the_runtimes(files: Files) -> None:
         "[runtime]\ncreate_container_timeout = 60\n[agent.kata]\ncreate_container_timeout = 5\n"
     ).agent
     assert agent.create_container_timeout == 5.0
+
+
+def test_a_stock_image_is_told_where_its_root_is_and_what_to_start(files: Files) -> None:
+    """By the words that Kata's shims have for it; the administrator's come after them, and win."""
+    image = files.directory / "kata.img"
+    image.write_bytes(bytes(4096))
+    section = HypervisorConfig(kernel_params="root=/dev/mine")
+
+    def words(text: str) -> list[str]:
+        config = dataclasses.replace(files.load(text), hypervisor=section)
+        return list(with_agent_params(config, 0).kernel_params.split())
+
+    stock = f'[hypervisor.qemu]\nimage = "{image}"\n'
+    plain = words(stock)
+    assert "systemd.unit=kata-containers.target" in plain
+    assert not any(word.startswith("root=/dev/vda") for word in plain)
+    table = bytearray(4096)
+    table[450], table[510:512] = 0x83, b"\x55\xaa"  # the first partition's type, the table's mark
+    image.write_bytes(table)
+    told = words(stock)
+    assert told.index("root=/dev/vda1") < told.index("root=/dev/mine")
+    ours = words(stock + "[agent.kata]\nhome_call = true\n")
+    assert not any(word.startswith(("systemd.", "root=/dev/vda")) for word in ours)
 
 
 def test_our_guest_calls_home_and_takes_streams_and_a_stock_one_does_not(
