@@ -40,7 +40,8 @@ class SandboxSettings:
     `cgroup`: the host's; None leaves everything where it is.
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
     are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
-    starts with. `pod`: what each container gets that does not bring it, for sandboxes of the Sandbox API.
+    starts with. `template`: the directory of a saved VM that it begins with, "" for one that boots. `pod`:
+    what each container gets that does not bring it, for sandboxes of the Sandbox API.
     """
 
     sandbox_id: str
@@ -57,6 +58,7 @@ class SandboxSettings:
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
     bounds: Bounds
+    template: str = ""
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""
