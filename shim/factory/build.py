@@ -53,7 +53,10 @@ async def build(
             undo.forget(entry)
     finally:
         await acquire(store.end, building)
-    await acquire(store.forget_others, wanted.digest, wanted.config)
+    try:
+        await acquire(store.forget_others, wanted.digest, wanted.config)
+    except (KataError, OSError) as error:  # the next one does
+        _log.warning("earlier templates are kept", error=str(error))
     _log.info("template made", of=wanted.digest, seconds=round(time.monotonic() - started, 2))
     return path
 

@@ -35,6 +35,8 @@ def why_cold(config: Config, spec: Mapping[str, Any], *, pod: bool) -> str:
     `pod`: the spec is a pod's sandbox container's."""
     if config.annotations:
         return f"the pod's annotations change its VM ({', '.join(config.annotations)})"
+    if config.runtime.dan_conf:
+        return "dan_conf: what its network is made of is known before a VM starts, and plugged then"
     static = config.runtime.static_sandbox_resource_mgmt
     if static and sized(config.hypervisor, spec, static=static, pod=pod) != sized(
         config.hypervisor, {}, static=static, pod=True

@@ -23,6 +23,7 @@ from testing import leaks
 from testing.containerd import KATA, Containerd
 from testing.guest import Value
 from testing.images import busybox_image
+from tests.netlab import GUEST4, HOST4, NetLab
 
 pytestmark = pytest.mark.kata_only
 
@@ -61,9 +62,9 @@ class Templates:
         """What containerd and its shims said, from this byte on."""
         return self.containerd.log.read_text(errors="replace")[since:]
 
-    def detached(self, name: str) -> str:
+    def detached(self, name: str, *options: str) -> str:
         """A container that sleeps; its name."""
-        self.containerd.ctr("run", "-d", "--runtime", KATA, BUSYBOX, name, "sleep", "1000")
+        self.containerd.ctr("run", "-d", "--runtime", KATA, *options, BUSYBOX, name, "sleep", "1000")
         return name
 
     def ask(self, name: str, script: str) -> list[str]:
@@ -89,12 +90,16 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Templates]:
 
 
 def test_two_vms_of_a_template_share_no_secret(templates: Templates) -> None:
-    """Random numbers, uuids, boot ids, temporary names, addresses of programs; and their clocks are right."""
+    """Random numbers, uuids, boot ids, temporary names, addresses of programs; and their clocks are right.
+    One has the network of its pod."""
     names = [templates.containerd.new_id("own") for _ in range(2)]
     try:
         templates.detached(names[0])  # makes it
         before = templates.digest()
-        templates.detached(names[1])
+        with NetLab() as lab:
+            templates.detached(names[1], "--with-ns", f"network:{lab.pod}")
+            assert GUEST4 in "".join(templates.ask(names[1], "ip -4 addr show eth0"))
+            assert " 0% packet loss" in "".join(templates.ask(names[1], f"ping -c 1 -W 20 {HOST4}"))
         said = [templates.ask(name, SECRETS) for name in names]
         assert [len(lines) for lines in said] == [6, 6], said
         for one, other in zip(said[0][:-1], said[1][:-1], strict=True):

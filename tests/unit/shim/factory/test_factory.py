@@ -192,5 +192,7 @@ def test_what_a_tenant_chooses_makes_no_template(config: Config) -> None:
     assert cold(config, {}) == cold(config, limits) == cold(static, {}) == ""
     assert "static_sandbox_resource_mgmt" in cold(static, limits)
     asked = replace(config, annotations=("io.katacontainers.config.hypervisor.default_memory",))
+    direct = replace(config, runtime=replace(config.runtime, dan_conf="/run/kata-containers/dans"))
+    assert "dan_conf" in cold(direct, {})
     assert "the pod's annotations change its VM" in cold(asked, {})
     assert factory.__doc__
