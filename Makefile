@@ -12,7 +12,7 @@ FUZZ_ARGS ?=
 CMD ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-e2e test-hotplug test-liars test-containerds containerd-2.3 test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-vmms bench-host test-kvm install uninstall clean
+.PHONY: help setup demo test test-unit test-e2e test-hotplug test-templates test-liars test-containerds containerd-2.3 test-docker test-hosts test-failpoints storm soak fuzz lint format proto guest bench bench-vmms bench-host test-kvm install uninstall clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ test-failpoints: setup ## a life for each await that leaves the daemon, broken i
 test-hotplug: setup ## a disk plugged and unplugged 1,000 times in one VM: nothing leaks
 	@KATA_HOTPLUG_CYCLES=1000 $(PY) -m pytest tests/e2e/test_hotplug.py -k cycles --timeout=1200 $(PYTEST_ARGS)
 
+test-templates: setup ## VMs from templates: 200 starts, 20 at once, templates that are broken or being made (15 min)
+	@KATA_TEMPLATES=all $(PY) -m pytest tests/e2e/test_templates.py --timeout=1800 $(PYTEST_ARGS)
+
 fuzz: setup ## fuzz every reader of foreign bytes; FUZZ_ARGS='--runs 1000000 --target qmp', --help (a minute)
 	@$(PY) -m tests.fuzz $(FUZZ_ARGS)
 
@@ -106,4 +109,4 @@ uninstall: ## take away what `make install` put there
 	@PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" scripts/install.sh uninstall
 
 clean: ## remove what was built here (not .venv)
-	rm -rf build devices/kata-confine shim/launch/kata-start
+	rm -rf build devices/kata-confine shim/launch/kata-start hypervisors/qemu/kata-readonly.so

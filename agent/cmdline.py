@@ -16,9 +16,10 @@ _LONGEST = 3600.0  # seconds
 
 
 class Params:
-    """Parsed parameters. Ports of 0 mean "not wanted"; `hotplug_timeout` is in seconds."""
+    """Parsed parameters. Ports of 0 mean "not wanted"; `hotplug_timeout` is in seconds. `port`: the name of
+    the port of virtio-serial that is the channel in the place of vsock, "" for vsock."""
 
-    __slots__ = ("debug", "home_port", "hotplug_timeout", "stream_port")
+    __slots__ = ("debug", "home_port", "hotplug_timeout", "port", "stream_port")
 
     def __init__(
         self,
@@ -26,10 +27,12 @@ class Params:
         stream_port: int = 0,
         debug: bool = False,
         hotplug_timeout: float = HOTPLUG_TIMEOUT,
+        port: str = "",
     ) -> None:
         self.home_port = home_port
         self.stream_port = stream_port
         self.debug = debug
+        self.port = port
         self.hotplug_timeout = hotplug_timeout
 
 
@@ -58,6 +61,8 @@ def parse(text: str) -> Params:
             params.home_port = _port(value)
         elif key == "agent.stream_port":
             params.stream_port = _port(value)
+        elif key == "agent.port":
+            params.port = value
         elif key == "agent.hotplug_timeout":
             params.hotplug_timeout = _seconds(value)
         elif key == "agent.log":

@@ -64,6 +64,11 @@ def _power_off() -> None:
 
 
 def _serve(params: Params) -> None:
+    if params.port:
+        from agent.service import serve_port
+
+        serve_port(params.port)
+        return
     agent_fd = listen(AGENT_PORT)
     stream_fd = listen(params.stream_port) if params.stream_port else -1
     if params.home_port:

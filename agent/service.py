@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agent.stdio.streams import StreamListener
     from proto import csi_pb2, types_pb2
 
-__all__ = ["VERSION", "AgentService", "HealthService", "serve"]
+__all__ = ["VERSION", "AgentService", "HealthService", "serve", "serve_port"]
 
 VERSION = "0.1.0"
 PROTOCOL_VERSION = "0.0.1"  # what Kata's agents report as grpc_version
@@ -450,8 +450,7 @@ class AgentService:
         raise _unimplemented("MemAgentCompactSet")
 
 
-async def _serve(agent_fd: int, stream_fd: int) -> None:
-    service = AgentService(stream_fd)
+def _server(service: AgentService) -> Server:
     server = Server()
     descriptor = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
     to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
@@ -459,6 +458,12 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
     for name in ("kata_shim.Recovery", "kata_shim.Loopback"):
         server.register_later(name, partial(_register_ours, server, service, name))
+    return server
+
+
+async def _serve(agent_fd: int, stream_fd: int) -> None:
+    service = AgentService(stream_fd)
+    server = _server(service)
     listener = Listener(fileno=agent_fd)
     listener.setblocking(False)
     serving = asyncio.ensure_future(server.serve(listener))
@@ -467,6 +472,21 @@ async def _serve(agent_fd: int, stream_fd: int) -> None:
     log.debug("the sandbox is destroyed")
     await server.close(1.0)
     await serving
+
+
+async def _serve_port(name: str) -> None:
+    """As a template: all that a pod's first calls need is here before the port is opened."""
+    from agent.port import Port
+    from agent.warm import warm_up
+
+    service = AgentService(-1)
+    server = _server(service)
+    _ = service.sandbox
+    await warm_up(service.reaper)
+    port = await Port.find(name, server)
+    await service.stopped.wait()
+    port.close()
+    await server.close(1.0)
 
 
 def _register_ours(server: Server, service: AgentService, name: str) -> None:
@@ -478,3 +498,8 @@ def _register_ours(server: Server, service: AgentService, name: str) -> None:
 def serve(agent_fd: int, stream_fd: int) -> None:
     """Serve on two listening descriptors (`stream_fd` may be -1) until the sandbox is destroyed."""
     asyncio.run(_serve(agent_fd, stream_fd))
+
+
+def serve_port(name: str) -> None:
+    """Serve on the port of virtio-serial with this name until the sandbox is destroyed."""
+    asyncio.run(_serve_port(name))

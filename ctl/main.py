@@ -3,7 +3,7 @@
 What: parses the command line and calls the module of the command, which is imported only then.
 Invariants: exit code 0 is "fine", 1 "something is wrong, and was told", 2 a wrong command line. Errors
 of ours are one paragraph on stderr, without a traceback. Nothing here changes a running sandbox or a file,
-except `config set`, `direct-volume` and `recover`.
+except `config set`, `direct-volume`, `factory` and `recover`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ def _recover(arguments: argparse.Namespace) -> int:
         raise CallerError("recover takes a sandbox, or --all", phase="recover", code="INVALID_ARGUMENT")
     wanted = which(arguments.sandbox, arguments.namespace, arguments.address)
     return run(None if arguments.all else wanted)
+
+
+def _factory(arguments: argparse.Namespace) -> int:
+    from ctl import factory
+
+    match arguments.action:
+        case "init":
+            return factory.init(arguments.config)
+        case "status":
+            return factory.status(arguments.config, as_json=arguments.json)
+    return factory.destroy(arguments.config)
 
 
 def _direct_volume(arguments: argparse.Namespace) -> int:
@@ -188,6 +199,18 @@ def parser() -> argparse.ArgumentParser:
     recover.add_argument("sandbox", nargs="?", metavar="[NAMESPACE/]ID", help="as `kata-ctl list` shows it")
     recover.add_argument("--all", action="store_true", help="all that can be; none is no error")
     add_arguments(recover)
+    text = "Make, list or remove the templates that VMs begin with (docs/templates.md)."
+    factory = commands.add_parser("factory", help=text, description=text)
+    actions = factory.add_subparsers(required=True, metavar="ACTION", dest="action")
+    for name, text in (
+        ("init", "Make the template of the configuration now, instead of with the first VM."),
+        ("status", "List them; exit code 1 if the configuration's own is missing."),
+        ("destroy", "Remove them all; VMs that began with one go on."),
+    ):
+        action = add(actions, name, _factory, text)
+        action.add_argument("--config", metavar="FILE", help="a configuration other than the shim's")
+        if name == "status":
+            action.add_argument("--json", action="store_true", help="for programs")
     text = "Assign disks to volumes, and look at or grow those that sandboxes have."
     volumes = commands.add_parser("direct-volume", help=text, description=text)
     actions = volumes.add_subparsers(required=True, metavar="ACTION", dest="action")

@@ -27,6 +27,7 @@ __all__ = [
     "DeviceConfig",
     "IoLimits",
     "NetworkConfig",
+    "PortConfig",
     "ProtectionConfig",
     "RngConfig",
     "ShareFsConfig",
@@ -40,6 +41,7 @@ _ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 _PORT = re.compile(r"root-port|switch-port|bridge-port")
 _TECHNOLOGY = re.compile(r"sev|snp|tdx|se")
 _SERIAL = re.compile(r"[A-Za-z0-9_-]{0,20}")
+_PORT_NAME = re.compile(r"[A-Za-z0-9_.-]{1,36}")
 _TAG = re.compile(r"[A-Za-z0-9_-]{1,36}")
 _AIO = ("", "threads", "native", "io_uring")
 _DISKS = (Kind.BLK, Kind.SCSI, Kind.PMEM)
@@ -185,6 +187,20 @@ class VsockConfig(_Device):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PortConfig(_Device):
+    """The agent's channel where there is no vsock: one stream of bytes, by virtio-serial. `name`: what the
+    guest finds it by."""
+
+    kind: ClassVar[Kind] = Kind.PORT
+    id: str = "port"
+    name: str = "kata.agent"
+
+    def __post_init__(self) -> None:
+        _check(_ID, self.id, "device id")
+        _check(_PORT_NAME, self.name, "name of a port")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RngConfig(_Device):
     """Entropy from a host device."""
 
@@ -306,6 +322,7 @@ DeviceConfig = (
     BlockConfig
     | ShareFsConfig
     | VsockConfig
+    | PortConfig
     | RngConfig
     | BalloonConfig
     | ConsoleConfig

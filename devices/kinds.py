@@ -31,6 +31,7 @@ class Kind(Enum):
     VFIO = "vfio"
     SHARE_FS = "virtio-fs"
     VSOCK = "vsock"
+    PORT = "virtio-serial"
     RNG = "virtio-rng"
     BALLOON = "virtio-balloon"
     CONSOLE = "console"

@@ -34,6 +34,7 @@ __all__ = [
     "HypervisorPlugin",
     "HypervisorState",
     "Restoring",
+    "TemplatePlugin",
     "VcpuThreadIds",
     "VmExit",
 ]
@@ -310,4 +311,13 @@ class HypervisorPlugin(Protocol[SectionT]):
         under another containerd. What must have a name of its own on the host (a jail, a cgroup) takes the
         last part of `state_dir`.
         """
+        ...
+
+
+class TemplatePlugin(HypervisorPlugin[SectionT], Protocol[SectionT]):
+    """What a plugin has besides whose VMs can begin with a template (docs/templates.md): its section has the
+    keys boot_to_be_template and memory_path; one VM with them can be saved, and others are `Restoring`."""
+
+    def why_no_template(self, section: SectionT) -> str:
+        """Why VMs of this section, adjusted and valid, cannot, "" if they can."""
         ...

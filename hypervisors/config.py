@@ -122,6 +122,10 @@ class HypervisorConfig(VhostUserSection, GrowingSection, DiskSection):
 
     # --- boot
     rootfs_type: str = "ext4"
+    boot_to_be_template: bool = False  # its memory is the file memory_path, and it can be saved
+    boot_from_template: bool = False  # it goes on where the one went that was saved
+    memory_path: str = ""  # of either
+    device_state_path: str = ""  # what the latter begins with
 
     # --- machine and CPU
     machine_type: str = "q35"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from devices.child import Child, process_memory, process_stat
 from devices.console import Console
-from devices.vsock import HybridVsock, KernelVsock
+from devices.vsock import AgentChannel
 from hypervisors.helpers import Helpers
 
 if TYPE_CHECKING:  # who needs it has h11 loaded
@@ -33,7 +33,7 @@ class VmParts:
     daemons: list[Child] = field(default_factory=list)
     helpers: Helpers = field(default_factory=Helpers)
     console: Console | None = None
-    channel: HybridVsock | KernelVsock | None = None
+    channel: AgentChannel | None = None
     api: HttpApi | None = None
     answers: bool = False
     orderly: str = ""

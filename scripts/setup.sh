@@ -123,6 +123,22 @@ step_confine() {
     stamp confine "$key"
 }
 
+# What QEMU opens a template's memory through (hypervisors/qemu/readonly.c).
+make_readonly() {
+    gcc -std=c11 -O2 -fPIC -shared -Wall -Wextra -Wconversion -Werror -s -Wl,-z,noexecstack,--build-id=none \
+        -o hypervisors/qemu/kata-readonly.so.new hypervisors/qemu/readonly.c
+    mv hypervisors/qemu/kata-readonly.so.new hypervisors/qemu/kata-readonly.so
+}
+
+step_readonly() {
+    local key
+    key=$(cat hypervisors/qemu/readonly.c scripts/setup.sh | sha256sum | cut -c1-64)
+    fresh readonly "$key" && [[ -x hypervisors/qemu/kata-readonly.so ]] && return
+    rm -f "$STAMPS/readonly"
+    run readonly make_readonly
+    stamp readonly "$key"
+}
+
 make_client() {
     gcc -std=c11 -O2 -static -Wall -Wextra -Wconversion -Werror -s -Wl,--build-id=none \
         -o shim/launch/kata-start.new shim/launch/client.c
@@ -253,6 +269,6 @@ step_guest() {
 RELEASE=$(host_release)
 [[ -n $(column guest) ]] || die "this host is $RELEASE; known are:$(sed -n 's/^release *//p' "$TABLE" | tr -s ' ' | sed 's/^/ /')"
 steps=("$@")
-((${#steps[@]})) || steps=(packages venv confine client vsock peers firecracker guest)
+((${#steps[@]})) || steps=(packages venv confine readonly client vsock peers firecracker guest)
 for step in "${steps[@]}"; do "step_$step"; done
 say "ready (${SECONDS} s)"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from devices.errors import CallerError, UnsupportedByHypervisor
+from devices.errors import CallerError, KataError, UnsupportedByHypervisor
 from devices.kinds import Kind, Op
 from devices.threads import acquire, look
 from devices.vsock import STREAM_PORT
@@ -30,6 +30,7 @@ from proto import task_v2_pb2, task_v3_pb2
 from shim.api.task_service import TaskService
 from shim.config import Config, load_config
 from shim.config.options import config_path
+from shim.factory.cold import Cold
 from shim.protocols import DaemonContext, Deadlines
 from shim.resources.direct_volumes import check as check_direct
 from shim.resources.disks import disk_style
@@ -55,6 +56,7 @@ from shim.tasks.container_manager import ContainerManager
 from ttrpc import Server
 
 if TYPE_CHECKING:
+    from shim.factory.template_class import TemplateClass
     from shim.recovery import Keeper
     from shim.resources.vfio_devices import Wanted
     from shim.sandbox.pod_config import PodDefaults
@@ -170,7 +172,46 @@ class VirtContainer:
         await look(self._check, spec)
         await self._check_disks(spec)
         passed = await self._passed(config, spec)
-        return self.new_instance(config, spec, await look(read_host_files, spec), pod, passed)
+        files = await look(read_host_files, spec)
+        if config.factory.enable_template:
+            try:
+                return await self._begin_with_template(config, spec, files, pod, passed)
+            except Cold as why:
+                _log.warning("the VM boots", no_template=str(why))
+        return self.new_instance(config, spec, files, pod, passed)
+
+    async def _begin_with_template(
+        self,
+        config: Config,
+        spec: Mapping[str, Any],
+        files: HostFiles,
+        pod: PodDefaults | None,
+        passed: Wanted | None,
+    ) -> VirtSandbox:
+        """The sandbox, which runs by then: one whose VM cannot begin so must be another one. Raises Cold."""
+        from shim.factory import factory
+
+        if pod is not None:
+            raise Cold("the sandbox was made by the Sandbox API, which starts it later")
+        if passed is not None:
+            raise Cold("it starts with devices of VFIO")
+        if reason := factory.why_cold(config, spec, pod=container_type(spec) != SINGLE):
+            raise Cold(reason)
+        wanted, path = await factory.obtain(config, self._context.undo, self.trace)
+        sandbox = self._sandbox = self.new_instance(config, spec, files, template=(wanted, path))
+        try:
+            await sandbox.start()
+        except KataError as error:
+            failed = sandbox.template_failed
+            await sandbox.stop()
+            if not failed:
+                raise
+            await factory.reject(config, wanted, str(error))
+            raise Cold(f"its VM could not begin with the template: {error}") from error
+        except BaseException:
+            await sandbox.stop()
+            raise
+        return sandbox
 
     async def _keep(self, config: Config) -> None:
         """Have the VM outlive us, and the next shim know how things stand. Raises ConfigError."""
@@ -265,18 +306,21 @@ class VirtContainer:
         files: HostFiles,
         pod: PodDefaults | None = None,
         passed: Wanted | None = None,
+        *,
+        template: tuple[TemplateClass, str] | None = None,
     ) -> VirtSandbox:
         """Hypervisor, devices and sandbox, none of which runs or holds anything yet. `files`: what it
-        takes from the first container's mounts; `passed`: devices of VFIO to start with."""
+        takes from the first container's mounts; `passed`: devices of VFIO to start with; `template`: to begin
+        with, and its directory."""
         context = self._context
         agent = config.agent
         dns, shm_size = files
-        stream_port = STREAM_PORT if config.runtime.use_passfd_io else 0
+        direct_stdio = config.runtime.use_passfd_io and template is None
         section, bounds = sized(
-            with_agent_params(config, stream_port),
-            spec,
+            with_agent_params(config, STREAM_PORT if direct_stdio else 0),
+            {} if template else spec,
             static=config.runtime.static_sandbox_resource_mgmt,
-            pod=container_type(spec) != SINGLE,
+            pod=template is not None or container_type(spec) != SINGLE,
         )
         plugin = get_plugin(config.hypervisor_name)
         hypervisor = plugin.create(
@@ -295,9 +339,12 @@ class VirtContainer:
             shm_size=shm_size,
             shm_source=own_shm(spec) if container_type(spec) == OWN else "",
             share_path=context.share_dir,
-            devices=cold_devices(
+            devices=template[0].devices
+            if template
+            else cold_devices(
                 config, section, context.share_dir, rng=plugin.capabilities.can(Kind.RNG, Op.COLD)
             ),
+            template=template[1] if template else "",
             deadlines=Deadlines(
                 boot=max(agent.boot_deadline, section.remote_hypervisor_timeout if hosted else 0),
                 request=agent.request_deadline,
@@ -310,7 +357,7 @@ class VirtContainer:
             ),
             bounds=bounds,
             agent_port=agent.server_port,
-            direct_stdio=config.runtime.use_passfd_io,
+            direct_stdio=direct_stdio,
             kernel_modules=agent.kernel_modules,
             disable_guest_seccomp=config.runtime.disable_guest_seccomp,
             pod=pod,

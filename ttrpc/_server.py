@@ -196,6 +196,14 @@ class Server:
         finally:
             listener.close()
 
+    async def serve_connected(self, sock: socket.socket) -> None:
+        """Serve the one peer of a connected stream socket, which is closed with the connection. Returns when
+        that has begun. No more than `serve` once `close` was called."""
+        if self.closing:
+            sock.close()
+            return
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: _Connection(self), sock)
+
     async def close(self, grace: float) -> None:
         """Stop accepting, let calls in progress end for up to `grace` seconds, write their replies, close.
 

@@ -15,7 +15,7 @@ from hypervisors.qemu.cmdline import MICROVM, PMEM_DRIVER, Plan
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.plan import HOTPLUG_MACHINES
 
-__all__ = ["MOST", "TCG_KEEPS_VCPUS", "abilities"]
+__all__ = ["MOST", "TCG_KEEPS_VCPUS", "abilities", "why_not_restored"]
 
 _AT_START = "it is part of the VM from its start"
 _NO_PORT = "no port or bridge is configured (pcie_root_port, pcie_switch_port, default_bridges)"
@@ -38,6 +38,7 @@ MOST: Mapping[Kind, Support] = {
     Kind.VHOST_USER_NET: Support(cold=YES, hot=YES, unplug=YES),
     Kind.PROTECTION: Support(cold=YES),
     Kind.VSOCK: _STAYS,
+    Kind.PORT: _STAYS,
     Kind.RNG: _STAYS,
     Kind.BALLOON: _STAYS,
     Kind.CONSOLE: _STAYS,
@@ -60,9 +61,34 @@ def abilities(section: HypervisorConfig, plan: Plan) -> dict[Kind, Support]:
         able[Kind.PROTECTION] = Support(cold="confidential_guest is false")
     if section.shared_fs == "none":
         able[Kind.SHARE_FS] = Support(*['shared_fs = "none"'] * 3)
+    if section.machine_type == MICROVM:
+        able[Kind.PORT] = _all(_NO_PCI)
     able[Kind.VCPU] = _vcpus(plan, able[Kind.VCPU])
     able[Kind.DIMM], able[Kind.VIRTIO_MEM] = _memory(section, plan)
     return able
+
+
+def why_not_restored(section: HypervisorConfig) -> str:
+    """Why a VM cannot begin with one that was saved, "" if it can. What vhost-user devices do with private
+    memory hangs; the rest has a state that is the host's, or gives memory back that is not its own."""
+    if section.machine_type not in HOTPLUG_MACHINES:
+        return f"{_NO_PCI}, and its disks and cards come afterwards"
+    reasons = {
+        'shared_fs is not "none", and virtio-fs is served by a daemon that does not see its private memory': (
+            section.shared_fs != "none"
+        ),
+        "confidential_guest: the host cannot read its memory": section.confidential_guest,
+        'cold_plug_vfio is not "no-port", and a device of the host has a state there': (
+            section.cold_plug_vfio != "no-port"
+        ),
+        "enable_iommu: devices of VFIO would follow": section.enable_iommu,
+        "reclaim_guest_freed_memory: what its memory begins with is not its own to give back": (
+            section.reclaim_guest_freed_memory
+        ),
+        "rootless is false, and QEMU would own the memory that others begin with": not section.rootless,
+        _NO_PORT: bool(_why_no_hotplug(section)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), YES)
 
 
 def _why_no_hotplug(section: HypervisorConfig) -> str:

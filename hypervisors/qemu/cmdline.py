@@ -15,10 +15,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from devices.addresses import Place, Port
-from devices.config import ConsoleConfig, ProtectionConfig, VfioConfig
+from devices.config import ConsoleConfig, PortConfig, ProtectionConfig, VfioConfig
 from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.kvm import Accelerator
-from hypervisors.qemu.recipes import IO_THREAD, Placed, argv, protection_object, recipe, scsi_controller
+from hypervisors.qemu.recipes import (
+    IO_THREAD,
+    Placed,
+    argv,
+    protection_object,
+    recipe,
+    reopened,
+    scsi_controller,
+)
 from hypervisors.rules import guest_words
 
 __all__ = ["MICROVM", "PMEM_DRIVER", "VIRTIO_MEM", "Plan", "arguments", "kernel_command_line"]
@@ -42,6 +50,7 @@ class Plan:
     cannot. `virtio_mem`: its PCI slot, if memory grows so. `ports`: what opens PCI buses for hot-plug.
     `scsi`: where the SCSI controller sits, if disks behind it are there from the start.
     `version`: QEMU's, () if it is not known.
+    `memory`: the descriptor of the file that the guest's memory is, -1 for memory of QEMU's own.
     `tsc_khz`: the host's clock, for a microvm under TCG, which hangs now and then while it measures it
     (facts/guest-vm.md); else 0.
     """
@@ -60,6 +69,7 @@ class Plan:
     tsc_khz: int = 0
     scsi: Place | None = None
     version: tuple[int, ...] = ()
+    memory: int = -1
 
     @property
     def all_vcpus_at_start(self) -> bool:
@@ -102,6 +112,9 @@ def kernel_command_line(plan: Plan) -> str:
         words.append(f"maxcpus={plan.vcpus}")
     if section.enable_iommu:
         words += ["intel_iommu=on", "iommu=pt"]
+    words += [
+        f"agent.port={placed.device.name}" for placed in plan.devices if isinstance(placed.device, PortConfig)
+    ]
     words += guest_words(section.image, section.rootfs_type, plan.home_port)
     if plan.tsc_khz:
         words += [f"tsc_early_khz={plan.tsc_khz}", "tsc=reliable"]
@@ -119,19 +132,18 @@ def arguments(plan: Plan) -> list[str]:
         words += ["-sandbox", section.seccomp_sandbox or SANDBOX]
     words += ["-machine", _machine(plan), "-cpu", _cpu(plan)]
     words += ["-smp", _smp(plan), "-m", _memory(plan)]
-    # Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small.
-    words += [
-        "-object",
-        f"memory-backend-memfd,id={_MEMORY_ID},size={section.default_memory}M,share=on",
-    ]
+    words += ["-object", _memory_backend(plan)]
     if (protection := _protection(plan)) is not None:
         words += ["-object", json.dumps(protection_object(protection))]
     if section.firmware:
         words += ["-bios", section.firmware]
-    words += ["-kernel", section.kernel]
-    if section.initrd:
-        words += ["-initrd", section.initrd]
-    words += ["-append", kernel_command_line(plan)]
+    if section.boot_from_template:
+        words += ["-incoming", "defer"]  # what to take x-ignore-shared for has to be told before
+    else:
+        words += ["-kernel", section.kernel]
+        if section.initrd:
+            words += ["-initrd", section.initrd]
+        words += ["-append", kernel_command_line(plan)]
     words += ["-chardev", f"socket,id=qmp,fd={plan.qmp_fd},server=on,wait=off"]
     if plan.version >= _MONITOR_OBJECTS:
         words += ["-object", "monitor-qmp,id=control,chardev=qmp"]
@@ -158,6 +170,16 @@ def arguments(plan: Plan) -> list[str]:
     if plan.virtio_mem is not None:
         words += _virtio_mem(plan, plan.virtio_mem)
     return words
+
+
+def _memory_backend(plan: Plan) -> str:
+    """Shared, because vhost-user daemons map it; a memfd, because /dev/shm may be small. A template's is a
+    file, which those that begin with it map privately: what they write is their own."""
+    size = f"id={_MEMORY_ID},size={plan.section.default_memory}M"
+    if plan.memory < 0:
+        return f"memory-backend-memfd,{size},share=on"
+    share = "off" if plan.section.boot_from_template else "on"
+    return f"memory-backend-file,{size},share={share},mem-path={reopened(plan.memory)}"
 
 
 def _protection(plan: Plan) -> ProtectionConfig | None:

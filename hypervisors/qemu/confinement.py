@@ -24,8 +24,18 @@ from hypervisors.qemu.cmdline import Plan
 from hypervisors.qemu.kvm import Accelerator
 from hypervisors.qemu.recipes import Placed
 
-__all__ = ["FILES", "check_readable", "confinement", "lend_nodes", "meeting_place", "take_back_nodes"]
+__all__ = [
+    "FILES",
+    "READ_ONLY",
+    "check_readable",
+    "confinement",
+    "lend_nodes",
+    "meeting_place",
+    "take_back_nodes",
+]
 
+READ_ONLY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kata-readonly.so")
+"""Built by `make setup` from readonly.c, which says why: what a VM from a template has QEMU load."""
 FILES = 4096
 """Descriptors: two for each disk, one for each queue of a card, and some."""
 _PLACES = "/sys/devices/system"  # of CPUs and memory: what its libraries ask
@@ -48,6 +58,7 @@ def confinement(
     later = section.hot_plug_vfio != "no-port"
     binds = [Bind(path=meeting_place(state_dir))]
     binds += [Bind(path=path) for path in _guest_files(plan) if path]
+    binds += [Bind(path=READ_ONLY)] if section.boot_from_template else []
     binds.append(Bind(path="/sys" if passed or later else _PLACES))
     binds += [Bind(path=os.path.dirname(device.quote_socket)) for device in protected if device.quote_socket]
     nodes = ["/dev/kvm"] if plan.accelerator is Accelerator.KVM else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from hypervisors.qemu.qmp import QmpEvent
 
-__all__ = ["deleted", "let_go", "size_is", "taken"]
+__all__ = ["deleted", "let_go", "port_opened", "size_is", "taken"]
 
 Match = Callable[[QmpEvent], bool]
 
@@ -38,6 +38,12 @@ def let_go(device_id: str) -> Match:
         )
 
     return lambda event: gone(event) or refused(event) or any(match(event) for match in kept)
+
+
+def port_opened(event: QmpEvent) -> bool:
+    """The guest has opened a port of virtio-serial."""
+    data = event.get("data")
+    return event.get("event") == "VSERPORT_CHANGE" and isinstance(data, dict) and data.get("open") is True
 
 
 def size_is(device_id: str, size: int) -> Match:

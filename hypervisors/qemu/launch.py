@@ -23,9 +23,10 @@ from devices.rendezvous import connect_now, listen
 from devices.undo import UndoLog
 from hypervisors.death import GATHER, Death
 from hypervisors.qemu.cmdline import Plan, arguments
-from hypervisors.qemu.confinement import confinement
+from hypervisors.qemu.confinement import READ_ONLY, confinement
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.qmp import QmpClient, QmpEvent
+from hypervisors.qemu.recipes import reopened
 
 __all__ = ["launch"]
 
@@ -67,6 +68,11 @@ async def launch(
         home_port = parts.channel.home_port if parts.channel else 0
         plan = dataclasses.replace(plan, qmp_fd=listener.fileno(), devices=placed, home_port=home_port)
         fds = [listener.fileno(), *(fd for one in placed for fd in (one.fd, one.file) if fd >= 0)]
+        env = {}
+        if plan.memory >= 0:
+            fds.append(plan.memory)
+        if plan.section.boot_from_template:
+            env = {"LD_PRELOAD": READ_ONLY, "KATA_READ_ONLY": reopened(plan.memory)}
         for one in placed:
             if isinstance(one.device, NetworkConfig):
                 fds += [*one.device.tap_fds, *one.device.vhost_fds]
@@ -79,6 +85,7 @@ async def launch(
             confinement=confinement(
                 plan, placed, user=user, netns=netns, state_dir=state_dir, locked=parts.locked
             ),
+            env=env,
             pass_fds=fds,
             on_output=on_output,
         )

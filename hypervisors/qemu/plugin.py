@@ -18,7 +18,7 @@ from devices.vsock_daemon import find_vsock_daemon
 from hypervisors.base import Capabilities, CheckResult
 from hypervisors.checks import found, on_path
 from hypervisors.config import HypervisorConfig
-from hypervisors.qemu.abilities import MOST
+from hypervisors.qemu.abilities import MOST, why_not_restored
 from hypervisors.qemu.cmdline import MICROVM, PMEM_DRIVER
 from hypervisors.qemu.kvm import choose_accelerator
 from hypervisors.qemu.vmm import VHOST_VSOCK, Qemu
@@ -61,7 +61,9 @@ class QemuPlugin:
     name = "qemu"
     section = HypervisorConfig
     seen_with = ("7.2.22", "10.0.13", "11.1.3")  # Debian 12, 13 and sid: docs/hosts.md
-    capabilities = Capabilities(devices=MOST, hybrid_vsock=True, pause=True, adopt=True)
+    capabilities = Capabilities(
+        devices=MOST, hybrid_vsock=True, pause=True, snapshot=True, restore=True, adopt=True
+    )
 
     def adjust_config(self, section: HypervisorConfig) -> HypervisorConfig:
         """Kata's meanings of "", 0 and of values beyond this host."""
@@ -106,7 +108,15 @@ class QemuPlugin:
             raise wrong(self.name, "enable_virtio_mem", "true", why)
         if needs and not getattr(section, needs):
             raise wrong(self.name, "hot_plug_vfio", section.hot_plug_vfio, f"needs {needs} to be 1 or more")
+        for key in ("boot_to_be_template", "boot_from_template"):
+            if getattr(section, key):
+                why = "is the factory's to set: enable_template = true in [hypervisor.qemu.factory]"
+                raise wrong(self.name, key, "true", why)
         _check_disks(self.name, section)
+
+    def why_no_template(self, section: HypervisorConfig) -> str:
+        """See `hypervisors.base.TemplatePlugin`."""
+        return why_not_restored(section)
 
     def _check_protection(self, section: HypervisorConfig) -> None:
         from devices.protection import choose, probe

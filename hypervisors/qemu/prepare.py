@@ -20,6 +20,7 @@ from devices.config import (
     BlockFormat,
     ConsoleConfig,
     DeviceConfig,
+    PortConfig,
     ShareFsConfig,
     VhostUserBlkConfig,
     VhostUserNetConfig,
@@ -30,16 +31,18 @@ from devices.errors import CallerError, HostError
 from devices.kinds import Kind
 from devices.lines import LineLog
 from devices.outlive import children_outlive
+from devices.port import PortChannel
 from devices.share_fs import Virtiofsd, is_noise
 from devices.threads import acquire, look
 from devices.undo import UndoLog
 from devices.vsock import HybridVsock, KernelVsock, reserve_cid
 from devices.vsock_daemon import VsockDaemon
+from hypervisors.config import HypervisorConfig
 from hypervisors.qemu.confinement import meeting_place
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.recipes import Placed
 
-__all__ = ["CONSOLE", "VHOST_VSOCK", "log_output", "prepare"]
+__all__ = ["CONSOLE", "VHOST_VSOCK", "close_memory", "log_output", "open_memory", "prepare"]
 
 VHOST_VSOCK = "/dev/vhost-vsock"
 CONSOLE = "console.sock"
@@ -71,6 +74,11 @@ async def prepare(
             parts.helpers.add(device, relay)
             # QEMU 7.2 under TCG dies when the guest sets up this card's message interrupts.
             return Placed(device=device, path=relay.path, msi=not tcg, give_up=relay.abort)
+        case PortConfig():
+            channel, guest_end = PortChannel.pair()
+            parts.channel = channel
+            parts.keep(device.id, guest_end)
+            return Placed(device=device, fd=guest_end)
         case VsockConfig():
             return await _vsock(parts, device, state_dir, undo, user)
         case BlockConfig():
@@ -123,6 +131,28 @@ def open_disk(device: BlockConfig) -> int:
         raise HostError(f"{device.path} is neither a file nor a block device", phase="devices")
     os.set_blocking(file, True)
     return file
+
+
+def open_memory(section: HypervisorConfig) -> int:
+    """The file that the guest's memory is, for QEMU: -1 if there is none. Raises HostError. Blocks."""
+    if not (section.boot_to_be_template or section.boot_from_template):
+        return -1
+    path = section.memory_path
+    try:
+        file = os.open(path, (os.O_RDONLY if section.boot_from_template else os.O_RDWR) | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(f"the memory {path} cannot be opened: {error.strerror}", phase="vmm") from error
+    size, wanted = os.fstat(file).st_size, section.default_memory << 20
+    if size != wanted:
+        os.close(file)
+        raise HostError(f"the memory {path} has {size} bytes, and the VM {wanted}", phase="vmm")
+    return file
+
+
+def close_memory(file: int) -> None:
+    """QEMU has it, or will not get it."""
+    if file >= 0:
+        os.close(file)
 
 
 def is_block(file: int) -> bool:

@@ -23,6 +23,7 @@ from devices.config import (
     DeviceConfig,
     IoLimits,
     NetworkConfig,
+    PortConfig,
     ProtectionConfig,
     RngConfig,
     ShareFsConfig,
@@ -140,6 +141,8 @@ def recipe(placed: Placed, bus: str = "pci") -> Recipe:
             )
         case VsockConfig():
             made = _on_socket(device.id, placed.fd, {"driver": f"vhost-user-vsock-{bus}"})
+        case PortConfig():
+            return _port(device, placed, bus)
         case RngConfig():
             source = {"qom-type": "rng-random", "id": f"src-{device.id}", "filename": device.source}
             made = Recipe({"driver": f"virtio-rng-{bus}", "rng": source["id"]}, (BackEnd("object", source),))
@@ -375,6 +378,16 @@ def protection_object(device: ProtectionConfig) -> dict[str, Any]:
         "kernel-hashes": True,
     }
     return made | ({"policy": device.policy} if device.policy else {})
+
+
+def _port(device: PortConfig, placed: Placed, bus: str) -> Recipe:
+    """The controller has the place, and this one port."""
+    controller = {"driver": f"virtio-serial-{bus}", "id": f"ports-{device.id}", "max_ports": 2, **placed.at}
+    chardev = BackEnd("chardev", {"id": f"char-{device.id}"}, {"fd": (placed.fd,)})
+    front = {"driver": "virtserialport", "bus": f"{controller['id']}.0", "nr": 1, "name": device.name}
+    return Recipe(
+        {**front, "chardev": chardev.name, "id": device.id}, (chardev, BackEnd("device", controller))
+    )
 
 
 def _on_socket(device_id: str, fd: int, front: Mapping[str, Any]) -> Recipe:

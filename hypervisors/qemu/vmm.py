@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -34,6 +35,7 @@ from devices.errors import (
 )
 from devices.kinds import Op
 from devices.lines import Budget
+from devices.port import PortChannel
 from devices.threads import acquire, look
 from devices.undo import Entry, UndoLog
 from devices.users import User, parse_range, take
@@ -41,18 +43,19 @@ from devices.versions import Version, version_of
 from hypervisors.base import Capabilities, HypervisorState, VcpuThreadIds
 from hypervisors.config import HypervisorConfig
 from hypervisors.process_vm import ProcessVm
-from hypervisors.qemu.abilities import abilities
+from hypervisors.qemu.abilities import abilities, why_not_restored
 from hypervisors.qemu.adopt import saved, take_over
 from hypervisors.qemu.cmdline import Plan
 from hypervisors.qemu.confinement import check_readable, meeting_place, take_back_nodes
 from hypervisors.qemu.disks import update_disk
+from hypervisors.qemu.events import port_opened
 from hypervisors.qemu.hotplug import Plugger
 from hypervisors.qemu.kvm import Accelerator, choose_accelerator
 from hypervisors.qemu.launch import launch
 from hypervisors.qemu.parts import Parts
 from hypervisors.qemu.places import Places
 from hypervisors.qemu.plan import first_plan, with_ports
-from hypervisors.qemu.prepare import CONSOLE, VHOST_VSOCK, log_output, prepare
+from hypervisors.qemu.prepare import CONSOLE, VHOST_VSOCK, close_memory, log_output, open_memory, prepare
 from hypervisors.qemu.qmp import QmpClient, QmpEvent, sensible
 from hypervisors.qemu.recipes import Placed
 from hypervisors.qemu.sizing import Sizer
@@ -60,6 +63,8 @@ from hypervisors.qemu.sizing import Sizer
 __all__ = ["VHOST_VSOCK", "Qemu"]
 
 _NAME = "qemu"
+_MEMORY, _STATE = "memory", "device_state"  # of a VM that was saved
+_SAVE = 30.0  # seconds; it takes about 20 ms
 _log = structlog.get_logger("qemu")
 
 
@@ -110,8 +115,45 @@ class Qemu(ProcessVm[HypervisorConfig, Parts]):
         await self._qmp().execute("cont")
 
     async def save_vm(self, path: str) -> None:
-        """Not yet: templates need a VM without vhost-user devices."""
-        raise UnsupportedByHypervisor(_NAME, f"saving a VM (to {path})")
+        """See `Hypervisor.save_vm`: ends the agent's connection, and writes `path`/device_state. The memory
+        is in the section's memory_path, which is `path`/memory if `restore_vm` is to find it. Afterwards the
+        VM stands still: what it would write would be written to what was saved."""
+        if not self._section.boot_to_be_template:
+            raise UnsupportedByHypervisor(
+                _NAME, f"saving a VM (to {path}) whose memory is no file: boot_to_be_template is false"
+            )
+        from hypervisors.qemu.saving import save  # hardly any VM is saved
+
+        qmp, channel = self._qmp(), self._parts.channel
+        if isinstance(channel, PortChannel):
+            # The guest opens its port anew once it has seen the end of the last connection, and QEMU tells.
+            with qmp.expect(port_opened) as opened:
+                channel.hang_up()
+                try:
+                    async with asyncio.timeout(_SAVE):
+                        await opened
+                except TimeoutError:
+                    raise HypervisorError(
+                        f"the guest did not let go of its port within {_SAVE:g} s",
+                        phase="save",
+                        code="DEADLINE_EXCEEDED",
+                    ) from None
+        await save(qmp, f"{path}/{_STATE}", _SAVE)
+
+    async def restore_vm(self, path: str, timeout: float) -> None:
+        """See `Restoring.restore_vm`. The memory is mapped privately: any number of VMs can begin so."""
+        if self._plan is None:
+            raise BugError("restore_vm needs prepare_vm before it")
+        if reason := why_not_restored(self._section):
+            raise UnsupportedByHypervisor(_NAME, f"beginning with a VM that was saved: {reason}")
+        self._section = dataclasses.replace(
+            self._section,
+            boot_from_template=True,
+            memory_path=f"{path}/{_MEMORY}",
+            device_state_path=f"{path}/{_STATE}",
+        )
+        self._plan = dataclasses.replace(self._plan, section=self._section)
+        await self.start_vm(timeout)
 
     # --- sizing
 
@@ -299,6 +341,8 @@ class Qemu(ProcessVm[HypervisorConfig, Parts]):
             devices=abilities(self._section, self._plan),
             hybrid_vsock=not os.path.exists(VHOST_VSOCK),
             pause=True,
+            snapshot=self._section.boot_to_be_template,
+            restore=not why_not_restored(self._section),
             adopt=True,
         )
 
@@ -313,20 +357,29 @@ class Qemu(ProcessVm[HypervisorConfig, Parts]):
         places = self._places
         plan = dataclasses.replace(self._plan, scsi=places.controller)
         plan = self._plan = with_ports(plan, places.topology)
-        await launch(
-            plan,
-            self._parts,
-            self._death,
-            undo=self._undo,
-            netns=self._netns,
-            user=self._uid,
-            state_dir=self._state_dir,
-            qmp_path=f"{self._state_dir}/qmp.sock",
-            timeout=timeout,
-            on_event=self._on_event,
-            on_output=log_output(_NAME),
-        )
+        section = self._section
+        memory = await acquire(open_memory, section, lost=close_memory)
+        try:
+            await launch(
+                dataclasses.replace(plan, memory=memory),
+                self._parts,
+                self._death,
+                undo=self._undo,
+                netns=self._netns,
+                user=self._uid,
+                state_dir=self._state_dir,
+                qmp_path=f"{self._state_dir}/qmp.sock",
+                timeout=timeout,
+                on_event=self._on_event,
+                on_output=log_output(_NAME),
+            )
+        finally:
+            close_memory(memory)
         assert self._parts.qmp is not None
+        if section.boot_from_template:
+            from hypervisors.qemu.saving import load
+
+            await load(self._parts.qmp, section.device_state_path, timeout)
         self._sizer = Sizer(plan, self._parts.qmp)
         self._plugger = Plugger(
             self._parts.qmp,

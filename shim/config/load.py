@@ -31,6 +31,7 @@ from shim.config.schema import (
     TOP_LEVEL,
     AgentConfig,
     AnnotationPolicy,
+    FactoryConfig,
     Inactive,
     RuntimeConfig,
 )
@@ -44,6 +45,7 @@ __all__ = ["SEARCH_PATH", "Config", "ConfigFileError", "find_config", "load_conf
 
 DEFAULT_HYPERVISOR = "qemu"
 DEFAULT_AGENT = "kata"
+_FACTORY = "factory"
 
 
 class ConfigFileError(ConfigError):
@@ -71,6 +73,7 @@ class Config:
     agent: AgentConfig
     hypervisor_name: str
     hypervisor: Any
+    factory: FactoryConfig = field(default_factory=FactoryConfig)
     policy: AnnotationPolicy
     annotations: tuple[str, ...]
     inactive: tuple[Inactive, ...]
@@ -158,6 +161,8 @@ class _Reading:
         for each in found:
             if each.section == ".".join(name) and each.key in (moved or ()):
                 self.moved[each.key] = each.value
+            elif each.key == _FACTORY and name[:1] == ("hypervisor",):
+                continue  # a section of its own
             else:
                 self.inactive.append(each)
         return values
@@ -194,8 +199,9 @@ def _check(
     agent = reading.section(
         "agent", agent_name, schema=AgentConfig, inactive=AGENT_INACTIVE, moved=_AGENT_READ_HERE
     )
+    factory: dict[str, Any] = {}
     for name, keys in TOP_LEVEL.items():
-        reading.section(name, schema=None, inactive=keys)
+        factory |= reading.section(name, schema=FactoryConfig, inactive=keys)
 
     plugin: HypervisorPlugin[Any] | None = None
     hint = "correct the file"
@@ -215,6 +221,8 @@ def _check(
         moved=_POLICY_KEYS,
         aliases=HYPERVISOR_ALIASES,
     )
+    if isinstance(table.values.get(_FACTORY, {}), dict):
+        factory |= reading.section("hypervisor", hypervisor_name, _FACTORY, schema=FactoryConfig, inactive={})
     policy = _policy(source, hypervisor_name)
     problems += check_patterns(policy, table)
     if problems or plugin is None:
@@ -242,6 +250,17 @@ def _check(
     )
     problems += check_runtime(runtime_config, source.table("runtime"))
     problems += check_agent(agent_config, agent_table)
+    factory_config = FactoryConfig(**factory)
+    if factory_config.enable_template:
+        from shim.config.factory import check_factory  # few configurations have one
+
+        wrong, without_effect = check_factory(
+            factory_config, runtime_config, agent_config, plugin, section, source, hypervisor_name
+        )
+        problems += wrong
+        inactive += without_effect
+        if without_effect:
+            factory_config = replace(factory_config, enable_template=False)
     if problems:
         raise ConfigFileError(base, problems)
     with _placed(base, table, pod):
@@ -253,6 +272,7 @@ def _check(
         agent=agent_config,
         hypervisor_name=hypervisor_name,
         hypervisor=section,
+        factory=factory_config,
         policy=policy,
         annotations=tuple(pod.used) if pod else (),
         inactive=tuple(inactive),

@@ -26,6 +26,7 @@ __all__ = [
     "TOP_LEVEL",
     "AgentConfig",
     "AnnotationPolicy",
+    "FactoryConfig",
     "Inactive",
     "RuntimeConfig",
     "is_secret",
@@ -87,6 +88,14 @@ class AgentConfig:
     def request_deadline(self) -> float:
         """Seconds for each call to the agent that does not wait for the guest by nature."""
         return self.create_container_timeout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactoryConfig:
+    """[hypervisor.NAME.factory], or [factory], as Kata's Go runtime has it; see docs/templates.md."""
+
+    enable_template: bool = False  # VMs begin with one that has booted before
+    template_path: str = "/run/vc/vm/template"  # a directory in memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +176,7 @@ def toml_value(value: Any) -> str:
 # of strings, [] an array of tables, {} any table, a filled one a table of these keys, a float takes integers.
 
 TOP_LEVEL: Mapping[str, Mapping[str, Any]] = {
-    "factory": {  # Kata's Go runtime only
-        "enable_template": False,
-        "template_path": "/run/vc/vm/template",
+    "factory": {  # Kata's Go runtime only; what it has of `FactoryConfig` counts
         "vm_cache_number": 0,
         "vm_cache_endpoint": "/var/run/kata-containers/cache.sock",
     },
@@ -245,7 +252,7 @@ HYPERVISOR_INACTIVE: Mapping[str, Any] = {
     "boot_from_template": False,
     "boot_to_be_template": False,
     "device_state_path": "",
-    "factory": {"enable_template": False, "template_path": "/run/vc/vm/template"},
+    "factory": {},  # read as `FactoryConfig`
     "firmware": "",
     "firmware_volume": "",
     "guest_extension_images": [],

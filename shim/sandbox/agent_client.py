@@ -412,6 +412,10 @@ class GuestAgent:
         service = loopback_pb2.DESCRIPTOR.services_by_name["Loopback"]
         await self._call("Resolve", request, service=service)
 
+    async def reseed_random_dev(self, data: bytes) -> None:
+        """ReseedRandomDev: the guest's random generator goes on with these bytes, at once."""
+        await self._call("ReseedRandomDev", agent_pb2.ReseedRandomDevRequest(data=data))
+
     async def set_guest_date_time(self, seconds: int, microseconds: int) -> None:
         """SetGuestDateTime: after a pause or a restore the guest's clock is late."""
         await self._call(

@@ -45,6 +45,7 @@ from shim.state.bundle import OWN
 from shim.state.trace import Trace
 
 if TYPE_CHECKING:
+    from hypervisors.base import Restoring
     from shim.resources.guest_swap import GuestSwap
     from shim.resources.network.dan import DanNetwork
 
@@ -90,6 +91,7 @@ class VirtSandbox(RunningVm):
         )
         self._cgroup = HostCgroup(settings.cgroup, undo) if settings.cgroup is not None else None
         self._emulated = False
+        self._doubtful = False
         self._sizing = Sizing(
             settings.bounds,
             hypervisor,
@@ -153,6 +155,11 @@ class VirtSandbox(RunningVm):
     def size(self) -> Size:
         """The VM's vCPUs and bytes of memory, as they are now."""
         return self._sizing.size
+
+    @property
+    def template_failed(self) -> bool:
+        """Whether it was the template that the start did not get over."""
+        return self._doubtful and not self.stopped
 
     async def check(self, timeout: float) -> None:
         """Raise KataError unless VMM and agent answer now, each within `timeout` seconds."""
@@ -285,8 +292,13 @@ class VirtSandbox(RunningVm):
             for device in settings.devices:
                 await self._devices.try_add_device(device, hypervisor)
             await self._containers.plug_first()
-            await self._network.plug()
-            await hypervisor.start_vm(settings.deadlines.boot)
+            if settings.template:
+                self._doubtful = True
+                # Its cards come when it runs: the template has none.
+                await cast("Restoring", hypervisor).restore_vm(settings.template, settings.deadlines.boot)
+            else:
+                await self._network.plug()
+                await hypervisor.start_vm(settings.deadlines.boot)
         self._vmm_pid = await hypervisor.get_vmm_master_tid()
         self._watch(self._loss.watch_vm(), "vm")
         self._watch(self._follow(), "cgroup")
@@ -296,6 +308,12 @@ class VirtSandbox(RunningVm):
             await self._channel.wait_ready(settings.deadlines.boot)
         with self._trace.phase("agent.connect"):
             agent = await self._connect(settings.agent_port)
+        if settings.template:
+            from shim.sandbox.clone import make_own
+
+            with self._trace.phase("agent.make_own"):
+                await make_own(agent)
+            self._doubtful = False
         with self._trace.phase("agent.create_sandbox"):
             await agent.create_sandbox(
                 sandbox_id=self.id,
@@ -305,7 +323,10 @@ class VirtSandbox(RunningVm):
                 guest_hook_path=settings.guest_hook_path,
                 kernel_modules=[*settings.disks.modules(), *map(_module, settings.kernel_modules)],
             )
-        await self._network.configure(agent)
+        if settings.template:
+            await self._rescan()
+        else:
+            await self._network.configure(agent)
         if settings.swap is not None:
             from shim.resources.guest_swap import GuestSwap  # not on the usual start path
 

@@ -41,7 +41,8 @@ class SandboxSettings:
     `first_spec`: the OCI spec of its single container, None for a pod's. `disks`: how its containers' disks
     are served; `swap`: the guest's. `vfio`: how devices of VFIO are passed on; `passed`: those that the VM
     starts with. `hosted`: see `hypervisors.config.HostedSection`; `annotations`: what the maker of such a VM
-    learns of the pod. `pod`: what each container gets that does not bring it, with the Sandbox API.
+    learns of the pod. `template`: the directory of a saved VM that it begins with, "" for one that boots.
+    `pod`: what each container gets that does not bring it, with the Sandbox API.
     """
 
     sandbox_id: str
@@ -58,6 +59,7 @@ class SandboxSettings:
     devices: Sequence[DeviceConfig]
     deadlines: Deadlines
     bounds: Bounds
+    template: str = ""
     agent_port: int = 1024
     direct_stdio: bool = True
     guest_hook_path: str = ""

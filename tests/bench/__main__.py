@@ -12,7 +12,7 @@ from pathlib import Path
 from testing.containerd import Containerd
 from testing.guest import PROJECT, guest_files
 from testing.images import busybox_image
-from tests.bench import hotplug, report, rows
+from tests.bench import hotplug, report, rows, templates
 from tests.bench.figures import Row
 
 ROWS = {
@@ -23,6 +23,7 @@ ROWS = {
     "e": (rows.memory, "PSS of an idle pod"),
     "f": (rows.stdout, "MB/s through stdout: ours, runc"),
     "g": (hotplug.plugs, "plug and unplug of each kind: ours, raw QMP"),
+    "i": (templates.templates, "from a template against cold: agent ready, first output, PSS of a further"),
     "h": (rows.further, "PSS of each of several pods' shims, with a zygote: ours, runc's"),
 }
 

@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import ttrpc
@@ -26,13 +26,26 @@ from testing.guest import GUEST, PROJECT
 from testing.zygote import zygote_of
 from tests.bench.figures import Row, Series
 
-__all__ = ["boot", "execs", "further", "memory", "round_trip", "start", "stdout"]
+__all__ = [
+    "Progress",
+    "alternate",
+    "boot",
+    "detached",
+    "execs",
+    "first_byte",
+    "further",
+    "memory",
+    "pss_by_program",
+    "round_trip",
+    "start",
+    "stdout",
+]
 
 IMAGE = "local/busybox:1"
 Progress = Callable[[str], None]
 
 
-def _alternate(rounds: int, contenders: dict[str, Callable[[], float]], say: Progress) -> dict[str, Series]:
+def alternate(rounds: int, contenders: dict[str, Callable[[], float]], say: Progress) -> dict[str, Series]:
     """Run all contenders in each round, every other round backwards (A B, B A, ...)."""
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
@@ -119,7 +132,7 @@ def start(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
     }
     with zygote_of(containerd):
         _start_once(ours, grpc, zygote=True)
-        series = _alternate(rounds, contenders, say)
+        series = alternate(rounds, contenders, say)
     rows = [
         ("a1", "start, without a zygote", "kata-shim", "", 1.6),
         ("a2", "start, with a zygote", "kata-shim, zygote", "", 0.6),
@@ -193,9 +206,10 @@ async def _boot_bare(argv: list[str]) -> float:
     return took
 
 
-def _first_byte(containerd: Containerd, runtime: str) -> float:
+def first_byte(containerd: Containerd, runtime: str, *, options: Sequence[str] = ()) -> float:
     """Milliseconds from `ctr run --rm` to the first byte of its container's output."""
-    argv = containerd.ctr_argv("run", "--rm", "--runtime", runtime, IMAGE, containerd.new_id(), "echo", "x")
+    words = ("run", "--rm", "--runtime", runtime, *options, IMAGE, containerd.new_id(), "echo", "x")
+    argv = containerd.ctr_argv(*words)
     begin = time.perf_counter()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, env=containerd.environment) as process:
         assert process.stdout is not None
@@ -219,9 +233,11 @@ def _processes(containerd: Containerd, name: str, word: str = "") -> list[leaks.
 
 
 @contextlib.contextmanager
-def _detached(containerd: Containerd, runtime: str) -> Iterator[str]:
+def detached(containerd: Containerd, runtime: str, *, options: Sequence[str] = ()) -> Iterator[str]:
+    """A container that sleeps; its name."""
     name = containerd.new_id("bench")
-    containerd.ctr("run", "-d", "--runtime", runtime, IMAGE, name, "sleep", "100000", timeout=120)
+    words = ("run", "-d", "--runtime", runtime, *options, IMAGE, name, "sleep", "100000")
+    containerd.ctr(*words, timeout=120)
     try:
         yield name
     finally:
@@ -230,7 +246,7 @@ def _detached(containerd: Containerd, runtime: str) -> Iterator[str]:
 
 def _qemu_argv(containerd: Containerd) -> list[str]:
     """The QEMU arguments that the shim uses, from a running container."""
-    with _detached(containerd, KATA) as name:
+    with detached(containerd, KATA) as name:
         (qemu,) = _processes(containerd, name, "qemu-system")
         return list(qemu.argv)
 
@@ -239,12 +255,12 @@ def boot(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
     """(b) `ctr run` to the first output, against the bare boot of the same VM, and against runc."""
     os.environ.setdefault("VHOST_DEVICE_VSOCK", str(PROJECT / "build/vsock/usr/bin/vhost-device-vsock"))
     argv = _qemu_argv(containerd)
-    series = _alternate(
+    series = alternate(
         rounds,
         {
-            "kata-shim": lambda: _first_byte(containerd, KATA),
+            "kata-shim": lambda: first_byte(containerd, KATA),
             "bare QEMU to agent-ready": lambda: asyncio.run(_boot_bare(argv)),
-            "runc": lambda: _first_byte(containerd, RUNC),
+            "runc": lambda: first_byte(containerd, RUNC),
         },
         say,
     )
@@ -276,8 +292,8 @@ def execs(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
         containerd.ctr("task", "exec", "--exec-id", f"e{next(number)}", name, "true")
         return (time.perf_counter() - begin) * 1000
 
-    with _detached(containerd, KATA) as kata, _detached(containerd, RUNC) as runc:
-        series = _alternate(rounds, {"kata-shim": lambda: once(kata), "runc": lambda: once(runc)}, say)
+    with detached(containerd, KATA) as kata, detached(containerd, RUNC) as runc:
+        series = alternate(rounds, {"kata-shim": lambda: once(kata), "runc": lambda: once(runc)}, say)
     return [
         Row(key="c", title="ctr task exec true", unit="ms", ours=series["kata-shim"], peer=series["runc"])
     ]
@@ -304,7 +320,8 @@ def _pss(pid: int) -> float:
     raise AssertionError(f"no Pss of {pid}")
 
 
-def _pss_by_program(containerd: Containerd, name: str) -> dict[str, float]:
+def pss_by_program(containerd: Containerd, name: str) -> dict[str, float]:
+    """MB of a container's processes, by their programs' beginnings."""
     found: dict[str, float] = {}
     for process in _processes(containerd, name):
         # The shim is an interpreter with a script; the others are themselves.
@@ -320,12 +337,12 @@ def memory(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
     """(e) PSS of an idle pod's processes; the shim against runc's, and the whole pod against its VMM."""
     samples: dict[str, list[float]] = {}
     for number in range(max(2, rounds // 5)):
-        with _detached(containerd, KATA) as kata, _detached(containerd, RUNC) as runc:
-            ours = _pss_by_program(containerd, kata)
+        with detached(containerd, KATA) as kata, detached(containerd, RUNC) as runc:
+            ours = pss_by_program(containerd, kata)
             for kind, value in ours.items():
                 samples.setdefault(kind, []).append(value)
             samples.setdefault("pod", []).append(sum(ours.values()))
-            samples.setdefault("runc", []).append(_pss_by_program(containerd, runc)["containerd-shim"])
+            samples.setdefault("runc", []).append(pss_by_program(containerd, runc)["containerd-shim"])
         say(f"round {number + 1}: " + ", ".join(f"{k} {v[-1]:.1f} MB" for k, v in samples.items()))
     series = {kind: Series(kind, tuple(values)) for kind, values in samples.items()}
     notes = {kind: round(each.median, 1) for kind, each in series.items()}
@@ -358,12 +375,12 @@ def further(containerd: Containerd, _rounds: int, say: Progress) -> list[Row]:
     """(h) PSS of several pods' shims with a zygote against runc's: at rest, and after work in one of them."""
 
     def shims(names: list[str]) -> list[float]:
-        return [_pss_by_program(containerd, name)["containerd-shim"] for name in names]
+        return [pss_by_program(containerd, name)["containerd-shim"] for name in names]
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(zygote_of(containerd))
-        kata = [stack.enter_context(_detached(containerd, KATA)) for _ in range(_SHIMS)]
-        runc = [stack.enter_context(_detached(containerd, RUNC)) for _ in range(_SHIMS)]
+        kata = [stack.enter_context(detached(containerd, KATA)) for _ in range(_SHIMS)]
+        runc = [stack.enter_context(detached(containerd, RUNC)) for _ in range(_SHIMS)]
         time.sleep(3)  # what a start has left to do
         rest, peers = shims(kata), shims(runc)
         say("at rest: " + ", ".join(f"{value:.1f}" for value in [*rest, *peers]))
@@ -408,7 +425,7 @@ def stdout(containerd: Containerd, rounds: int, say: Progress) -> list[Row]:
         assert got == size, f"{got} of {size} bytes arrived"
         return size / 1e6 / (last - begin)
 
-    series = _alternate(
+    series = alternate(
         max(3, rounds // 4), {"kata-shim": lambda: once(KATA), "runc": lambda: once(RUNC)}, say
     )
     return [

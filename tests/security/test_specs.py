@@ -121,8 +121,8 @@ class Prepared(FakeSandbox):
 class Handler(runtime.VirtContainer):
     """The real one, up to the VM."""
 
-    def new_instance(self, *arguments: Any) -> Any:
-        return Prepared(super().new_instance(*arguments).settings)
+    def new_instance(self, *arguments: Any, **more: Any) -> Any:
+        return Prepared(super().new_instance(*arguments, **more).settings)
 
 
 def answer(error: Exception) -> str:

@@ -14,6 +14,7 @@ from devices.config import (
     BlockConfig,
     ConsoleConfig,
     NetworkConfig,
+    PortConfig,
     RngConfig,
     ShareFsConfig,
     VsockConfig,
@@ -253,3 +254,32 @@ def test_a_microvm_has_its_devices_on_virtio_mmio() -> None:
     assert argv[argv.index("-global") + 1] == "virtio-mmio.force-legacy=false"
     assert " tsc_early_khz=2600000 tsc=reliable" in argv[argv.index("-append") + 1]
     assert not [word for word in argv if "pci" in word]
+
+
+def test_a_template_and_a_vm_that_begins_with_it_differ_in_how_they_map_its_memory() -> None:
+    """And in nothing else of the machine: the one boots, the other waits for the state."""
+    devices = [
+        Placed(device=BlockConfig(id="image", path="/g/rootfs.img", read_only=True), at=at(1)),
+        Placed(device=PortConfig(), at=at(2), fd=6),
+    ]
+    made = dataclasses.replace(variant(boot_to_be_template=True), devices=devices, memory=9, home_port=0)
+    begun = dataclasses.replace(variant(boot_from_template=True), devices=devices, memory=9, home_port=0)
+    one, other = arguments(made), arguments(begun)
+    memory = "memory-backend-file,id=mem0,size=256M,share={},mem-path=/proc/self/fd/9"
+    assert memory.format("on") in one
+    assert memory.format("off") in other
+    assert "agent.port=kata.agent" in one[one.index("-append") + 1]
+    assert other[other.index("-incoming") + 1] == "defer"
+    boots = {"-kernel", "/g/vmlinux", "-initrd", "/g/initrd.img", "-append", one[one.index("-append") + 1]}
+    assert set(one) - set(other) == {memory.format("on"), *boots}
+    assert set(other) - set(one) == {memory.format("off"), "-incoming", "defer"}
+    assert device(one, -2) == {"driver": "virtio-serial-pci", "id": "ports-port", "max_ports": 2, **at(2)}
+    assert device(one) == {
+        "driver": "virtserialport",
+        "bus": "ports-port.0",
+        "nr": 1,
+        "name": "kata.agent",
+        "chardev": "char-port",
+        "id": "port",
+    }
+    assert "socket,id=char-port,fd=6" in one

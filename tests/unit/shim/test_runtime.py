@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from devices.errors import CallerError, UnsupportedByHypervisor
+from devices.errors import CallerError, HypervisorError, UnsupportedByHypervisor
 from devices.undo import MemoryUndo
 from hypervisors.remote.config import RemoteConfig
+from shim.config.schema import FactoryConfig, RuntimeConfig
 from shim.protocols import DaemonContext
 from shim.runtime import VirtContainer
 from shim.sandbox.pod_config import PodDefaults
@@ -99,3 +100,96 @@ async def test_a_vm_on_another_machine_gets_no_disks(tmp_path: Path) -> None:
         await handler._check_disks({"mounts": [{"destination": "/x", "source": "/", "options": ["bind"]}]})
         with pytest.raises(CallerError, match="no annotation of the container names one"):
             handler._check({})
+
+
+class Clones(Handler):
+    """One with templates: `sandboxes` are what `new_instance` makes, in turn."""
+
+    def __init__(self, directory: Path, tasks: asyncio.TaskGroup, *sandboxes: FakeSandbox) -> None:
+        super().__init__(directory, tasks)
+        self.sandboxes = list(sandboxes)
+        self.templates: list[Any] = []
+
+    async def _make(self, *arguments: Any) -> Any:
+        return await VirtContainer._make(self, *arguments)
+
+    async def _check_disks(self, spec: Mapping[str, Any]) -> None:
+        pass
+
+    async def _passed(self, *_arguments: Any) -> None:
+        pass
+
+    def new_instance(self, *_arguments: Any, template: Any = None) -> Any:
+        self.templates.append(template)
+        self.made.append(self.sandboxes[len(self.made)])
+        return self.made[-1]
+
+
+class Doubtful(FakeSandbox):
+    """Its start fails; `template_failed`: whether by the template."""
+
+    template_failed = True
+
+    async def start(self) -> None:
+        raise HypervisorError("it is broken")
+
+
+@pytest.fixture
+def factory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A factory that has one; the reasons why it was rejected."""
+    config = SimpleNamespace(
+        runtime=RuntimeConfig(),
+        inactive=(),
+        annotations=(),
+        factory=FactoryConfig(enable_template=True),
+        hypervisor=None,
+    )
+    rejected: list[str] = []
+
+    async def obtain(*_: Any) -> tuple[str, str]:
+        return "class", "/run/template"
+
+    async def reject(_config: Any, wanted: Any, reason: str) -> None:
+        rejected.append(f"{wanted}: {reason}")
+
+    monkeypatch.setattr("shim.runtime.load_config", lambda **_: config)
+    monkeypatch.setattr("shim.factory.factory.obtain", obtain)
+    monkeypatch.setattr("shim.factory.factory.reject", reject)
+    return rejected
+
+
+async def test_a_pod_begins_with_the_template(tmp_path: Path, factory: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        handler = Clones(tmp_path, tasks, FakeSandbox("p"))
+        sandbox = await _container(handler, "a")
+        assert (sandbox.started, factory) == (True, [])
+        assert handler.templates == [("class", "/run/template")]
+
+
+async def test_a_template_that_fails_is_rejected_and_the_vm_boots(tmp_path: Path, factory: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        handler = Clones(tmp_path, tasks, Doubtful("p"), FakeSandbox("p"))
+        sandbox = await _container(handler, "a")
+        first, second = handler.made
+        assert (first.stopped, second is sandbox, second.started) == (True, True, False)
+        assert handler.templates == [("class", "/run/template"), None]
+        assert len(factory) == 1
+        assert "it is broken" in factory[0]
+
+
+async def test_what_fails_after_the_template_is_the_pods_failure(
+    tmp_path: Path, factory: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Doubtful, "template_failed", False)
+    async with asyncio.TaskGroup() as tasks:
+        handler = Clones(tmp_path, tasks, Doubtful("p"))
+        with pytest.raises(HypervisorError, match="it is broken"):
+            await _container(handler, "a")
+        assert (handler.made[0].stopped, factory) == (True, [])
+
+
+async def test_a_pod_of_the_sandbox_api_boots(tmp_path: Path, factory: list[str]) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        handler = Clones(tmp_path, tasks, FakeSandbox("p"))
+        await handler.make_pod({}, AnyMessage(), DEFAULTS)
+        assert (handler.templates, factory) == ([None], [])

@@ -34,6 +34,7 @@ from shim.config.schema import (
     TOP_LEVEL,
     AgentConfig,
     AnnotationPolicy,
+    FactoryConfig,
     RuntimeConfig,
 )
 
@@ -103,8 +104,8 @@ def test_every_key_of_kata_is_known() -> None:
     assert set(MEM_AGENT) - AGENT_INACTIVE["mem_agent"].keys() == set()
     read_in_another_section = {"create_container_timeout"}
     assert set(RUNTIME) - known_keys(RuntimeConfig, RUNTIME_INACTIVE).keys() == read_in_another_section
-    assert HYPERVISOR_INACTIVE["factory"].keys() == {"enable_template", "template_path"}
-    assert TOP_LEVEL["factory"].keys() >= {"enable_template", "template_path"}
+    assert names(FactoryConfig) == {"enable_template", "template_path"}
+    assert TOP_LEVEL["factory"].keys() == {"vm_cache_number", "vm_cache_endpoint"}
 
 
 def test_a_section_of_any_plugin_knows_them_all() -> None:
@@ -164,7 +165,8 @@ def test_katas_file_for_qemu_loads_with_our_plugin(place: Callable[[str], str]) 
     assert told["agent.kata.mem_agent.compact_order"] is True
     if "hypervisor.qemu.overhead_memory" in told:  # until somebody acts on it
         assert told["hypervisor.qemu.overhead_memory"] is False
-    active = names(RuntimeConfig) | names(AgentConfig) | names(HypervisorConfig) | names(AnnotationPolicy)
+    sections = (RuntimeConfig, AgentConfig, HypervisorConfig, AnnotationPolicy, FactoryConfig)
+    active = set().union(*map(names, sections))
     inactive = {each.key for each in config.inactive}
     for table in _tables(tomllib.loads((FILES / "configuration-qemu.toml").read_text())):
         for key in table:
@@ -178,7 +180,8 @@ def test_katas_file_for_cloud_hypervisor_loads_with_our_plugin(place: Callable[[
     assert (config.hypervisor_name, type(section)) == ("clh", ClhConfig)
     assert (section.block_device_driver, section.vm_rootfs_driver) == ("virtio-blk-pci", "virtio-blk-pci")
     assert (section.rootless, section.shared_fs, section.overhead_memory) == (False, "virtio-fs", 32)
-    active = names(RuntimeConfig) | names(AgentConfig) | names(ClhConfig) | names(AnnotationPolicy)
+    sections = (RuntimeConfig, AgentConfig, ClhConfig, AnnotationPolicy, FactoryConfig)
+    active = set().union(*map(names, sections))
     inactive = {each.key for each in config.inactive}
     for table in _tables(tomllib.loads((FILES / "configuration-clh.toml").read_text())):
         for key in table:
@@ -198,7 +201,8 @@ def test_katas_file_for_dragonball_loads_with_our_plugin(
     assert (config.hypervisor_name, type(section)) == ("dragonball", DragonballConfig)
     assert (section.block_device_driver, section.shared_fs) == ("virtio-blk-mmio", "inline-virtio-fs")
     assert section.path == str(program)
-    active = names(RuntimeConfig) | names(AgentConfig) | names(DragonballConfig) | names(AnnotationPolicy)
+    sections = (RuntimeConfig, AgentConfig, DragonballConfig, AnnotationPolicy, FactoryConfig)
+    active = set().union(*map(names, sections))
     inactive = {each.key for each in config.inactive}
     for table in _tables(tomllib.loads((FILES / "configuration-dragonball.toml").read_text())):
         for key in table:

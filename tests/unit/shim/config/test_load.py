@@ -131,13 +131,11 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
         '[runtime]\njaeger_password = "geheim"\n[hypervisor.qemu]\nenable_iothreads = true\n'
         "queue_size = 128\ndisable_guest_selinux = false\npflashes = []\n"
         "[agent.kata.mem_agent]\nmem_agent_enable = true\n"
-        "[hypervisor.qemu.factory]\nenable_template = false\n"
     )
     by_key = {each.key: each for each in config.inactive}
     assert sorted(by_key) == [
         "disable_guest_selinux",
         "enable_iothreads",
-        "enable_template",
         "jaeger_password",
         "mem_agent_enable",
         "pflashes",
@@ -151,7 +149,6 @@ def test_a_key_without_effect_is_listed_with_its_line(files: Files) -> None:
     assert by_key["mem_agent_enable"].section == "agent.kata.mem_agent"
     assert "geheim" not in str(by_key["jaeger_password"])
     assert sorted(key for key, each in by_key.items() if each.harmless) == [
-        "enable_template",
         "pflashes",
         "queue_size",
     ]
