@@ -58,6 +58,8 @@ class OutPump:
         self._source = source
         self._sink = sink
         self._on_end = on_end
+        self._buffer = memoryview(bytearray(_HEADER + CHUNK))
+        self._payload = self._buffer[_HEADER:]
         self._frame = b""  # what is to be sent before more is read
         self._sent = 0  # bytes of it
         self._owed = -1  # bytes left to forward once the process is dead; -1: it lives
@@ -91,36 +93,37 @@ class OutPump:
     def _readable(self) -> None:
         for _ in range(BURST):
             try:
-                data = os.read(self._source, CHUNK)
+                count = os.readv(self._source, (self._payload,))
             except BlockingIOError:
                 return
             except OSError:
-                data = b""  # EIO: the last holder of a pty's other end is gone
-            if not data:
+                count = 0  # EIO: the last holder of a pty's other end is gone
+            if not count:
                 self._end_source()
                 return
             if self._owed > 0:
-                self._owed = max(0, self._owed - len(data))
-            if not self._send(len(data).to_bytes(_HEADER, "big"), data):
+                self._owed = max(0, self._owed - count)
+            self._buffer[:_HEADER] = count.to_bytes(_HEADER, "big")
+            if not self._send(self._buffer[: _HEADER + count]):
                 self._loop.remove_reader(self._source)
                 return
-            if self._is_over():
+            if self._owed >= 0 and self._is_over():
                 self._end_source()
                 return
 
-    def _send(self, header: bytes, data: bytes) -> bool:
+    def _send(self, frame: memoryview | bytes) -> bool:
         """Send a frame; False if a rest of it is held until the socket takes it."""
         if not self._sink_open:
             return True
         try:
-            sent = self._sink.sendmsg((header, data))
+            sent = self._sink.send(frame)
         except BlockingIOError:
             sent = 0
         except OSError:
-            return self._break(header + data)
-        if sent == len(header) + len(data):
+            return self._break(bytes(frame))
+        if sent == len(frame):
             return True
-        self._frame, self._sent = header + data, sent
+        self._frame, self._sent = bytes(frame), sent
         self._loop.add_writer(self._sink, self._writable)
         return False
 
@@ -173,7 +176,7 @@ class OutPump:
         self._drop_sink()
         self._sink, self._sink_open, self._broken = sink, True, False
         self._frame, self._sent = b"", 0
-        if rest and not self._send(len(rest).to_bytes(_HEADER, "big"), rest):
+        if rest and not self._send(len(rest).to_bytes(_HEADER, "big") + rest):
             self._stop_reading()
             return
         self._sent_all()
@@ -196,7 +199,7 @@ class OutPump:
     def _end_source(self) -> None:
         """All is read: say so to the host."""
         self._close_source()
-        if self._send(END, b""):
+        if self._send(END):
             self._await_close()
 
     def _close_source(self) -> None:
