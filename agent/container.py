@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from agent import log
 from agent.complaints import explain
 from agent.crun import DEADLINE, Crun, unique
-from agent.enter import Entrance, fits, pack
+from agent.enter import Entrance, fits, pack, read_filter
 from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
@@ -131,8 +131,12 @@ class Container:
         assert self.init is not None
         if self._entrance is None or not fits(process, self.config) or self._is_frozen():
             return 0
+        path = f"{self._crun.state_dir(self.id)}/seccomp.bpf"
+        seccomp = read_filter(self.config["linux"].get("seccomp"), path)
+        if seccomp is None:
+            return 0
         stdin, stdout, stderr = stdio.child_fds
-        order = pack(process, self.config["process"])
+        order = pack(process, self.config["process"], seccomp)
         fds = (stdin, stdout, stderr)
         try:
             return await self._entrance.enter(order, self.init, self.cgroup, fds, DEADLINE)

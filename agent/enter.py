@@ -3,8 +3,8 @@
 What: `fits` tells which execs the program can do wholly, `Entrance.enter` has it do one and answers its pid.
 Why: under emulation crun takes 0.1 s to be loaded, to read the container's configuration and to make its
 processes; the program has no library to load, and is told all that it needs.
-Invariants: it does all of what was asked for or nothing. What it does not know (seccomp filters, terminals,
-user namespaces, labels, a program that is not found) is crun's, in crun's words: `enter` answers 0 then, and
+Invariants: it does all of what was asked for or nothing. What it does not know (terminals, user namespaces,
+labels, listeners of seccomp, a program that is not found) is crun's, in its words: `enter` answers 0, and
 no process is left. A pid is believed only if that process is in the container's cgroup: whoever may trace the
 new process there could have said another.
 The program runs from a sealed copy in memory: what a container reaches by /proc/PID/exe cannot be written.
@@ -28,7 +28,7 @@ from proto.capabilities import NUMBERS
 if TYPE_CHECKING:
     from agent.process import Process
 
-__all__ = ["PROGRAM", "Entrance", "fits", "pack"]
+__all__ = ["PROGRAM", "Entrance", "fits", "pack", "read_filter"]
 
 PROGRAM = "/usr/lib/kata-agent/enter"
 _PROC = "/proc"
@@ -45,8 +45,15 @@ _LIMIT_NAMES = (
     "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME"
 )
 _LIMITS = {f"RLIMIT_{name}": number for number, name in enumerate(_LIMIT_NAMES.split())}
-_HEAD = struct.Struct("=5Q4Ii5I")
+_HEAD = struct.Struct("=5Q4Ii7I")
 _LIMIT = struct.Struct("=3Q")
+_INSTRUCTION = 8  # bytes of one of a seccomp filter
+_FILTER_MOST = 4096  # instructions that the kernel takes
+_FILTER_FLAGS = {
+    "SECCOMP_FILTER_FLAG_TSYNC": 1,
+    "SECCOMP_FILTER_FLAG_LOG": 2,
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+}
 _RECORD = struct.Struct("=2I")
 _PID, _FAILED = 1, 2
 _NO_OOM = 0x7FFFFFFF
@@ -69,7 +76,7 @@ def fits(process: Json, config: Json) -> bool:
         and user.keys() <= _USER_KEYS
         and spaces <= _SPACES
         and spaces >= {"pid", "mount"}
-        and not linux.get("seccomp")
+        and _fits_filter(linux.get("seccomp"))
         and not linux.get("personality")
         and not own.get("apparmorProfile")
         and not own.get("selinuxLabel")
@@ -80,13 +87,43 @@ def fits(process: Json, config: Json) -> bool:
     )
 
 
+def _fits_filter(seccomp: Json | None) -> bool:
+    """A filter that asks nobody, with flags that are known."""
+    if not seccomp:
+        return True
+    actions = [seccomp["defaultAction"], *(rule["action"] for rule in seccomp.get("syscalls", ()))]
+    return (
+        "SCMP_ACT_NOTIFY" not in actions
+        and not seccomp.get("listenerPath")
+        and all(flag in _FILTER_FLAGS for flag in seccomp.get("flags", ()))
+    )
+
+
+def read_filter(seccomp: Json | None, path: str) -> tuple[bytes, int] | None:
+    """The container's filter as crun has compiled it to `path`, and its flags: without any in the spec, what
+    crun takes then. (b"", 0) if it has none, None if it is not there."""
+    if not seccomp:
+        return b"", 0
+    try:
+        with open(path, "rb") as file:
+            code = file.read()
+    except OSError:
+        return None
+    if not code or len(code) % _INSTRUCTION or len(code) > _FILTER_MOST * _INSTRUCTION:
+        return None
+    flags = seccomp.get("flags") or ["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
+    return code, sum(_FILTER_FLAGS[flag] for flag in set(flags))
+
+
 def _texts(process: Json, own: Json) -> list[str]:
     env = process.get("env") or own.get("env", ())
     return [process["cwd"], *process["args"], *env]
 
 
-def pack(process: Json, own: Json) -> bytes:
-    """The order for the program. `own`: the container's own process, for what the exec leaves open."""
+def pack(process: Json, own: Json, seccomp: tuple[bytes, int] = (b"", 0)) -> bytes:
+    """The order for the program. `own`: the container's process, for what the exec leaves open; `seccomp`:
+    see `read_filter`."""
+    code, flags = seccomp
     user = process.get("user", {})
     groups = user.get("additionalGids", [])
     limits = process.get("rlimits", [])
@@ -98,6 +135,7 @@ def pack(process: Json, own: Json) -> bytes:
     texts = _texts(process, own)
     body = struct.pack(f"={len(groups) + len(groups) % 2}I", *groups, *[0] * (len(groups) % 2))
     body += b"".join(_LIMIT.pack(_LIMITS[limit["type"]], limit["soft"], limit["hard"]) for limit in limits)
+    body += code
     body += b"".join(os.fsencode(text) + b"\0" for text in texts)
     head = _HEAD.pack(
         *sets,
@@ -110,6 +148,8 @@ def pack(process: Json, own: Json) -> bytes:
         len(limits),
         len(process["args"]),
         len(texts) - 1 - len(process["args"]),
+        len(code) // _INSTRUCTION,
+        flags,
         _HEAD.size + len(body),
     )
     return head + body

@@ -15,6 +15,8 @@
  *   container's namespaces only, with no descriptor open but the three streams and the pipe to the agent.
  * - It is run from a sealed copy in memory (agent/enter.py) and cannot be traced or read by others before the
  *   exec: what the container reaches by /proc/PID/exe can be written by nobody.
+ * - A seccomp filter is the container's, as crun has compiled it. It is set where crun sets it: with no new
+ *   privileges as the last of all, else before the rights go, as the kernel asks for one of them then.
  * - No C library: little to load and to copy at each fork, and no state that a fork could break.
  *
  * Descriptors: 0 to 2 the streams, 3 the order, 4 a pidfd of the container's init, 5 the directory of its cgroup,
@@ -26,6 +28,7 @@
 #include <linux/fcntl.h>
 #include <linux/prctl.h>
 #include <linux/sched.h>
+#include <linux/seccomp.h>
 #include <linux/stat.h>
 
 typedef unsigned int u32;
@@ -48,13 +51,13 @@ enum { PID = 1, FAILED };
 #define NO_OOM 0x7fffffff
 #define SPACES (CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP)
 
-/* As agent/enter.py packs it: this, then groups, limits, and texts that end with a zero each: the directory, the
- * arguments, the environment. */
+/* As agent/enter.py packs it: this, then groups, limits, the filter, and texts that end with a zero each: the
+ * directory, the arguments, the environment. */
 struct order {
     u64 bounding, effective, inheritable, permitted, ambient;
     u32 uid, gid, mask, no_new_privileges;
     int oom;
-    u32 groups, limits, arguments, variables, size;
+    u32 groups, limits, arguments, variables, filter, filter_flags, size;
 };
 
 struct limit {
@@ -333,6 +336,22 @@ static void give_up_rights(const struct order *order, const u32 *groups)
         MUST(call(__NR_prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
 }
 
+static void set_filter(const struct order *order, const u64 *filter)
+{
+    struct {
+        unsigned short length;
+        const u64 *filter;
+    } program = {(unsigned short)order->filter, filter};
+    long error;
+
+    if (!order->filter)
+        return;
+    error = call(__NR_seccomp, SECCOMP_SET_MODE_FILTER, order->filter_flags, (long)&program, 0, 0);
+    if (error == -EINVAL) /* the kernel does not know a flag: as crun, without any */
+        error = call(__NR_seccomp, SECCOMP_SET_MODE_FILTER, 0, (long)&program, 0, 0);
+    MUST(error);
+}
+
 static char **list(char **texts, u64 count, u64 more)
 {
     char **made = room((count + more + 1) * sizeof *made), *text = *texts;
@@ -349,7 +368,8 @@ static void __attribute__((noreturn)) enter(const struct order *order)
 {
     const u32 *groups = (const u32 *)(order + 1);
     const struct limit *limits = (const struct limit *)(groups + (order->groups + 1) / 2 * 2);
-    char *texts = (char *)(limits + order->limits), *folder = texts, **arguments, **environment;
+    const u64 *filter = (const u64 *)(limits + order->limits);
+    char *texts = (char *)(filter + order->filter), *folder = texts, **arguments, **environment;
     struct {
         int file;
         short events, found;
@@ -376,6 +396,8 @@ static void __attribute__((noreturn)) enter(const struct order *order)
     call(__NR_umask, order->mask, 0, 0, 0, 0);
     for (i = 0; i < order->limits; i++)
         MUST(call(__NR_prlimit64, 0, (long)limits[i].kind, (long)&limits[i].soft, 0, 0));
+    if (!order->no_new_privileges)
+        set_filter(order, filter);
     give_up_rights(order, groups);
     /* The rights are gone, and with them the kernel has made it readable again, or not: once more. */
     MUST(call(__NR_prctl, PR_SET_DUMPABLE, 0, 0, 0, 0));
@@ -385,6 +407,8 @@ static void __attribute__((noreturn)) enter(const struct order *order)
     pid = MUST(call(__NR_clone, CLONE_PARENT, 0, 0, 0, 0));
     if (!pid) {
         /* --- step three */
+        if (order->no_new_privileges)
+            set_filter(order, filter);
         MUST(call(__NR_execve, (long)program, (long)arguments, (long)environment, 0, 0));
     }
     tell(PID, (u32)pid);

@@ -173,6 +173,27 @@ async def test_it_is_the_process_that_crun_makes(guest: Guest, box: Running, nam
     assert ours[2] == cruns[2]
 
 
+@pytest.mark.parametrize("privileges", [False, True])
+async def test_the_filter_is_the_containers(guest: Guest, privileges: bool) -> None:
+    """The process of crun once more, with the filter that crun has compiled for the container."""
+    spec = make_spec("sleep", "1000")
+    spec.Linux.Seccomp.DefaultAction = "SCMP_ACT_ALLOW"
+    spec.Linux.Seccomp.Architectures.extend(["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"])
+    spec.Linux.Seccomp.Syscalls.add(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_ERRNO", errnoret=28)
+    running = await guest.start(spec)
+    process = _process("sh", "-c", f"mkdir /tmp/x; {PROBE}", NoNewPrivileges=not privileges, User=_ANN)
+    process.Env.append("HOME=/")
+    ours = await _run(guest, running, process)
+    process.SelinuxLabel = "nobody:looks:at:it"
+    cruns = await _run(guest, running, process, "by crun")
+    assert b"No space left on device" in ours[2]
+    assert "Seccomp:\t2\n" in _facts(ours[1])
+    assert _facts(ours[1]) == _facts(cruns[1])
+    assert (ours[0], ours[2]) == (cruns[0], cruns[2])
+    await guest.remove(running.id)
+    running.close()
+
+
 async def test_a_user_who_is_in_no_list_has_a_home(guest: Guest, box: Running) -> None:
     """Where crun 1.8 sets none, and later ones as runc do this."""
     process = _process("sh", "-c", "echo $HOME", User={"UID": 100, "GID": 1})

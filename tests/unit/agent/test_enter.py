@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 
-from agent.enter import Entrance, _is_in, fits, pack
+from agent.enter import Entrance, _is_in, fits, pack, read_filter
 from agent.process import Process
 from agent.reaper import Reaper
 from guest.build import _BARE_FLAGS
 
 _SOURCE = Path(__file__).parents[3] / "guest" / "enter.c"
+_ALLOW = {"defaultAction": "SCMP_ACT_ALLOW"}
 _CONFIG: dict[str, Any] = {
     "process": {"env": ["PATH=/bin", "FROM=container"], "capabilities": {"bounding": ["CAP_KILL"]}},
     "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts", "cgroup")]},
@@ -52,7 +53,18 @@ def _process(*args: str, **fields: Any) -> dict[str, Any]:
         ({"rlimits": [{"type": "RLIMIT_TEA", "soft": 1, "hard": 1}]}, {}),
         ({}, {"annotations": {"run.oci.keep_original_groups": "1"}}),
         ({}, {"process": {"selinuxLabel": "x"}}),
-        ({}, {"linux": {**_CONFIG["linux"], "seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}),
+        ({}, {"linux": {**_CONFIG["linux"], "seccomp": {"defaultAction": "SCMP_ACT_NOTIFY"}}}),
+        ({}, {"linux": {**_CONFIG["linux"], "seccomp": {**_ALLOW, "listenerPath": "/x"}}}),
+        ({}, {"linux": {**_CONFIG["linux"], "seccomp": {**_ALLOW, "flags": ["SECCOMP_FILTER_FLAG_TEA"]}}}),
+        (
+            {},
+            {
+                "linux": {
+                    **_CONFIG["linux"],
+                    "seccomp": {**_ALLOW, "syscalls": [{"action": "SCMP_ACT_NOTIFY"}]},
+                }
+            },
+        ),
         ({}, {"linux": {**_CONFIG["linux"], "personality": {"domain": "LINUX32"}}}),
         ({}, {"linux": {"namespaces": [*_CONFIG["linux"]["namespaces"], {"type": "user"}]}}),
         ({}, {"linux": {"namespaces": [{"type": "pid"}]}}),
@@ -60,6 +72,7 @@ def _process(*args: str, **fields: Any) -> dict[str, Any]:
 )
 def test_what_it_does_not_know_is_left_to_crun(process: dict[str, Any], config: dict[str, Any]) -> None:
     assert fits(_process("true"), _CONFIG)
+    assert fits(_process("true"), {**_CONFIG, "linux": {**_CONFIG["linux"], "seccomp": _ALLOW}})
     assert not fits(_process(**{"args": ["true"], **process}), {**_CONFIG, **config})
 
 
@@ -69,7 +82,9 @@ def test_an_order_takes_from_the_container_what_the_exec_leaves_open() -> None:
     order = pack(asked, {**_CONFIG["process"], "oomScoreAdj": -7})
 
     bounding, *_ = struct.unpack_from("=5Q", order)
-    uid, gid, mask, _, oom, groups, limits, args, variables, size = struct.unpack_from("=4Ii5I", order, 40)
+    uid, gid, mask, _, oom, groups, limits, args, variables, _, _, size = struct.unpack_from(
+        "=4Ii7I", order, 40
+    )
     assert bounding == 1 << 5
     assert (uid, gid, mask, oom, groups, limits, args, variables) == (5, 6, 0o022, -7, 1, 0, 3, 2)
     assert size == len(order)
@@ -142,13 +157,15 @@ class Tried:
         self.entrance = Entrance(reaper, program)
         self.init, self.cgroup = init, cgroup
 
-    async def __call__(self, process: dict[str, Any]) -> tuple[int, str] | None:
+    async def __call__(
+        self, process: dict[str, Any], seccomp: tuple[bytes, int] = (b"", 0)
+    ) -> tuple[int, str] | None:
         """(exit code, stdout); None if it was left to crun."""
         since = self.reaper.mark()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            order = pack(process, _CONFIG["process"])
+            order = pack(process, _CONFIG["process"], seccomp)
             pid = await self.entrance.enter(order, self.init, self.cgroup, (null, writer, null), 30)
             os.close(writer)
             if not pid:
@@ -224,6 +241,61 @@ async def test_its_rights_are_those_of_the_order_and_no_more(tried: Tried) -> No
 )
 async def test_what_cannot_be_done_wholly_is_not_done(tried: Tried, change: dict[str, Any]) -> None:
     assert await tried(_process(**{"args": ["touch", "/nowhere"], **change})) is None
+
+
+def _filter(call: int, answer: int) -> bytes:
+    """`answer` (a SECCOMP_RET) to this system call, all others are allowed; see seccomp(2)."""
+    code = [(0x20, 0, 0, 0), (0x15, 0, 1, call), (0x06, 0, 0, answer), (0x06, 0, 0, 0x7FFF0000)]
+    return b"".join(struct.pack("=HBBI", *one) for one in code)
+
+
+_ERRNO, _KILL = 0x00050000, 0x80000000
+_MKDIR, _CLONE, _EXECVE, _SETRESUID = 83, 56, 59, 117
+
+
+@pytest.mark.parametrize("privileges", [True, False])
+async def test_the_containers_filter_holds(tried: Tried, privileges: bool) -> None:
+    script = "mkdir /tmp/made-by-nobody || grep -E '^(Seccomp:|Uid|CapEff)' /proc/self/status"
+    user = {"uid": 1000, "gid": 1000}
+    code = _filter(_MKDIR, _ERRNO | 28)
+    found = await tried(_process("sh", "-c", script, user=user, noNewPrivileges=not privileges), (code, 4))
+    assert found is not None
+    assert [line.split()[1] for line in found[1].splitlines()] == ["1000", "0" * 16, "2"]
+    assert found[0] == 0
+
+
+async def test_flags_that_the_kernel_does_not_know_are_left_out(tried: Tried) -> None:
+    code = _filter(_MKDIR, _ERRNO | 28)
+    found = await tried(_process("grep", "Seccomp:", "/proc/self/status"), (code, 1 << 30))
+    assert found == (0, "Seccomp:\t2\n")
+
+
+@pytest.mark.parametrize("answer", [_ERRNO | 1, _KILL])
+@pytest.mark.parametrize("call", [_CLONE, _SETRESUID])
+async def test_a_filter_that_forbids_what_is_needed_leaves_it_to_crun(
+    tried: Tried, call: int, answer: int
+) -> None:
+    assert await tried(_process("true"), (_filter(call, answer), 0)) is None
+
+
+async def test_a_filter_that_forbids_to_run_anything(tried: Tried) -> None:
+    process = _process("true", noNewPrivileges=True)
+    assert await tried(process, (_filter(_EXECVE, _ERRNO | 1), 0)) is None
+    found = await tried(process, (_filter(_EXECVE, _KILL), 0))
+    assert found == (128 + signal.SIGSYS, "")  # as with crun
+
+
+def test_a_filter_is_that_of_the_container_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "seccomp.bpf"
+    assert read_filter(None, str(path)) == (b"", 0)
+    assert read_filter(_ALLOW, str(path)) is None
+    for wrong in (b"", b"1234567", b"12345678" * 4097):
+        path.write_bytes(wrong)
+        assert read_filter(_ALLOW, str(path)) is None
+    path.write_bytes(b"12345678")
+    assert read_filter(_ALLOW, str(path)) == (b"12345678", 4)
+    named = {**_ALLOW, "flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_TSYNC"]}
+    assert read_filter(named, str(path)) == (b"12345678", 3)
 
 
 async def test_a_program_that_the_kernel_refuses_leaves_no_process(tried: Tried, tmp_path: Path) -> None:
