@@ -124,7 +124,7 @@ class OutPump:
         if sent == len(frame):
             return True
         self._frame, self._sent = bytes(frame), sent
-        self._loop.add_writer(self._sink, self._writable)
+        self._loop.add_writer(self._sink.fileno(), self._writable)
         return False
 
     def _break(self, frame: bytes) -> bool:
@@ -144,12 +144,12 @@ class OutPump:
         except OSError:
             rest = self._rest()
             if not self._break(len(rest).to_bytes(_HEADER, "big") + rest):
-                self._loop.remove_writer(self._sink)
+                self._loop.remove_writer(self._sink.fileno())
                 return
             self._sent = len(self._frame)
         if self._sent < len(self._frame):
             return
-        self._loop.remove_writer(self._sink)
+        self._loop.remove_writer(self._sink.fileno())
         self._sent_all()
 
     def _sent_all(self) -> None:
@@ -192,8 +192,8 @@ class OutPump:
             self._loop.remove_reader(self._source)
 
     def _drop_sink(self) -> None:
-        self._loop.remove_reader(self._sink)
-        self._loop.remove_writer(self._sink)
+        self._loop.remove_reader(self._sink.fileno())
+        self._loop.remove_writer(self._sink.fileno())
         self._sink.close()
 
     def _end_source(self) -> None:
@@ -214,7 +214,7 @@ class OutPump:
     def _await_close(self) -> None:
         """The end is on its way; whoever reads it closes first, so nothing can be lost."""
         if self._sink_open:
-            self._loop.add_reader(self._sink, self._host_spoke)
+            self._loop.add_reader(self._sink.fileno(), self._host_spoke)
         else:
             self._finish()
 
@@ -252,7 +252,7 @@ class InPump:
         self._ended = False
         self._broken = False  # the connection, without an end: another one may come
         self._held: list[memoryview] = []
-        loop.add_reader(source, self._readable)
+        loop.add_reader(source.fileno(), self._readable)
 
     def _readable(self) -> None:
         for _ in range(BURST):
@@ -266,9 +266,9 @@ class InPump:
                 self._unpack(memoryview(data))
             else:
                 self._broken = True
-                self._loop.remove_reader(self._source)
+                self._loop.remove_reader(self._source.fileno())
             if not self._write():
-                self._loop.remove_reader(self._source)
+                self._loop.remove_reader(self._source.fileno())
                 self._loop.add_writer(self._sink, self._writable)
                 return
             if self._ended:
@@ -282,12 +282,12 @@ class InPump:
         if self._sink < 0 or self._ended:
             source.close()
             return
-        self._loop.remove_reader(self._source)
+        self._loop.remove_reader(self._source.fileno())
         self._source.close()
         self._source, self._broken = source, False
         self._header, self._left = b"", 0
         if not self._held:  # else what is held is written first
-            self._loop.add_reader(source, self._readable)
+            self._loop.add_reader(source.fileno(), self._readable)
 
     def _unpack(self, data: memoryview) -> None:
         """Take the payloads of whole and partial frames out of `data`."""
@@ -331,13 +331,13 @@ class InPump:
         if self._ended:
             self.abort()
         elif not self._broken:
-            self._loop.add_reader(self._source, self._readable)
+            self._loop.add_reader(self._source.fileno(), self._readable)
 
     def abort(self) -> None:
         """End at once: close the container's stdin and the host's connection. Idempotent."""
         if self._sink < 0:
             return
-        self._loop.remove_reader(self._source)
+        self._loop.remove_reader(self._source.fileno())
         self._loop.remove_writer(self._sink)
         os.close(self._sink)
         self._sink = -1
