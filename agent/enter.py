@@ -57,7 +57,8 @@ _FILTER_FLAGS = {
 _RECORD = struct.Struct("=2I")
 _PID, _FAILED = 1, 2
 _NO_OOM = 0x7FFFFFFF
-_UMASK = 0o022
+_UMASK, _UMASK_MOST = 0o022, 0o7777
+_OOM_MOST = 1000
 _ABOVE = 16  # the numbers of the program's own descriptors are below
 _MOST = 64 * _RECORD.size  # of what the pipe may say: the container can write there for a moment
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -70,6 +71,7 @@ def fits(process: Json, config: Json) -> bool:
     linux, own = config["linux"], config["process"]
     user = process.get("user", {})
     spaces = {entry["type"] for entry in linux.get("namespaces", ())}
+    score = _oom_score(process, own)
     return (
         not process["terminal"]
         and process.keys() <= _KEYS
@@ -83,8 +85,14 @@ def fits(process: Json, config: Json) -> bool:
         and not any(key.startswith("run.oci.") for key in config.get("annotations", ()))
         and all(limit["type"] in _LIMITS for limit in process.get("rlimits", ()))
         and bool(process["args"])
+        and user.get("umask", _UMASK) in range(_UMASK_MOST + 1)
+        and (score == _NO_OOM or score in range(-_OOM_MOST, _OOM_MOST + 1))
         and not any("\0" in text for text in _texts(process, own))
     )
+
+
+def _oom_score(process: Json, own: Json) -> Any:
+    return process.get("oomScoreAdj", own.get("oomScoreAdj", _NO_OOM))
 
 
 def _fits_filter(seccomp: Json | None) -> bool:
@@ -143,7 +151,7 @@ def pack(process: Json, own: Json, seccomp: tuple[bytes, int] = (b"", 0)) -> byt
         user.get("gid", 0),
         user.get("umask", _UMASK),
         process["noNewPrivileges"],
-        process.get("oomScoreAdj", own.get("oomScoreAdj", _NO_OOM)),
+        _oom_score(process, own),
         len(groups),
         len(limits),
         len(process["args"]),
