@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from agent import log
 from agent.complaints import explain
-from agent.crun import Crun, unique
+from agent.crun import DEADLINE, Crun, unique
+from agent.enter import Entrance, fits, pack, read_filter
 from agent.fit import NOTHING, fit_resources, merge
 from agent.process import Process
 from agent.reaper import Reaper
@@ -59,6 +60,7 @@ class Container:
         crun: Crun,
         reaper: Reaper,
         listener: StreamListener | None,
+        entrance: Entrance | None = None,
     ) -> None:
         self.id = container_id
         self.config = config
@@ -70,6 +72,7 @@ class Container:
         self.execs: dict[str, Process] = {}
         self.pci_addresses: dict[str, str] = {}  # of devices passed on: the host's -> the guest's
         self._crun = crun
+        self._entrance = entrance
         self._held: list[str] = []
         self._files: list[str] = []  # of the host's, mounted one by one
         self._has_nodes = False
@@ -106,18 +109,56 @@ class Container:
     async def _launch(
         self, what: str, exec_id: str, config: dict[str, Any], ports: Ports, arguments: list[str]
     ) -> Process:
-        """Run a crun verb that leaves one process behind, with its streams; adopt that process."""
+        """Have one process made, with its streams, and adopt it: an exec by `_enter` if that can, else by a
+        verb of crun's. `config`: has that process, and what words explain crun's complaints."""
         process = config["process"]
         stdio = await Stdio.open(self._listener, ports, terminal=process["terminal"])
-        pid_path = self._crun.scratch("pid")
+        try:
+            since = self._reaper.mark()
+            entered = await self._enter(what, process, stdio) if arguments[0] == "exec" else 0
+            pid = entered or await self._run_crun(what, config, stdio, arguments)
+            stdio.spawned()
+            born = Process(exec_id, stdio)
+            born.born(pid, self._reaper.watch(pid, since))
+            log.debug(f"{what}: pid {pid} {'entered' if entered else 'by crun'}")
+            return born
+        except BaseException:
+            stdio.close()
+            raise
+
+    async def _enter(self, what: str, process: dict[str, Any], stdio: Stdio) -> int:
+        """The pid of an exec that needs no crun; 0 for one that does."""
+        assert self.init is not None
+        if self._entrance is None or not fits(process, self.config) or self._is_frozen():
+            return 0
+        path = f"{self._crun.state_dir(self.id)}/seccomp.bpf"
+        seccomp = read_filter(self.config["linux"].get("seccomp"), path)
+        if seccomp is None:
+            return 0
+        stdin, stdout, stderr = stdio.child_fds
+        order = pack(process, self.config["process"], seccomp)
+        fds = (stdin, stdout, stderr)
+        try:
+            return await self._entrance.enter(order, self.init, self.cgroup, fds, DEADLINE)
+        except TimeoutError:
+            raise RpcError(
+                Code.DEADLINE_EXCEEDED, f"{what}: the container was not entered within {DEADLINE:g} s"
+            ) from None
+
+    async def _run_crun(self, what: str, config: dict[str, Any], stdio: Stdio, arguments: list[str]) -> int:
+        """Run a crun verb that leaves one process behind; its pid."""
+        process = config["process"]
+        pid_path, process_path = self._crun.scratch("pid"), self._crun.scratch("process")
         console: _ConsoleSocket | None = None
         task: asyncio.Future[None] | None = None
         try:
-            arguments += ["--pid-file", pid_path]
+            arguments = [*arguments, "--pid-file", pid_path]
+            if arguments[0] == "exec":
+                _write_json(process_path, process)
+                arguments += ["--detach", "--process", process_path]
             if stdio.terminal:
                 console = _ConsoleSocket(self._crun.scratch("tty"))
                 arguments += ["--console-socket", console.path]
-            since = self._reaper.mark()
             stdin, stdout, stderr = stdio.child_fds
             count = len(process.get("env", ()))
             run = self._crun.run(
@@ -129,21 +170,16 @@ class Container:
                 pty = await console.receive(task)
                 stdio.attach_console(pty, size.get("height", 0), size.get("width", 0))
             await task
-            stdio.spawned()
-            pid = int(_read(pid_path))
-            born = Process(exec_id, stdio)
-            born.born(pid, self._reaper.watch(pid, since))
-            log.debug(f"{what}: pid {pid}")
-            return born
+            return int(_read(pid_path))
         except BaseException:
             if task is not None:
                 task.cancel()  # a crun that sent no terminal must not go on
-            stdio.close()
             raise
         finally:
             if console is not None:
                 console.close()
             _unlink(pid_path)
+            _unlink(process_path)
 
     async def _discard(self) -> None:
         """After a failed create: nothing of it may stay."""
@@ -179,7 +215,7 @@ class Container:
     async def exec(
         self, exec_id: str, process: oci_pb2.Process, ports: Ports, beyond: Mapping[str, Any] = NOTHING
     ) -> None:
-        """`crun exec`: one more process in the running container. `beyond`: see `agent.fit`."""
+        """One more process in the running container. `beyond`: see `agent.fit`."""
         old = self.execs.get(exec_id)
         if old is not None and old.alive:
             raise RpcError(Code.ALREADY_EXISTS, f"exec {exec_id} runs already in {self.id}")
@@ -192,14 +228,8 @@ class Container:
 
             config["env"] = rename(config["env"], self.pci_addresses)
         config["env"] = unique(config["env"])
-        path = self._crun.scratch("process")
-        try:
-            _write_json(path, config)
-            arguments = ["exec", "--detach", "--process", path]
-            what = f"exec {exec_id} in {self.id}"
-            self.execs[exec_id] = await self._launch(what, exec_id, {"process": config}, ports, arguments)
-        finally:
-            _unlink(path)
+        what = f"exec {exec_id} in {self.id}"
+        self.execs[exec_id] = await self._launch(what, exec_id, {"process": config}, ports, ["exec"])
         self._forget_finished()
 
     def _forget_finished(self) -> None:
@@ -242,6 +272,12 @@ class Container:
         finally:
             if not frozen:
                 await self.freeze(False)
+
+    def _is_frozen(self) -> bool:
+        try:
+            return "1" in _read(f"{self.cgroup}/cgroup.freeze")
+        except OSError:
+            return False
 
     def pids(self) -> list[int]:
         """The processes in the cgroup, the groups that the container made below it included."""

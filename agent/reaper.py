@@ -21,6 +21,7 @@ from agent import log
 __all__ = ["UNCLAIMED_MAX", "Reaper", "exit_code"]
 
 UNCLAIMED_MAX = 1024
+_NONE: Mapping[int, int] = {}
 
 _DEFAULT_SIGNALS = [number for number in range(1, 32) if number not in (signal.SIGKILL, signal.SIGSTOP)]
 
@@ -75,6 +76,10 @@ class Reaper:
             if len(self._unclaimed) > UNCLAIMED_MAX:
                 del self._unclaimed[next(iter(self._unclaimed))]
 
+    def has_died(self, pid: int, since: int) -> bool:
+        """Whether a child `pid`, created after `since = mark()`, has died that nobody watches yet."""
+        return self._unclaimed.get(pid, (0, 0))[0] > since
+
     def watch(self, pid: int, since: int) -> asyncio.Future[int]:
         """The exit code of `pid`, created after `since = mark()`, dead or alive."""
         future: asyncio.Future[int] = self._loop.create_future()
@@ -93,8 +98,9 @@ class Reaper:
         stdin: int,
         stdout: int,
         stderr: int,
+        more: Mapping[int, int] = _NONE,
     ) -> tuple[int, asyncio.Future[int]]:
-        """Start a program with exactly these three descriptors; `(pid, exit code)`.
+        """Start a program with exactly these descriptors, `more` by its numbers; `(pid, exit code)`.
 
         Signals are back at their defaults in it (the interpreter ignores SIGPIPE, and ignored
         signals survive exec). Raises OSError when the program cannot be started.
@@ -110,6 +116,7 @@ class Reaper:
                 (os.POSIX_SPAWN_DUP2, stdin, 0),
                 (os.POSIX_SPAWN_DUP2, stdout, 1),
                 (os.POSIX_SPAWN_DUP2, stderr, 2),
+                *((os.POSIX_SPAWN_DUP2, ours, its) for its, ours in more.items()),
             ],
             setsigmask=(),
             setsigdef=_DEFAULT_SIGNALS,

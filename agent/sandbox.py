@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from agent import log, memory_limits
 from agent.container import Container
 from agent.crun import ROOT, Crun
+from agent.enter import Entrance
 from agent.fit import NOTHING, fit, merge
 from agent.pause import is_own, own_config
 from agent.privileged import furnish
@@ -69,6 +70,7 @@ class Sandbox:
         self._reaper = reaper
         self._listener = listener
         self._crun = Crun(reaper, WORK_DIR)
+        self._entrance = Entrance(reaper)
 
     async def create(self, request: agent_pb2.CreateSandboxRequest) -> None:
         """CreateSandbox: prepare the guest. Raises ALREADY_EXISTS the second time."""
@@ -145,6 +147,7 @@ class Sandbox:
             crun=self._crun,
             reaper=self._reaper,
             listener=self._listener,
+            entrance=self._entrance,
         )
         share_pid = request.sandbox_pidns
         private = annotations.get(_PRIVATE, "").split(",")

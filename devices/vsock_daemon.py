@@ -31,7 +31,10 @@ __all__ = ["VsockDaemon", "find_vsock_daemon"]
 _CID = 3  # private to this VM: the daemon serves no other
 # Bytes that the guest may have on the way, and so the most that a packet of its holds. Linux 6.12.y and later
 # lay larger ones than 32 KiB into several descriptors; 0.3.0 reads the first, and output stops for ever.
-_TX_BUFFER = 28672
+_PACKET = 28672
+# Our agent sends no larger packets by itself (agent/vsock.py). With several on the way it need not wait for
+# the daemon's word after each.
+_PACKETS_OF_OURS = 4
 _READY_TIMEOUT = 10.0  # seconds; it takes about 7 ms
 _ROOM = "size=4k,nr_inodes=8,mode=0700"  # of its directory: three sockets
 _FILES = 16384  # a connection for each stream of each process in the guest, and its buffers' ends
@@ -79,10 +82,8 @@ class VsockDaemon:
         home = _Home(f"{state_dir}/v", user, undo)
         await acquire(home.make)
         try:
-            argv = [program, "--guest-cid", str(_CID), "--socket", home.path("vhost")]
-            argv += ["--uds-path", home.path("kata.hvsock"), "--tx-buffer-size", str(_TX_BUFFER)]
             child = await Child.spawn(
-                argv,
+                _arguments(program, home.path("vhost"), home.path("kata.hvsock"), ours=config.home_call),
                 name="vhost-device-vsock",
                 undo=undo,
                 confinement=_confinement(user, home.directory),
@@ -101,6 +102,15 @@ class VsockDaemon:
         """Kill it and remove its sockets. Idempotent."""
         await self.child.kill()
         await acquire(self._home.remove)
+
+
+def _arguments(program: str, vhost: str, uds: str, *, ours: bool) -> list[str]:
+    """`ours`: the guest's agent is."""
+    on_the_way = _PACKET * (_PACKETS_OF_OURS if ours else 1)
+    return [
+        *(program, "--guest-cid", str(_CID), "--socket", vhost),
+        *("--uds-path", uds, "--tx-buffer-size", str(on_the_way)),
+    ]
 
 
 def _confinement(user: int, directory: str) -> Confinement:

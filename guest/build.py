@@ -46,7 +46,7 @@ _PRELOAD_FLAGS = (
     *("-shared", "-fPIC", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
     "-Wl,--build-id=none",
 )
-_PAUSE_FLAGS = (
+_BARE_FLAGS = (
     *("-static", "-nostdlib", "-ffreestanding", "-mgeneral-regs-only", "-fno-stack-protector"),
     *("-fno-asynchronous-unwind-tables", "-Os", "-Wall", "-Wextra", "-Werror", "-s"),
     *("-Wl,--build-id=none", "-Wl,-z,noseparate-code"),
@@ -214,7 +214,8 @@ class Builder:
             run_tool(["gcc", *_STUB_FLAGS, script, "-o", stub, f"{own}/nosystemd.c"])
             preload = f"{directory}/{contents.ENVIRONMENT}"
             run_tool(["gcc", *_PRELOAD_FLAGS, "-o", preload, f"{own}/environment.c"])
-            run_tool(["gcc", *_PAUSE_FLAGS, "-o", f"{directory}/pause", f"{own}/pause.c"])
+            for program in ("pause", contents.ENTER):
+                run_tool(["gcc", *_BARE_FLAGS, "-o", f"{directory}/{program}", f"{own}/{program}.c"])
             modules = ModuleTree(folder)
             names = modules.order(contents.EARLY_MODULES)
             entries = [cpio.directory(name) for name in ("dev", "proc", "sys", "modules")]

@@ -26,6 +26,7 @@ from .module_list import for_workloads
 
 __all__ = [
     "EARLY_MODULES",
+    "ENTER",
     "ENVIRONMENT",
     "KERNEL_META",
     "LATE_MODULES",
@@ -100,6 +101,7 @@ _PROTOBUF = "/usr/lib/kata-agent"
 _LIBRARIES = "/usr/lib/x86_64-linux-gnu"
 _PAUSE = "/usr/lib/kata-agent/pause"  # the root file system of a pod's own container (agent/pause.py)
 SYSTEMD_STUB = "libsystemd.so.0"
+ENTER = "enter"  # what makes an exec (agent/enter.py)
 ENVIRONMENT = "environment.so"  # what the agent preloads into some runs of crun
 _NOT_APPLETS = frozenset({"init", "linuxrc", "busybox", "reboot", "poweroff", "halt"})
 
@@ -271,8 +273,8 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
 
     `root`: unpacked packages; `compiled`: the directory with compiled stdlib and protobuf; `agent`: the
     directory with the compiled agent; `native`: the directory with what is compiled from C: the pause
-    (pause.c), what stands in for libsystemd (nosystemd.c), and a faster putenv (environment.c). Raises
-    `HostError` if a library is missing.
+    (pause.c), what makes execs (enter.c), what stands in for libsystemd (nosystemd.c), and a faster putenv
+    (environment.c). Raises `HostError` if a library is missing.
     """
     tree = Tree()
     for path in ("/dev", "/proc", "/sys", "/run", "/mnt", "/usr/bin", "/usr/lib64", "/var/lib"):
@@ -316,6 +318,7 @@ def assemble(root: str, modules: ModuleTree, compiled: str, agent: str, native: 
     tree.copy(f"{native}/{SYSTEMD_STUB}", f"{_LIBRARIES}/{SYSTEMD_STUB}", 0o644)
     tree.copy(f"{native}/{ENVIRONMENT}", f"{_PROTOBUF}/{ENVIRONMENT}", 0o644)
     tree.copy(f"{native}/pause", f"{_PAUSE}/pause", 0o755)
+    tree.copy(f"{native}/{ENTER}", f"{_PROTOBUF}/{ENTER}", 0o755)
     for name in ("dev", "proc"):  # what is mounted in it
         tree.directory(f"{_PAUSE}/{name}")
     _check_stub(tree)

@@ -1,4 +1,4 @@
-"""The names of Linux's capabilities, as both ends of the agent's protocol know them.
+"""The names of Linux's capabilities, as both ends of the agent's protocol know them, and their numbers.
 
 Why here: the messages carry them as texts, and crun leaves out in silence what it does not know.
 Source: capabilities(7) of Linux 6.1, the guest's. Later kernels have added none so far.
@@ -6,15 +6,18 @@ Source: capabilities(7) of Linux 6.1, the guest's. Later kernels have added none
 
 from __future__ import annotations
 
-__all__ = ["CAPABILITIES"]
+__all__ = ["CAPABILITIES", "NUMBERS"]
 
 _NAMES = """
-    AUDIT_CONTROL AUDIT_READ AUDIT_WRITE BLOCK_SUSPEND BPF CHECKPOINT_RESTORE CHOWN DAC_OVERRIDE
-    DAC_READ_SEARCH FOWNER FSETID IPC_LOCK IPC_OWNER KILL LEASE LINUX_IMMUTABLE MAC_ADMIN MAC_OVERRIDE
-    MKNOD NET_ADMIN NET_BIND_SERVICE NET_BROADCAST NET_RAW PERFMON SETFCAP SETGID SETPCAP SETUID SYS_ADMIN
-    SYS_BOOT SYS_CHROOT SYSLOG SYS_MODULE SYS_NICE SYS_PACCT SYS_PTRACE SYS_RAWIO SYS_RESOURCE SYS_TIME
-    SYS_TTY_CONFIG WAKE_ALARM
+    CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE
+    NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT
+    SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE
+    AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ
+    PERFMON BPF CHECKPOINT_RESTORE
 """
 
-CAPABILITIES = frozenset("CAP_" + name for name in _NAMES.split())
+NUMBERS = {"CAP_" + name: number for number, name in enumerate(_NAMES.split())}
+"""`CAP_CHOWN` is 0, and so on."""
+
+CAPABILITIES = frozenset(NUMBERS)
 """`CAP_AUDIT_CONTROL` and so on."""

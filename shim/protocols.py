@@ -177,6 +177,10 @@ class Sandbox(Protocol):
         """The guest did not do something in time: it is unresponsive until it answers when asked."""
         ...
 
+    def mark(self, phase: str, id: str, start: float, end: float) -> None:  # noqa: A002
+        """A phase for `kata-ctl trace`; `start` and `end` as time.monotonic() gives them. Costs nothing."""
+        ...
+
     @property
     def direct_stdio(self) -> bool:
         """Whether the agent takes stdio on vsock connections of its own (design D7)."""

@@ -58,6 +58,8 @@ class OutPump:
         self._source = source
         self._sink = sink
         self._on_end = on_end
+        self._buffer = memoryview(bytearray(_HEADER + CHUNK))
+        self._payload = self._buffer[_HEADER:]
         self._frame = b""  # what is to be sent before more is read
         self._sent = 0  # bytes of it
         self._owed = -1  # bytes left to forward once the process is dead; -1: it lives
@@ -91,37 +93,38 @@ class OutPump:
     def _readable(self) -> None:
         for _ in range(BURST):
             try:
-                data = os.read(self._source, CHUNK)
+                count = os.readv(self._source, (self._payload,))
             except BlockingIOError:
                 return
             except OSError:
-                data = b""  # EIO: the last holder of a pty's other end is gone
-            if not data:
+                count = 0  # EIO: the last holder of a pty's other end is gone
+            if not count:
                 self._end_source()
                 return
             if self._owed > 0:
-                self._owed = max(0, self._owed - len(data))
-            if not self._send(len(data).to_bytes(_HEADER, "big"), data):
+                self._owed = max(0, self._owed - count)
+            self._buffer[:_HEADER] = count.to_bytes(_HEADER, "big")
+            if not self._send(self._buffer[: _HEADER + count]):
                 self._loop.remove_reader(self._source)
                 return
-            if self._is_over():
+            if self._owed >= 0 and self._is_over():
                 self._end_source()
                 return
 
-    def _send(self, header: bytes, data: bytes) -> bool:
+    def _send(self, frame: memoryview | bytes) -> bool:
         """Send a frame; False if a rest of it is held until the socket takes it."""
         if not self._sink_open:
             return True
         try:
-            sent = self._sink.sendmsg((header, data))
+            sent = self._sink.send(frame)
         except BlockingIOError:
             sent = 0
         except OSError:
-            return self._break(header + data)
-        if sent == len(header) + len(data):
+            return self._break(bytes(frame))
+        if sent == len(frame):
             return True
-        self._frame, self._sent = header + data, sent
-        self._loop.add_writer(self._sink, self._writable)
+        self._frame, self._sent = bytes(frame), sent
+        self._loop.add_writer(self._sink.fileno(), self._writable)
         return False
 
     def _break(self, frame: bytes) -> bool:
@@ -141,12 +144,12 @@ class OutPump:
         except OSError:
             rest = self._rest()
             if not self._break(len(rest).to_bytes(_HEADER, "big") + rest):
-                self._loop.remove_writer(self._sink)
+                self._loop.remove_writer(self._sink.fileno())
                 return
             self._sent = len(self._frame)
         if self._sent < len(self._frame):
             return
-        self._loop.remove_writer(self._sink)
+        self._loop.remove_writer(self._sink.fileno())
         self._sent_all()
 
     def _sent_all(self) -> None:
@@ -173,7 +176,7 @@ class OutPump:
         self._drop_sink()
         self._sink, self._sink_open, self._broken = sink, True, False
         self._frame, self._sent = b"", 0
-        if rest and not self._send(len(rest).to_bytes(_HEADER, "big"), rest):
+        if rest and not self._send(len(rest).to_bytes(_HEADER, "big") + rest):
             self._stop_reading()
             return
         self._sent_all()
@@ -189,14 +192,14 @@ class OutPump:
             self._loop.remove_reader(self._source)
 
     def _drop_sink(self) -> None:
-        self._loop.remove_reader(self._sink)
-        self._loop.remove_writer(self._sink)
+        self._loop.remove_reader(self._sink.fileno())
+        self._loop.remove_writer(self._sink.fileno())
         self._sink.close()
 
     def _end_source(self) -> None:
         """All is read: say so to the host."""
         self._close_source()
-        if self._send(END, b""):
+        if self._send(END):
             self._await_close()
 
     def _close_source(self) -> None:
@@ -211,7 +214,7 @@ class OutPump:
     def _await_close(self) -> None:
         """The end is on its way; whoever reads it closes first, so nothing can be lost."""
         if self._sink_open:
-            self._loop.add_reader(self._sink, self._host_spoke)
+            self._loop.add_reader(self._sink.fileno(), self._host_spoke)
         else:
             self._finish()
 
@@ -249,7 +252,7 @@ class InPump:
         self._ended = False
         self._broken = False  # the connection, without an end: another one may come
         self._held: list[memoryview] = []
-        loop.add_reader(source, self._readable)
+        loop.add_reader(source.fileno(), self._readable)
 
     def _readable(self) -> None:
         for _ in range(BURST):
@@ -263,9 +266,9 @@ class InPump:
                 self._unpack(memoryview(data))
             else:
                 self._broken = True
-                self._loop.remove_reader(self._source)
+                self._loop.remove_reader(self._source.fileno())
             if not self._write():
-                self._loop.remove_reader(self._source)
+                self._loop.remove_reader(self._source.fileno())
                 self._loop.add_writer(self._sink, self._writable)
                 return
             if self._ended:
@@ -279,12 +282,12 @@ class InPump:
         if self._sink < 0 or self._ended:
             source.close()
             return
-        self._loop.remove_reader(self._source)
+        self._loop.remove_reader(self._source.fileno())
         self._source.close()
         self._source, self._broken = source, False
         self._header, self._left = b"", 0
         if not self._held:  # else what is held is written first
-            self._loop.add_reader(source, self._readable)
+            self._loop.add_reader(source.fileno(), self._readable)
 
     def _unpack(self, data: memoryview) -> None:
         """Take the payloads of whole and partial frames out of `data`."""
@@ -328,13 +331,13 @@ class InPump:
         if self._ended:
             self.abort()
         elif not self._broken:
-            self._loop.add_reader(self._source, self._readable)
+            self._loop.add_reader(self._source.fileno(), self._readable)
 
     def abort(self) -> None:
         """End at once: close the container's stdin and the host's connection. Idempotent."""
         if self._sink < 0:
             return
-        self._loop.remove_reader(self._source)
+        self._loop.remove_reader(self._source.fileno())
         self._loop.remove_writer(self._sink)
         os.close(self._sink)
         self._sink = -1

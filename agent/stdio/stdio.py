@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import fcntl
 import os
 import socket
@@ -27,6 +28,8 @@ from ttrpc import Code, RpcError
 __all__ = ["Ports", "Stdio"]
 
 Ports = tuple[int, int, int]
+PIPE = 256 << 10
+"""Bytes of a pipe that is pumped: a program and the agent take turns less often than with 64 KiB."""
 READ_MAX = 1 << 20  # bytes that one ReadStdout reply carries at most; a message may have 4 MiB
 
 
@@ -78,6 +81,9 @@ class Stdio:
             self.child_fds.append(theirs)
             self._ours[index] = ours
             os.set_blocking(ours, False)
+            if index and self._direct:
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE)
 
     async def _take(self, port: int) -> socket.socket:
         if self._listener is None:

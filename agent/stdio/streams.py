@@ -51,11 +51,12 @@ class StreamListener:
                 continue
             timer = self._loop.call_later(WAITING_TIME, self._drop_unnamed, connection)
             self._unnamed[connection] = (bytearray(), timer)
-            self._loop.add_reader(connection, self._read_id, connection)
+            # By number: of an object that it does not know yet the loop makes a text first.
+            self._loop.add_reader(connection.fileno(), self._read_id, connection)
 
     def _drop_unnamed(self, connection: socket.socket) -> None:
         self._unnamed.pop(connection)[1].cancel()
-        self._loop.remove_reader(connection)
+        self._loop.remove_reader(connection.fileno())
         connection.close()
 
     def _read_id(self, connection: socket.socket) -> None:
@@ -72,7 +73,7 @@ class StreamListener:
         elif len(got) == ID_BYTES:
             del self._unnamed[connection]
             timer.cancel()
-            self._loop.remove_reader(connection)
+            self._loop.remove_reader(connection.fileno())
             self._offer(int.from_bytes(got, "big"), connection)
 
     def _offer(self, stream: int, connection: socket.socket) -> None:

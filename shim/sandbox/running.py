@@ -98,6 +98,10 @@ class RunningVm:
         if self._loss.lives:
             self._health.doubt(why)
 
+    def mark(self, phase: str, id: str, start: float, end: float) -> None:  # noqa: A002
+        """See `shim.protocols.Sandbox.mark`."""
+        self._trace.mark(phase, start, end, id=id)
+
     async def open_stream(self) -> tuple[socket.socket, int]:
         """A connection for one stdio stream, and the number that names it to the agent."""
         if self._channel is None:

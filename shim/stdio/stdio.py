@@ -208,14 +208,21 @@ class Stdio:
         A stream that containerd left empty has none: 0 tells the agent that it is /dev/null. Raises
         GuestError if the guest does not take a connection; `close` cleans up.
         """
+        outputs = enumerate(self._outputs, start=1)
+        wanted = {index: out for index, out in outputs if out is not None or index in self._lost}
+        has_input = self.spec.stdin and not (self._runs and self._input_closed.is_set())
+        opening = {index: self._open_stream(sandbox) for index in ([0] if has_input else []) + [*wanted]}
+        # All at once: each is a way to the guest and back. One that fails ends when the others have.
+        done = await asyncio.gather(*opening.values(), return_exceptions=True)
         names = [0, 0, 0]
-        if self.spec.stdin and not (self._runs and self._input_closed.is_set()):
-            sock, names[0] = await self._open_stream(sandbox)
-            self._copy_input = partial(self._input_to_socket, sock)
-        for index, out in enumerate(self._outputs, start=1):
-            if out is not None or index in self._lost:
-                sock, names[index] = await self._open_stream(sandbox)
-                self._copy_output(stdio_pump.socket_to_output(sock, out, self._moved))
+        for index, result in zip(opening, done, strict=True):
+            if isinstance(result, BaseException):
+                raise result
+            sock, names[index] = result
+            if index:
+                self._copy_output(stdio_pump.socket_to_output(sock, wanted[index], self._moved))
+            else:
+                self._copy_input = partial(self._input_to_socket, sock)
         return names[0], names[1], names[2]
 
     async def _open_stream(self, sandbox: Sandbox) -> tuple[socket.socket, int]:

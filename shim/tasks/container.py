@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -215,7 +216,9 @@ class Container:
         if process.window.size is not None:
             spec.ConsoleSize.Height, spec.ConsoleSize.Width = process.window.size
         try:
+            began = monotonic()
             ports = await stdio.connect(self.sandbox) if self.sandbox.direct_stdio else (0, 0, 0)
+            self.sandbox.mark("exec.streams", f"{self.id}/{process.exec_id}", began, monotonic())
             stdio.begin_input()
             await agent.exec_process(self.id, process.exec_id, spec, ports=ports, beyond=beyond)
             if not self.sandbox.direct_stdio:

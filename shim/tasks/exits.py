@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from time import monotonic
 
 import structlog
 
@@ -84,8 +85,9 @@ class Exits:
             self.tell(process, process.ended or Exit.now(VM_DEATH))
 
     async def _see(self, process: Process) -> None:
+        watched = monotonic()
         status, word = await exit_status(self._sandbox, process)
-        process.ended = Exit.now(status)
+        process.ended, seen = Exit.now(status), monotonic()
         if word is Word.OVERDUE:
             process.overdue = True
             self._sandbox.doubt(f"it did not end {process.name} after SIGKILL")
@@ -97,6 +99,9 @@ class Exits:
         if init and not self._sandbox.died.done():
             await self._end_execs(ask=word is Word.GUEST)
         await self._drain(process, word)
+        if not init:
+            self._sandbox.mark("exec.process", f"{process.container_id}/{process.exec_id}", watched, seen)
+            self._sandbox.mark("exec.output", f"{process.container_id}/{process.exec_id}", seen, monotonic())
         dead = self._sandbox.died.done()
         if init and not dead:
             await self._follow(process)

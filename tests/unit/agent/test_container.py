@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from agent.process import Process
+from agent.stdio.stdio import PIPE
 from proto import oci_pb2
 from ttrpc import Code, RpcError
 
@@ -61,6 +63,26 @@ async def test_a_stream_that_is_not_named_is_null(box: Box, host: Host) -> None:
     await container.start()
 
     assert await read_stream(stdout) == b"/dev/null\n/dev/null\n"
+
+
+async def test_what_is_pumped_has_a_large_pipe(box: Box, host: Host) -> None:
+    """A program and the agent take turns less often."""
+    stdout = host.open(9)
+    container = box.container("readlink", "/proc/self/fd/1")
+    await container.create((0, 9, 0))
+    pipes = [
+        fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) for fd in map(int, os.listdir("/proc/self/fd")) if _is_pipe(fd)
+    ]
+    assert PIPE in pipes
+    await container.start()
+    assert (await read_stream(stdout)).startswith(b"pipe:")
+
+
+def _is_pipe(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")
+    except OSError:
+        return False
 
 
 async def test_a_missing_program_is_named_and_leaves_nothing(box: Box) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from agent.pause import ROOT, is_own, own_config
-from guest.build import _PAUSE_FLAGS
+from guest.build import _BARE_FLAGS
 
 _SOURCE = Path(__file__).parents[3] / "guest" / "pause.c"
 _CONFIG = {
@@ -93,7 +93,7 @@ def test_which_container_it_is(annotations: dict[str, str], own: bool) -> None:
 def pause(tmp_path: Path) -> Path:
     """The program, built as for the guest."""
     made = tmp_path / "pause"
-    subprocess.run(["gcc", *_PAUSE_FLAGS, "-o", str(made), str(_SOURCE)], check=True, timeout=60)
+    subprocess.run(["gcc", *_BARE_FLAGS, "-o", str(made), str(_SOURCE)], check=True, timeout=60)
     assert made.stat().st_size < 4096
     return made
 

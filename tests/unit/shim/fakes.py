@@ -332,6 +332,7 @@ class FakeSandbox:
         self.started = False
         self.stopped = False
         self.log: list[str] = []
+        self.phases: list[tuple[str, str, float, float]] = []
         self.sizes: list[tuple[str, Size]] = []
         self.pod = False
         self.kill_limit = 60.0
@@ -353,6 +354,9 @@ class FakeSandbox:
     def vmm_pid(self) -> int:
         assert self.started
         return VMM_PID
+
+    def mark(self, phase: str, id: str, start: float, end: float) -> None:  # noqa: A002
+        self.phases.append((phase, id, start, end))
 
     @property
     def died(self) -> asyncio.Future[str]:

@@ -159,6 +159,40 @@ async def test_output_arrives_apart_and_ends(shim: TaskClient, fifos: dict[str, 
     await shim.delete()
 
 
+async def test_the_connections_of_an_exec_are_opened_at_once(
+    direct: TaskClient, fifos: dict[str, Fifo]
+) -> None:
+    """Each takes a way to the guest and back."""
+    await direct.create()
+    await direct.start()
+    await direct.exec(**paths(fifos))
+    everybody = asyncio.Barrier(3)
+    direct.sandbox.before["open_stream"] = everybody.wait  # type: ignore[assignment]
+    async with asyncio.timeout(30):
+        await direct.start(exec_id="e")
+
+
+async def test_when_a_connection_fails_the_others_are_closed(
+    direct: TaskClient, fifos: dict[str, Fifo]
+) -> None:
+    await direct.create()
+    await direct.start()
+    await direct.exec(**paths(fifos))
+    asked = 0
+
+    async def one_fails() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise GuestError("no", code="UNAVAILABLE")
+
+    direct.sandbox.before["open_stream"] = one_fails
+    with pytest.raises(KataError, match="no"):
+        await direct.start(exec_id="e")
+    assert asked == 3
+    assert [guest.recv(1) for guest in direct.sandbox.opened[-2:]] == [b"", b""]
+
+
 async def test_stdin_ends_after_its_last_byte(shim: TaskClient, fifos: dict[str, Fifo]) -> None:
     await shim.create(**paths(fifos))
     await shim.start()

@@ -134,6 +134,11 @@ async def test_exec(shim: TaskClient) -> None:
     assert shim.events.topics == ["create", "start", "exec-added", "exec-started", "exit"]
     assert (await shim.state()).status == task_types_pb2.RUNNING
     assert not shim.sandbox.stopped
+    assert [(phase, id_) for phase, id_, start, end in shim.sandbox.phases if start <= end] == [
+        ("exec.streams", "c/e"),
+        ("exec.process", "c/e"),
+        ("exec.output", "c/e"),
+    ]
 
 
 async def test_a_process_that_dies_inside_start_exits_after_its_start(shim: TaskClient) -> None:
