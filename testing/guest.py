@@ -48,7 +48,7 @@ def write_configuration(
         },
         "runtime": {"hypervisor_name": "qemu", "agent_name": "kata"},
         # A guest under TCG on a busy machine takes its time.
-        "agent.kata": {"reconnect_timeout_ms": 60000, "create_container_timeout": 120},
+        "agent.kata": {"reconnect_timeout_ms": 120000, "create_container_timeout": 120},
     }
     daemon = PROJECT / "build" / "vsock" / "usr" / "bin" / "vhost-device-vsock"
     if daemon.exists():
