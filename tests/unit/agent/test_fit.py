@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def test_a_page_size_that_is_none_is_refused(size: str) -> None:
         fit.fit_resources({"hugepageLimits": [{"pageSize": size, "limit": 1}]})
 
     assert "hugepageLimits" in caught.value.message
+
+
+def test_shares_have_one_weight_whatever_crun_makes_of_them() -> None:
+    resources: dict[str, Any] = {"cpu": {"shares": 512}}
+    fit.fit_resources(resources)
+    assert resources == {"cpu": {}, "unified": {"cpu.weight": "20"}}
+    for kept in ({"cpu": {"shares": 512, "idle": 1}}, {"cpu": {}, "unified": {"cpu.weight": "7"}}):
+        resources = copy.deepcopy(kept)
+        fit.fit_resources(resources)
+        assert resources == kept
 
 
 def test_a_cpu_burst_is_written_as_cgroup_v2_has_it() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from agent import fit
-from agent.limits import apply, cpu_weight, plan
+from agent.fit import cpu_weight
+from agent.limits import apply, plan
 from ttrpc import Code, RpcError
 
 
