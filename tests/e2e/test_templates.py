@@ -64,13 +64,14 @@ class Templates:
 
     def detached(self, name: str, *options: str) -> str:
         """A container that sleeps; its name."""
-        self.containerd.ctr("run", "-d", "--runtime", KATA, *options, BUSYBOX, name, "sleep", "1000")
+        words = ("run", "-d", "--runtime", KATA, *options, BUSYBOX, name, "sleep", "1000")
+        self.containerd.ctr(*words, timeout=900)  # twenty at once, on two cores
         return name
 
     def ask(self, name: str, script: str) -> list[str]:
         """The lines of a script that a running container executes."""
         words = ("task", "exec", "--exec-id", f"x{time.monotonic_ns()}", name, "sh", "-c", script)
-        return self.containerd.ctr(*words).text.splitlines()
+        return self.containerd.ctr(*words, timeout=900).text.splitlines()
 
 
 @pytest.fixture(scope="module")
