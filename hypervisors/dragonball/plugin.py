@@ -38,6 +38,7 @@ class DragonballPlugin:
     name = "dragonball"
     section = DragonballConfig
     capabilities = MOST
+    seen_with = ("4.1.0",)
 
     def adjust_config(self, section: DragonballConfig) -> DragonballConfig:
         """Kata's meanings of "", 0 and of values beyond this host. Kata's files say "virtio-blk-pci": its
