@@ -73,7 +73,7 @@ class Files:
     async def add(self, *_: Any) -> list[Any]:
         return []
 
-    async def remove(self, _: str) -> list[Exception]:
+    async def remove(self, _: str, *, alive: bool = True) -> list[Exception]:  # noqa: ARG002
         return []
 
 
