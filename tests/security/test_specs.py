@@ -70,10 +70,10 @@ class Files:
     def rootfs(self, _: str) -> str:
         return "/run/rootfs"
 
-    async def add(self, *_: Any) -> list[Any]:
+    async def add(self, *_: Any, image: Any = None) -> list[Any]:
         return []
 
-    async def remove(self, _: str, *, alive: bool = True) -> list[Exception]:  # noqa: ARG002
+    async def remove(self, _: str, *, alive: bool = True) -> list[Exception]:
         return []
 
 
