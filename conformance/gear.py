@@ -36,10 +36,13 @@ from devices.pci_driver import give_to_vfio
 from devices.undo import MemoryUndo
 from devices.vfio import read_function
 
-__all__ = ["DISK_SIZE", "KINDS", "PLUGGED_AS_SIZE", "Gear", "words"]
+__all__ = ["DISK_SIZE", "INSTEAD_OF_VSOCK", "KINDS", "PLUGGED_AS_SIZE", "Gear", "words"]
 
 PLUGGED_AS_SIZE = frozenset({Kind.VCPU, Kind.DIMM, Kind.VIRTIO_MEM})
 """What comes and goes by `resize_vcpu` and `resize_memory`, not as a device."""
+
+INSTEAD_OF_VSOCK = frozenset({Kind.PORT})
+"""The agent's channel in a VM that has no vsock."""
 
 DISK_SIZE = 1 << 20
 _TUNSETIFF = 0x400454CA
@@ -216,4 +219,4 @@ _MAKERS: dict[Kind, Maker] = {
     Kind.PROTECTION: _protection,
 }
 KINDS = tuple(_MAKERS)
-"""Those that are devices; with `PLUGGED_AS_SIZE` they are all there are."""
+"""Those that are devices; with `PLUGGED_AS_SIZE` and `INSTEAD_OF_VSOCK` they are all there are."""

@@ -22,13 +22,14 @@ from typing import ClassVar
 import pytest
 import pytest_asyncio
 
-from conformance.gear import KINDS, PLUGGED_AS_SIZE
+from conformance.gear import INSTEAD_OF_VSOCK, KINDS, PLUGGED_AS_SIZE
 from conformance.subject import SANDBOX, Subject, World
 from devices.child import process_stat
-from devices.config import VsockConfig
+from devices.config import PortConfig, VsockConfig
 from devices.confine import CAPABILITIES
 from devices.errors import BugError, GuestError, HypervisorError, KataError, UnsupportedByHypervisor
 from devices.kinds import OPERATIONS, Kind, Op
+from devices.port import PortChannel
 from devices.vsock import AGENT_PORT, HybridVsock
 from hypervisors.base import Hypervisor
 
@@ -325,7 +326,7 @@ class LifeContract(Contract):
             assert getattr(most, name) or not getattr(mine, name), name
 
     async def test_the_table_has_every_kind(self, world: World) -> None:
-        assert set(KINDS) | PLUGGED_AS_SIZE == set(Kind)
+        assert set(KINDS) | PLUGGED_AS_SIZE | INSTEAD_OF_VSOCK == set(Kind)
 
     async def test_before_the_start_it_takes_what_the_table_says(self, world: World) -> None:
         """Column "cold-plug"; what is taken can be taken back, unless it has a daemon, and has an id of its
@@ -355,6 +356,17 @@ class LifeContract(Contract):
         with pytest.raises((BugError, UnsupportedByHypervisor)):
             await vm.remove_device("nobody")
         world.pids.update(await vm.get_pids())
+
+    async def test_it_takes_a_port_for_the_agent_if_the_table_says_so(self, world: World) -> None:
+        """In a VM without vsock, whose channel it is then."""
+        vm = world.create()
+        await vm.prepare_vm(SANDBOX, None)
+        if not (await vm.capabilities()).can(Kind.PORT, Op.COLD):
+            with _unsupported(f"cold-plug of {Kind.PORT.value}"):
+                await vm.add_device(PortConfig())
+            return
+        assert isinstance(await vm.add_device(PortConfig()), str)
+        assert isinstance(await vm.get_agent_socket(), PortChannel)
 
     async def test_while_it_runs_it_refuses_what_the_table_says(self, world: World) -> None:
         """Columns "hot-plug", "unplug" and "resize": every "no" is told beforehand, and changes nothing."""
