@@ -253,6 +253,7 @@ def test_a_containerd_killed_before_create_keeps_no_id(
 ) -> None:
     """Killed between `start` and Create it finds a shim that nobody will ever send a Create: it ends that."""
     name = containerd.new_id("early")
+    bundle = containerd.state / "io.containerd.runtime.v2.task" / containerd.namespace / name
     argv = containerd.ctr_argv("run", "--rm", "--runtime", KATA, BUSYBOX, name, "true")
     shim = containerd.root / "bin" / "containerd-shim-kata-v2"
     real = containerd.root / "early" / shim.name
@@ -266,7 +267,7 @@ def test_a_containerd_killed_before_create_keeps_no_id(
     subprocess.run(argv, env=containerd.environment, stderr=subprocess.DEVNULL, timeout=60, check=False)
     containerd.halt(signal.SIGKILL)
     real.replace(shim)
-    assert containerd.state_dir(name).exists()
+    assert (bundle / "address").exists(), "no shim was started"
     containerd.boot()
     containerd.ctr("container", "rm", name)
     containerd.ctr(*argv[argv.index("run") :])
