@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
 
+from devices.mounts import mount_table
 from devices.plain import plain
 from devices.share_fs import find_virtiofsd
 from testing.guest import PROJECT
@@ -425,5 +426,7 @@ def _remove(directory: Path) -> None:
 
 
 def _mount_point(path: Path) -> str:
-    """The mount point that the path is on."""
-    return next(str(one) for one in (path, *path.parents) if os.path.ismount(one))
+    """The mount point that the path is on: by the table, since a bind mount looks like its file system."""
+    targets = {entry.target for entry in mount_table()}
+    places = map(str, (path.resolve(), *path.resolve().parents))
+    return next((place for place in places if place in targets), "/")
