@@ -65,7 +65,7 @@ def _power_off() -> None:
 
 def _serve(params: Params) -> None:
     if params.port:
-        from agent.service import serve_port
+        from agent.serve import serve_port
 
         serve_port(params.port)
         return
@@ -73,7 +73,7 @@ def _serve(params: Params) -> None:
     stream_fd = listen(params.stream_port) if params.stream_port else -1
     if params.home_port:
         call_home(params.home_port)
-    from agent.service import serve
+    from agent.serve import serve
 
     serve(agent_fd, stream_fd)
 

@@ -1,6 +1,6 @@
 """The agent's RPCs: Kata's `grpc.AgentService` and `grpc.Health`, each a few lines over the sandbox.
 
-What: `serve` runs the event loop; `AgentService` maps requests to the modules that do the work.
+What: `AgentService` maps requests to the modules that do the work; `agent.serve` has them called.
 Why imports inside methods: the agent answers its first call sooner when it has loaded less; what the
 next calls need is loaded in the pauses after the first (`_preload`).
 Invariants: a call that changes something runs to its end even if its caller leaves; what the agent
@@ -10,16 +10,14 @@ cannot do answers UNIMPLEMENTED and says what.
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from google.protobuf.empty_pb2 import Empty
 
-from agent import log
 from agent.vsock import Listener
 from proto import agent_pb2, health_pb2
-from ttrpc import CallContext, Code, RpcError, Server
+from ttrpc import CallContext, Code, RpcError
 
 if TYPE_CHECKING:
     from agent.container import Container
@@ -30,12 +28,12 @@ if TYPE_CHECKING:
     from agent.stdio.streams import StreamListener
     from proto import csi_pb2, types_pb2
 
-__all__ = ["VERSION", "AgentService", "HealthService", "serve", "serve_port"]
+__all__ = ["MAY_BE_CANCELLED", "VERSION", "AgentService", "HealthService"]
 
 VERSION = "0.1.0"
 PROTOCOL_VERSION = "0.0.1"  # what Kata's agents report as grpc_version
 
-_MAY_BE_CANCELLED = ("WaitProcess", "ReadStdout", "ReadStderr", "WriteStdin", "GetOOMEvent")
+MAY_BE_CANCELLED = ("WaitProcess", "ReadStdout", "ReadStderr", "WriteStdin", "GetOOMEvent")
 
 # In the order in which a pod's first calls need them.
 _PRELOAD = (
@@ -448,58 +446,3 @@ class AgentService:
     async def mem_agent_compact_set(self, _: CallContext, __: object) -> Empty:
         """Kata's memory agent."""
         raise _unimplemented("MemAgentCompactSet")
-
-
-def _server(service: AgentService) -> Server:
-    server = Server()
-    descriptor = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
-    to_end = [name for name in descriptor.methods_by_name if name not in _MAY_BE_CANCELLED]
-    server.register(descriptor, service, run_to_end=to_end)
-    server.register(health_pb2.DESCRIPTOR.services_by_name["Health"], HealthService())
-    for name in ("kata_shim.Recovery", "kata_shim.Loopback"):
-        server.register_later(name, partial(_register_ours, server, service, name))
-    return server
-
-
-async def _serve(agent_fd: int, stream_fd: int) -> None:
-    service = AgentService(stream_fd)
-    server = _server(service)
-    listener = Listener(fileno=agent_fd)
-    listener.setblocking(False)
-    serving = asyncio.ensure_future(server.serve(listener))
-    asyncio.get_running_loop().call_soon(service.preload)
-    await service.stopped.wait()
-    log.debug("the sandbox is destroyed")
-    await server.close(1.0)
-    await serving
-
-
-async def _serve_port(name: str) -> None:
-    """As a template: all that a pod's first calls need is here before the port is opened."""
-    from agent.port import Port
-    from agent.warm import warm_up
-
-    service = AgentService(-1)
-    server = _server(service)
-    _ = service.sandbox
-    await warm_up(service.reaper)
-    port = await Port.find(name, server)
-    await service.stopped.wait()
-    port.close()
-    await server.close(1.0)
-
-
-def _register_ours(server: Server, service: AgentService, name: str) -> None:
-    from agent.shim_service import register  # asked for when containers run, if ever
-
-    register(server, service.sandbox, name)
-
-
-def serve(agent_fd: int, stream_fd: int) -> None:
-    """Serve on two listening descriptors (`stream_fd` may be -1) until the sandbox is destroyed."""
-    asyncio.run(_serve(agent_fd, stream_fd))
-
-
-def serve_port(name: str) -> None:
-    """Serve on the port of virtio-serial with this name until the sandbox is destroyed."""
-    asyncio.run(_serve_port(name))

@@ -18,7 +18,7 @@ __all__ = ["STAGES", "make_bundles"]
 # Modules whose import ends a stage; what they import comes along. `agent.*` is all that is left of it.
 STAGES = (
     ("agent.main",),
-    ("agent.service", "socket", "ttrpc._server"),
+    ("agent.serve", "socket", "ttrpc._server"),
     ("agent.*", "json", "shutil", "concurrent.futures.thread"),
 )
 

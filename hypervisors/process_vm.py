@@ -32,7 +32,7 @@ from hypervisors.vcpu_threads import vcpu_threads
 if TYPE_CHECKING:  # who needs it has h11 loaded
     from hypervisors.http_api import HttpApi
 
-__all__ = ["ProcessVm", "need_kvm"]
+__all__ = ["ProcessVm", "need_kvm", "to_its_end"]
 
 # Seconds that a running VMM gets: to take the word, to end by it, and to end by SIGTERM.
 _QUIT_TIMEOUT, _TERM_TIMEOUT = 0.3, 0.3
@@ -41,6 +41,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 SectionT = TypeVar("SectionT", bound=SandboxSection)
 PartsT = TypeVar("PartsT", bound=VmParts)
 PartT = TypeVar("PartT")
+AnswerT = TypeVar("AnswerT")
 
 _log = structlog.get_logger("vmm")
 
@@ -280,3 +281,13 @@ def need_kvm(vmm: str) -> None:
             phase="vmm",
             hint="modprobe kvm_intel or kvm_amd; see kata-ctl check",
         )
+
+
+async def to_its_end(call: asyncio.Task[AnswerT]) -> AnswerT:
+    """Its answer. Who is cancelled waits for it all the same (it has a deadline): after half a request nobody
+    would know what has become of it."""
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait({call})
+        raise

@@ -54,7 +54,7 @@ from hypervisors.cloud_hypervisor.events import Events
 from hypervisors.cloud_hypervisor.sizing import Sizer
 from hypervisors.http_api import HttpApi
 from hypervisors.parts import VmParts
-from hypervisors.process_vm import ProcessVm, need_kvm
+from hypervisors.process_vm import ProcessVm, need_kvm, to_its_end
 
 __all__ = ["CloudHypervisor"]
 
@@ -193,7 +193,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         call, _, body = recipes.plug(device, self._section, self._parts.sockets.get(device.id, ""))
         plugging = asyncio.create_task(self._put(call, body, fds=_fds(device)))
         try:
-            answer = await _to_its_end(plugging)
+            answer = await to_its_end(plugging)
         except asyncio.CancelledError:  # nobody wants it any more, and it may have come
             if not plugging.cancelled() and plugging.exception() is None:
                 with contextlib.suppress(HypervisorError):
@@ -261,7 +261,7 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
         if device_id not in parts.leaving:
             parts.leaving.add(device_id)
             try:
-                await _to_its_end(asyncio.create_task(self._put("vm.remove-device", {"id": device_id})))
+                await to_its_end(asyncio.create_task(self._put("vm.remove-device", {"id": device_id})))
             except HypervisorError as error:
                 if error.code != "DEADLINE_EXCEEDED":  # else it may be told still
                     parts.leaving.discard(device_id)
@@ -445,16 +445,6 @@ class CloudHypervisor(ProcessVm[ClhConfig, Parts]):
 
 def _fds(device: DeviceConfig) -> tuple[int, ...]:
     return device.tap_fds if isinstance(device, NetworkConfig) else ()
-
-
-async def _to_its_end(call: asyncio.Task[Any]) -> Any:
-    """Its answer. Who is cancelled waits for it all the same (it has a deadline): after half a request nobody
-    would know what has become of it."""
-    try:
-        return await asyncio.shield(call)
-    except asyncio.CancelledError:
-        await asyncio.wait({call})
-        raise
 
 
 def _unlink(path: str) -> None:

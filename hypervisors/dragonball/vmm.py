@@ -50,7 +50,7 @@ from hypervisors.dragonball.config import DragonballConfig
 from hypervisors.dragonball.confinement import confinement, meeting_place
 from hypervisors.dragonball.talk import Talk
 from hypervisors.parts import VmParts
-from hypervisors.process_vm import ProcessVm, need_kvm
+from hypervisors.process_vm import ProcessVm, need_kvm, to_its_end
 
 __all__ = ["Dragonball"]
 
@@ -185,7 +185,7 @@ class Dragonball(ProcessVm[DragonballConfig, Parts]):
         while True:
             plugging = asyncio.create_task(self._ask(name, fields, timeout=limit + _CALL))
             try:
-                await _to_its_end(plugging)
+                await to_its_end(plugging)
                 return
             except UnsupportedByHypervisor:
                 if loop.time() > end:
@@ -234,7 +234,7 @@ class Dragonball(ProcessVm[DragonballConfig, Parts]):
         async with self._plugging:
             with parts.helpers.unsettled(device_id):
                 if self._death is not None:
-                    await _to_its_end(asyncio.create_task(self._take_out(device_id)))
+                    await to_its_end(asyncio.create_task(self._take_out(device_id)))
                 parts.devices.pop(device_id, None)
                 parts.disks.pop(device_id, None)
                 await parts.helpers.end(device_id)
@@ -362,13 +362,3 @@ class Dragonball(ProcessVm[DragonballConfig, Parts]):
 
 def _files(path: str) -> dict[str, str]:
     return {"state_path": f"{path}/{_STATE}", "mem_path": f"{path}/{_MEMORY}"}
-
-
-async def _to_its_end(call: asyncio.Task[Any]) -> None:
-    """Who is cancelled waits for it all the same (it has a deadline): after half a plug nobody would know
-    what has become of it."""
-    try:
-        await asyncio.shield(call)
-    except asyncio.CancelledError:
-        await asyncio.wait({call})
-        raise

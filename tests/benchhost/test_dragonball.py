@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,11 @@ from devices.config import BlockConfig, ConsoleConfig, VsockConfig
 from devices.undo import MemoryUndo
 from hypervisors.dragonball.plugin import plugin
 from testing import leaks
-from testing.containerd import KATA, Containerd
+from testing.containerd import Containerd
 from testing.guest import Value
 from tests.benchhost.conftest import BUSYBOX, PATIENCE
 from tests.benchhost.dragonballs import keys, needs_dragonball, section
+from tests.benchhost.lives import start, stopped
 from tests.security.test_confinement import bits, table
 
 pytestmark = [pytest.mark.benchhost, needs_dragonball]
@@ -39,25 +39,6 @@ def _vmms() -> list[Path]:
     return found
 
 
-def _start(containerd: Containerd, name: str, *options: str) -> None:
-    script = "trap 'exit 42' TERM; touch /trapped; while :; do sleep 0.1; done"
-    containerd.ctr(
-        *("run", "--detach", "--runtime", KATA, *options, BUSYBOX, name, "sh", "-c", script), timeout=PATIENCE
-    )
-    waiting = "until test -e /trapped; do sleep 0.1; done"
-    containerd.ctr("task", "exec", "--exec-id", "up", name, "sh", "-c", waiting, timeout=60)
-
-
-def _stopped(containerd: Containerd, name: str) -> str:
-    """What `ctr` says of its end."""
-    deadline = time.monotonic() + 60
-    while "STOPPED" not in containerd.ctr("task", "ls").text and time.monotonic() < deadline:
-        time.sleep(0.1)
-    said = containerd.ctr("task", "rm", name, check=False).error
-    containerd.ctr("container", "rm", name)
-    return said
-
-
 def test_a_container_lives(containerd: Containerd, tmp_path: Path) -> None:
     """In files that the VMM itself serves, with a volume, under what SECURITY.md says of it."""
 
@@ -67,7 +48,7 @@ def test_a_container_lives(containerd: Containerd, tmp_path: Path) -> None:
     before = snapshot()
     (tmp_path / "file").write_text("from the host\n")
     name = containerd.new_id("dragonball")
-    _start(containerd, name, "--mount", f"type=bind,src={tmp_path},dst=/volume,options=rbind")
+    start(containerd, name, "--mount", f"type=bind,src={tmp_path},dst=/volume,options=rbind")
     (process,) = _vmms()
     status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
     row = table()["Dragonball"]
@@ -83,7 +64,7 @@ def test_a_container_lives(containerd: Containerd, tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     assert (answer.read_text(), answer.stat().st_uid, answer.stat().st_gid) == ("back\n", 7, 8)
     containerd.ctr("task", "kill", "-s", "SIGTERM", name)
-    assert "exit code 42" in _stopped(containerd, name)
+    assert "exit code 42" in stopped(containerd, name)
     assert leaks.settle(before, snapshot, timeout=30) == {}
 
 
@@ -94,10 +75,10 @@ def test_the_exit_code_comes_back(containerd: Containerd) -> None:
 
 def test_the_end_of_the_vmm_is_the_containers(containerd: Containerd) -> None:
     name = containerd.new_id("dragonball")
-    _start(containerd, name)
+    start(containerd, name)
     (process,) = _vmms()
     os.kill(int(process.name), signal.SIGKILL)
-    assert "exit code 255" in _stopped(containerd, name)
+    assert "exit code 255" in stopped(containerd, name)
     assert _vmms() == []
 
 

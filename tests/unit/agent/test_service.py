@@ -9,7 +9,7 @@ import pytest
 
 from agent import sandbox as sandbox_module
 from agent.sandbox import Sandbox, check_id
-from agent.service import _MAY_BE_CANCELLED, AgentService, HealthService
+from agent.service import MAY_BE_CANCELLED, AgentService, HealthService
 from proto import agent_pb2, health_pb2
 from ttrpc import CallContext, Client, Code, RpcError, Server
 from ttrpc import snake_case as handler_name
@@ -24,7 +24,7 @@ def test_each_rpc_has_a_handler() -> None:
     missing += [m.name for m in _HEALTH.methods if not hasattr(HealthService, handler_name(m.name))]
 
     assert missing == []
-    assert set(_MAY_BE_CANCELLED) <= set(_AGENT.methods_by_name)
+    assert set(MAY_BE_CANCELLED) <= set(_AGENT.methods_by_name)
 
 
 @pytest.mark.parametrize("name", ["mem_agent_memcg_set", "set_policy", "get_ip_tables"])
